@@ -1,0 +1,1 @@
+"""Measuring: arms, pacing, the WAN proxy, trace recorder, reports."""

@@ -1,0 +1,251 @@
+"""``wanspec demo``: a real target with remote drafts beside a plain one, on one machine.
+
+Drafter, WAN proxy and both targets are processes of their own; this module starts them, sends
+prompts, compares, and stops everything, whatever happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.client import ClientError, Completion, CompletionClient, first_difference
+from vllm_wanspec.bench.demo_report import Arm, DemoResult, Divergence, overrun_shares, print_report, write_json
+from vllm_wanspec.bench.demo_setup import (
+    DRAFTER_NAME,
+    MODEL_NAME,
+    PORTS_NEEDED,
+    DemoOptions,
+    DemoPlan,
+    Prompt,
+    choose_prompts,
+    find_models,
+    plan_servers,
+)
+from vllm_wanspec.bench.demo_view import ArmView, starting
+from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, free_ports
+from vllm_wanspec.errors import ConfigError, UnsupportedError
+
+__all__ = ["Measurement", "read_counters", "run_demo"]
+
+START_DEADLINE_S = 300.0
+LINK_DEADLINE_S = 60.0
+LINK_POLL_S = 0.2
+METRICS_TIMEOUT_S = 5.0
+WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
+WARM_UP_TOKENS = 32
+COUNTERS = tuple(
+    f"wanspec_{name}_total"
+    for name in ("hits", "misses", "late_nodes", "steps", "committed_tokens", "local_draft_passes")
+)
+
+
+def run_demo(options: DemoOptions, console: Console) -> bool:
+    """Run the demo and print its report.
+
+    Args:
+        options: The demo's settings.
+        console: Where to show progress and report.
+
+    Returns:
+        Whether both targets gave the same output, up to floating-point ties.
+
+    Raises:
+        ConfigError: Models, prompts or a path are missing or wrong.
+        UnsupportedError: No vLLM that could be started.
+        WanspecError: A server or a request failed.
+    """
+    began_s = time.monotonic()
+    models = find_models(options.models)
+    prompts = choose_prompts(models.prompts, options.prompts)
+    _check_json_path(options.json_path)
+    problem = machine.missing_vllm()
+    if problem:
+        raise UnsupportedError(problem)
+    with _folder(options.log_dir, console) as folder:
+        plan = plan_servers(options, models, free_ports(PORTS_NEEDED), folder)
+        with ServerGroup(folder) as group:
+            measurement = _start_and_measure(group, plan, options, prompts, console)
+            console.print("stopping the servers", style="dim")
+        # Only now: a server writes its last counts when it stops.
+        overruns = overrun_shares(plan.stats)
+    result = DemoResult(
+        options=options,
+        plain=Arm(tuple(measurement.plain)),
+        wanspec=Arm(tuple(measurement.wanspec)),
+        counters=measurement.counters,
+        divergences=measurement.divergences,
+        overruns=overruns,
+        seconds=time.monotonic() - began_s,
+    )
+    print_report(result, console)
+    if options.json_path is not None:
+        write_json(result, options.json_path)
+    return result.identical
+
+
+def _start_and_measure(
+    group: ServerGroup, plan: DemoPlan, options: DemoOptions, prompts: Sequence[Prompt], console: Console
+) -> Measurement:
+    servers = {spec.name: group.start(spec) for spec in plan.specs}
+    with starting(console, list(servers.values())) as view:
+        group.wait_ready(servers.values(), START_DEADLINE_S, on_ready=view.ready)
+    measurement = Measurement(plan, options, prompts, console)
+    try:
+        asyncio.run(measurement.run(servers[plan.plain], servers[plan.wanspec]))
+    except ClientError:
+        group.check_alive()  # a dead server explains a failed request better than the request does
+        raise
+    group.check_alive()
+    return measurement
+
+
+class Measurement:
+    """Sends the prompts to both targets and compares the answers.
+
+    Args:
+        plan: The running servers.
+        options: The demo's settings.
+        prompts: What to send.
+        console: Where to show it.
+    """
+
+    def __init__(self, plan: DemoPlan, options: DemoOptions, prompts: Sequence[Prompt], console: Console) -> None:
+        self._plan = plan
+        self._options = options
+        self._prompts = prompts
+        self._console = console
+        self.plain: list[Completion] = []
+        self.wanspec: list[Completion] = []
+        self.counters: dict[str, float] = {}
+        self.divergences: list[Divergence] = []
+
+    async def run(self, plain: Server, wanspec: Server) -> None:
+        """Fill in the results.
+
+        Raises:
+            ServerError: The target's link to the drafter did not come up.
+            ClientError: A request failed.
+        """
+        async with aiohttp.ClientSession() as http:
+            await self._wait_for_link(http, wanspec)
+            plain_client = CompletionClient(http, plain.url, MODEL_NAME)
+            wanspec_client = CompletionClient(http, wanspec.url, MODEL_NAME)
+            for client in (plain_client, wanspec_client):
+                await client.complete(WARM_UP.text, WARM_UP_TOKENS)
+            await self._run_arm("plain vLLM", plain_client, self.plain)
+            before = await read_counters(http, self._plan.metrics_url)
+            await self._run_arm("WANSpec", wanspec_client, self.wanspec)
+            after = await read_counters(http, self._plan.metrics_url)
+            self.counters = {name: after[name] - before[name] for name in COUNTERS}
+            await self._compare(plain_client)
+
+    async def _run_arm(self, title: str, client: CompletionClient, results: list[Completion]) -> None:
+        options = self._options
+        with ArmView(self._console, title, len(self._prompts), options.max_tokens) as view:
+            for prompt in self._prompts:
+                view.begin(prompt)
+                done = await client.complete(prompt.text, options.max_tokens, on_text=view.stream)
+                results.append(done)
+                second_arm = results is self.wanspec
+                view.end(done, show=second_arm, note=self._against_plain() if second_arm else "")
+
+    def _against_plain(self) -> str:
+        """Return how the last WANSpec answer compares with the plain one."""
+        plain = self.plain[len(self.wanspec) - 1]
+        same = first_difference(plain.token_ids, self.wanspec[-1].token_ids) is None
+        pace = f" (plain {plain.tpot_ms:.1f})" if plain.tpot_ms is not None else ""
+        return f"{pace}, {'identical' if same else 'different'}"
+
+    async def _compare(self, plain_client: CompletionClient) -> None:
+        for prompt, plain, other in zip(self._prompts, self.plain, self.wanspec, strict=True):
+            position = first_difference(plain.token_ids, other.token_ids)
+            if position is None:
+                continue
+            tie = await plain_client.is_tie(plain, other, position)
+            pair = [ids[position] if position < len(ids) else None for ids in (plain.token_ids, other.token_ids)]
+            self.divergences.append(Divergence(prompt, position, tie, *pair))
+
+    async def _wait_for_link(self, http: aiohttp.ClientSession, wanspec: Server) -> None:
+        deadline_s = time.monotonic() + LINK_DEADLINE_S
+        with self._console.status("waiting for the link to the drafter"):
+            while not await _link_is_up(http, self._plan.metrics_url):
+                wanspec.check_alive()
+                if time.monotonic() > deadline_s:
+                    tail = wanspec.log_tail()
+                    problem = f"the target's link to the drafter was not up after {LINK_DEADLINE_S:.0f} s"
+                    raise ServerError(f"{problem}; end of {wanspec.log_path}:\n{tail}")
+                await asyncio.sleep(LINK_POLL_S)
+
+
+async def read_counters(http: aiohttp.ClientSession, url: str) -> dict[str, float]:
+    """Return the controller's counters by name; one without a sample yet is 0.
+
+    Raises:
+        ClientError: The metrics cannot be read.
+    """
+    counters = dict.fromkeys(COUNTERS, 0.0)
+    for name, _, value in await _samples(http, url):
+        if name in counters:
+            counters[name] += value
+    return counters
+
+
+async def _link_is_up(http: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        samples = await _samples(http, url)
+    except ClientError:
+        return False
+    return any(
+        name == "wanspec_drafter_up" and labels.get("drafter") == DRAFTER_NAME and value == 1.0
+        for name, labels, value in samples
+    )
+
+
+async def _samples(http: aiohttp.ClientSession, url: str) -> list[tuple[str, dict[str, str], float]]:
+    """Return (name, labels, value) of every sample that a Prometheus endpoint serves."""
+    try:
+        async with http.get(url, timeout=aiohttp.ClientTimeout(total=METRICS_TIMEOUT_S)) as response:
+            response.raise_for_status()
+            families = list(text_string_to_metric_families(await response.text()))
+    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        raise ClientError(f"{url}: cannot read metrics: {error or type(error).__name__}") from error
+    return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
+
+def _check_json_path(path: Path | None) -> None:
+    """Find out before the long run that its result could not be written."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ConfigError(f"--json: cannot write {path}: it is a folder, or its folder does not exist")
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None, console: Console) -> Iterator[Path]:
+    """Yield a folder for logs and statistics: the given one, or a temporary one that only a failure keeps."""
+    if given is not None:
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--logs: cannot create {given}: {error.strerror}") from error
+        yield given.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="wanspec-demo-"))
+    try:
+        yield folder
+    except Exception:
+        console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)

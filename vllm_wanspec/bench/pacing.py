@@ -1,0 +1,249 @@
+"""Step pacing: give a tiny model the step time of a large one.
+
+The model forward alone is stretched, by sleeping, to ``base + per_token * tokens`` milliseconds;
+scheduling, drafting and transport come on top and stay visible.  vLLM is imported only when pacing
+is installed.  A real forward that takes longer than its pace is counted as an overrun: a run with
+more than 1 % of them says nothing about the paced hardware.
+
+This module must not change what a forward computes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from multiprocessing import util as multiprocessing_util
+from pathlib import Path
+from typing import Any
+
+from vllm_wanspec.errors import ConfigError, UnsupportedError
+
+__all__ = ["PACING_ENV", "STATS_ENV", "Pacer", "Pacing", "PacingStats", "install", "install_from_env"]
+
+PACING_ENV = "WANSPEC_PACING"
+STATS_ENV = "WANSPEC_PACING_STATS"
+STATS_INTERVAL_S = 1.0
+MAX_BASE_MS = 60_000.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Pacing:
+    """The emulated duration of one forward.
+
+    Args:
+        base_ms: Milliseconds that every forward takes.
+        per_token_ms: Milliseconds that each token (row) in the step adds.
+    """
+
+    base_ms: float
+    per_token_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in (("base_ms", self.base_ms), ("per_token_ms", self.per_token_ms)):
+            if not 0.0 <= value <= MAX_BASE_MS:  # also refuses nan
+                raise ConfigError(f"pacing: {name} is {value!r}, expected 0 to {MAX_BASE_MS:g} milliseconds")
+
+    @classmethod
+    def parse(cls, text: str, source: str = "pacing") -> Pacing:
+        """Read ``"35+0.1"`` (milliseconds + milliseconds per token) or ``"35"``.
+
+        Args:
+            text: The setting.
+            source: Name of the setting, for the error message.
+
+        Raises:
+            ConfigError: The text is not one or two numbers joined by ``+``, or out of range.
+        """
+        parts = text.split("+")
+        try:
+            if len(parts) > 2:
+                raise ValueError
+            values = [float(part) for part in parts]
+            return cls(*values)
+        except ValueError:
+            expected = "milliseconds+milliseconds per token, as in 35+0.1"
+            raise ConfigError(f"{source}: {text!r} is not a pace, expected {expected}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {text!r}: {error}") from None
+
+    def step_ms(self, tokens: int) -> float:
+        """Return the milliseconds that a forward of ``tokens`` rows takes."""
+        return self.base_ms + self.per_token_ms * tokens
+
+    def __str__(self) -> str:
+        return f"{self.base_ms:g} ms + {self.per_token_ms:g} ms per token"
+
+    @property
+    def setting(self) -> str:
+        """The text that :meth:`parse` reads."""
+        return f"{self.base_ms!r}+{self.per_token_ms!r}"
+
+
+@dataclass(slots=True)
+class PacingStats:
+    """What was paced so far: forwards, those whose real work exceeded the pace, and both sums."""
+
+    steps: int = 0
+    overruns: int = 0
+    paced_ms_total: float = 0.0
+    work_ms_total: float = 0.0
+
+    def as_json(self) -> dict[str, float]:
+        """Return the fields of the statistics file."""
+        return {
+            "steps": self.steps,
+            "overruns": self.overruns,
+            "paced_ms_total": round(self.paced_ms_total, 3),
+            "work_ms_total": round(self.work_ms_total, 3),
+        }
+
+
+class Pacer:
+    """Runs forwards no faster than a pace, and keeps count.
+
+    Args:
+        pacing: The pace.
+        stats_path: File that receives the counts as JSON; None writes nothing.
+        clock: Monotonic seconds.
+        sleep: Sleeps for that many seconds.
+    """
+
+    def __init__(
+        self,
+        pacing: Pacing,
+        stats_path: Path | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.pacing = pacing
+        self.stats = PacingStats()
+        self._stats_path = stats_path
+        self._clock = clock
+        self._sleep = sleep
+        self._written_at_s = float("-inf")
+
+    def run(self, forward: Callable[[], Any], tokens: int) -> Any:
+        """Call ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
+        started_s = self._clock()
+        result = forward()
+        work_ms = (self._clock() - started_s) * 1000.0
+        pace_ms = self.pacing.step_ms(tokens)
+        if work_ms < pace_ms:
+            self._sleep((pace_ms - work_ms) / 1000.0)
+        self._count(pace_ms, work_ms)
+        return result
+
+    def _count(self, pace_ms: float, work_ms: float) -> None:
+        if self.stats.steps == 0:
+            self._write_at_exit()
+        self.stats.steps += 1
+        self.stats.overruns += work_ms > pace_ms
+        self.stats.paced_ms_total += pace_ms
+        self.stats.work_ms_total += work_ms
+        now_s = self._clock()
+        if now_s - self._written_at_s >= STATS_INTERVAL_S:
+            self._written_at_s = now_s
+            self.write_stats()
+
+    def _write_at_exit(self) -> None:
+        """Register the last write; only now, because a fork after installation forgets exit functions."""
+        atexit.register(self.write_stats)
+        # vLLM's engine process is a multiprocessing child, where atexit functions may not run.
+        multiprocessing_util.Finalize(None, self.write_stats, exitpriority=10)
+
+    def write_stats(self) -> None:
+        """Write the counts atomically; a process that paced nothing leaves the file alone."""
+        path = self._stats_path
+        if path is None or not self.stats.steps:
+            return
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            scratch.write_text(json.dumps(self.stats.as_json()), "utf-8")
+            scratch.replace(path)
+        except OSError as error:
+            logger.warning("cannot write pacing statistics to %s (%s); giving up on them", path, error)
+            self._stats_path = None
+
+
+def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
+    """Pace this process's forwards if ``WANSPEC_PACING`` asks for it.
+
+    Returns:
+        The pacer in use, or None when the variable is unset or empty.
+
+    Raises:
+        ConfigError: The variable is not a pace.
+        UnsupportedError: The installed vLLM has no forward to wrap.
+    """
+    setting = environ.get(PACING_ENV, "").strip()
+    if not setting:
+        return None
+    stats_path = environ.get(STATS_ENV, "").strip()
+    return install(Pacing.parse(setting, PACING_ENV), Path(stats_path) if stats_path else None)
+
+
+def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = None) -> Pacer:
+    """Wrap the model forward of vLLM's model runner; a second call changes nothing.
+
+    Only ``execute_model`` calls the wrapped method, so vLLM's profile and dummy runs are not paced.
+
+    Args:
+        pacing: The pace.
+        stats_path: File for the counts; None writes nothing.
+        runner_class: The class with ``_model_forward``; None takes vLLM's ``GPUModelRunner``.
+
+    Returns:
+        The pacer in use: the first one installed.
+
+    Raises:
+        UnsupportedError: The class has no ``_model_forward``.
+    """
+    if runner_class is None:
+        runner_class = importlib.import_module("vllm.v1.worker.gpu_model_runner").GPUModelRunner
+    original = getattr(runner_class, "_model_forward", None)
+    if original is None:
+        raise UnsupportedError("pacing: this vLLM's GPUModelRunner has no _model_forward to stretch")
+    installed = getattr(original, "wanspec_pacer", None)
+    if isinstance(installed, Pacer):
+        return installed
+    pacer = Pacer(pacing, stats_path)
+
+    def paced_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = _input_rows(args, kwargs)
+
+        def forward() -> Any:
+            result = original(runner, *args, **kwargs)
+            _wait_for_device(rows)
+            return result
+
+        return pacer.run(forward, _row_count(rows))
+
+    paced_forward.wanspec_pacer = pacer  # type: ignore[attr-defined]
+    runner_class._model_forward = paced_forward
+    logger.info("pacing: every model forward takes at least %s", pacing)
+    return pacer
+
+
+def _input_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the tensor whose last axis counts the step's tokens (positions are [tokens] or [3, tokens])."""
+    names = ("input_ids", "positions")
+    by_name = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return next((by_name[name] for name in names if by_name.get(name) is not None), None)
+
+
+def _row_count(rows: Any) -> int:
+    return 0 if rows is None else int(rows.shape[-1])
+
+
+def _wait_for_device(rows: Any) -> None:
+    """A GPU forward only queues its kernels: wait for them, or real work would look like none."""
+    if getattr(rows, "is_cuda", False):
+        importlib.import_module("torch").cuda.current_stream().synchronize()

@@ -1,0 +1,1 @@
+"""The `wanspec` command line: one file per command."""

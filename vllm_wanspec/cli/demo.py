@@ -1,0 +1,78 @@
+"""``wanspec demo``: the main job in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_wanspec.bench.demo import run_demo
+from vllm_wanspec.bench.demo_setup import DemoOptions
+from vllm_wanspec.bench.pacing import Pacing
+from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+
+__all__ = ["demo"]
+
+INTERRUPTED = 130
+
+
+def demo(
+    rtt_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Emulated round trip to the drafter, ms.")] = 20.0,
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send to each target.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 96,
+    speculative_tokens: Annotated[
+        int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")
+    ] = 8,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
+        ),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here too.")] = None,
+    target_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
+    ] = "35+0.1",
+    draft_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
+    ] = "5+0.02",
+    logs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
+    ] = None,
+) -> None:
+    """Compare a plain vLLM target with one that takes drafts from across an emulated WAN.
+
+    Exit status: 0 when both give the same output, 1 when not or when something failed, 2 when this
+    machine lacks something, 130 after Ctrl-C.
+    """
+    try:
+        options = DemoOptions(
+            rtt_ms=rtt_ms,
+            prompts=prompts,
+            max_tokens=max_tokens,
+            speculative_tokens=speculative_tokens,
+            models=models,
+            target_pace=Pacing.parse(target_pace, "--target-pace"),
+            draft_pace=Pacing.parse(draft_pace, "--draft-pace"),
+            json_path=json_file,
+            log_dir=logs,
+        )
+        identical = run_demo(options, Console())
+    except (ConfigError, UnsupportedError) as error:
+        raise _failed(str(error), 2) from None
+    except WanspecError as error:
+        raise _failed(str(error), 1) from None
+    except KeyboardInterrupt:
+        raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
+    except Exception as error:  # a bug of ours, but the user still gets one line
+        raise _failed(f"unexpected {type(error).__name__}: {error}", 1) from error
+    if not identical:
+        raise typer.Exit(1)
+
+
+def _failed(message: str, status: int) -> typer.Exit:
+    typer.echo(f"wanspec demo: {message}", err=True)
+    return typer.Exit(status)

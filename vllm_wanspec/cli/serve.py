@@ -1,0 +1,41 @@
+"""``wanspec serve``: a target with remote drafts."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
+from vllm_wanspec.config import load_settings
+from vllm_wanspec.errors import ConfigError
+
+PROPOSER = "vllm_wanspec.RemoteProposer"
+TAKEN = ("--speculative-config", "--speculative_config", "-sc", "--additional-config", "--additional_config")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Target model, as for `vllm serve`.")],
+    wanspec: Annotated[Path, typer.Option("--wanspec", help="YAML file with the draft endpoints.")],
+    speculative_tokens: Annotated[
+        int, typer.Option("--speculative-tokens", min=1, max=64, help="Most draft tokens verified per step.")
+    ] = 8,
+) -> None:
+    """Serve a target that takes remote drafts: `vllm serve` with our flags; any other `vllm serve` flag may follow."""
+    require_vllm()
+    for argument in context.args:
+        if argument.split("=")[0] in TAKEN:
+            raise ConfigError(f"{argument.split('=')[0]} is set by `wanspec serve`; to give it yourself, use `vllm serve`")
+    load_settings(wanspec)
+    speculative = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": speculative_tokens}
+    become_vllm_serve(
+        [
+            model,
+            "--speculative-config",
+            json.dumps(speculative),
+            "--additional-config",
+            json.dumps({"wanspec": str(wanspec.resolve())}),
+            *context.args,
+        ]
+    )

@@ -1,0 +1,174 @@
+"""The YAML file as frozen models; every error names the file, the key, the value and what would be right."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_wanspec.errors import ConfigError
+
+CONFIG_ENV = "WANSPEC_CONFIG"
+TOKEN_ENV = "WANSPEC_TOKEN"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _base_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError("must be a base URL such as https://draft.example.com:8443")
+    return value.rstrip("/")
+
+
+class DraftEndpoint(_Section):
+    """One drafter: a name for logs and metrics, its server's base URL, and the variable that holds its token."""
+
+    name: str = Field(min_length=1, max_length=64)
+    url: Annotated[str, AfterValidator(_base_url)]
+    token_env: str | None = Field(default=None, min_length=1)
+
+    def token(self) -> str | None:
+        """The bearer token from the environment: ``token_env``, or ``WANSPEC_TOKEN`` where that is not given.
+
+        Raises:
+            ConfigError: ``token_env`` names a variable that is not set.
+        """
+        if self.token_env is None:
+            return os.environ.get(TOKEN_ENV) or None
+        token = os.environ.get(self.token_env)
+        if not token:
+            raise ConfigError(
+                f"draft_endpoints: {self.name}: token_env: the environment variable {self.token_env} is not set; "
+                "set it to the drafter's token or remove token_env"
+            )
+        return token
+
+
+class TreeSettings(_Section):
+    """What a session asks of the drafter."""
+
+    max_branches: int = Field(default=4, ge=1, le=64, description="most probable tokens sent at each position")
+    max_nodes: int = Field(default=512, ge=8, le=65536, description="live nodes per session")
+    lookahead_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
+
+
+class LengthSettings(_Section):
+    """How many tokens to verify per step: never more than ``max`` nor than vLLM's ``num_speculative_tokens``."""
+
+    max: int = Field(default=64, ge=1, le=64)
+
+
+class LateSettings(_Section):
+    """Whether to wait for drafts: ``none``, or ``fixed``: up to ``max_wait_ms`` while a request has none."""
+
+    policy: Literal["none", "fixed"] = "none"
+    max_wait_ms: float = Field(default=15.0, ge=0.0, le=1000.0)
+
+
+class MetricsSettings(_Section):
+    """Where the controller serves its Prometheus metrics."""
+
+    port: int = Field(ge=1, le=65535)
+    host: str = "127.0.0.1"
+
+
+class Settings(_Section):
+    """The whole file."""
+
+    draft_endpoints: tuple[DraftEndpoint, ...] = Field(min_length=1, max_length=64)
+    tree: TreeSettings = TreeSettings()
+    length: LengthSettings = LengthSettings()
+    late: LateSettings = LateSettings()
+    metrics: MetricsSettings | None = None
+
+
+def load_settings(path: str | Path) -> Settings:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: The file cannot be read, or something in it is wrong; one line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text") from error
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}: is not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot parse'}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: must be a mapping with the key draft_endpoints, not {type(data).__name__}")
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("; ".join(f"{path}: {_explain(item)}" for item in error.errors())) from error
+    _check_names(path, settings)
+    return settings
+
+
+def settings_path(additional_config: Any) -> str:
+    """The configuration file named by vLLM's ``--additional-config`` or by ``WANSPEC_CONFIG``.
+
+    Raises:
+        ConfigError: Neither names one.
+    """
+    given = additional_config.get("wanspec") if isinstance(additional_config, dict) else None
+    path = given or os.environ.get(CONFIG_ENV)
+    if not isinstance(path, str):
+        raise ConfigError(
+            "no configuration: give --additional-config '{\"wanspec\": \"wanspec.yaml\"}' (a path) "
+            f"or set {CONFIG_ENV}" + (f"; got {given!r}" if given else "")
+        )
+    return path
+
+
+def _check_names(path: str | Path, settings: Settings) -> None:
+    names = [endpoint.name for endpoint in settings.draft_endpoints]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{path}: draft_endpoints: the name {name!r} is given twice; names must differ")
+    for endpoint in settings.draft_endpoints:
+        try:
+            endpoint.token()
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as ``key: what is wrong``."""
+    key = ".".join(str(part) for part in error["loc"] if part not in {"constrained-int", "literal['auto']"})
+    value = error.get("input")
+    if error["type"] == "missing":
+        return f"{key}: is missing"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc']))}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{key}: {value!r:.80}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    """Keys allowed beside the one at ``location``."""
+    model: Any = Settings
+    sections: dict[str, type[_Section]] = {
+        "draft_endpoints": DraftEndpoint,
+        "tree": TreeSettings,
+        "length": LengthSettings,
+        "late": LateSettings,
+        "metrics": MetricsSettings,
+    }
+    if len(location) > 1:
+        model = sections[str(location[0])]
+    return list(model.model_fields)

@@ -1,0 +1,1 @@
+"""The target's side: what runs in the target's vLLM process."""

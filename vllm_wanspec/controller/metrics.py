@@ -1,0 +1,51 @@
+"""The controller's counters as Prometheus metrics, on a port of their own.
+
+vLLM's own ``/metrics`` belongs to another process than the model runner's, hence the port.
+"""
+
+import logging
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from vllm_wanspec.config import MetricsSettings
+from vllm_wanspec.controller.pool import DraftPool
+
+logger = logging.getLogger("vllm.wanspec.metrics")
+
+
+class PoolCollector(Collector):
+    """Reads a pool's plain integers at scrape time, so that counting costs the serving path nothing more."""
+
+    def __init__(self, pool: DraftPool) -> None:
+        """Collect from ``pool``."""
+        self._pool = pool
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """``wanspec_<counter>_total`` for each counter; per drafter whether it is up, and its round trip."""
+        for name, value in self._pool.counters.items():
+            yield CounterMetricFamily(f"wanspec_{name}", f"See Counters.{name}.", value=value)
+        up = GaugeMetricFamily("wanspec_drafter_up", "Whether the drafter has welcomed us.", labels=["drafter"])
+        rtt = GaugeMetricFamily("wanspec_drafter_rtt_seconds", "Smoothed round trip.", labels=["drafter"])
+        for link in self._pool.links:
+            up.add_metric([link.name], float(link.welcome is not None))
+            rtt.add_metric([link.name], link.rtt_s)
+        yield up
+        yield rtt
+
+
+def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:
+    """Serve the metrics; a port that is taken costs the metrics, not the target."""
+    registry = CollectorRegistry()
+    registry.register(PoolCollector(pool))
+    try:
+        start_http_server(settings.port, addr=settings.host, registry=registry)
+    except OSError as error:
+        logger.warning(
+            "metrics: cannot listen on %s:%d (%s); choose another metrics.port; serving without metrics",
+            settings.host,
+            settings.port,
+            error.strerror,
+        )

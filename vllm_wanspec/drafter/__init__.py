@@ -1,0 +1,1 @@
+"""The draft side: what runs beside the draft model."""

@@ -1,0 +1,58 @@
+"""Draft engines: where a drafter's tokens come from. Here: the vLLM engine of the same server."""
+
+import itertools
+from collections.abc import AsyncGenerator
+from typing import Any, Protocol
+
+from vllm_wanspec.core.drafter import DraftStep
+from vllm_wanspec.core.expansion import entropy_nats
+
+TOP_K = 8
+
+
+class DraftEngine(Protocol):
+    """Continues contexts greedily."""
+
+    def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+        """Stream the greedy continuation of ``tokens``, at most ``max_tokens`` tokens; closing it aborts."""
+        ...
+
+
+class VllmEngine:
+    """The vLLM engine behind an engine client."""
+
+    def __init__(self, engine_client: Any, top_k: int = TOP_K) -> None:
+        """Draft with ``engine_client``; ``top_k`` probable tokens are known at each position."""
+        self._client = engine_client
+        self._top_k = top_k
+        self._ids = itertools.count(1)
+
+    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+        """Stream the greedy continuation; see `DraftEngine`."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            logprobs=self._top_k,
+            flat_logprobs=True,
+            detokenize=False,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        async for output in self._client.generate(prompt, params, f"wanspec-{next(self._ids)}"):
+            completion = output.outputs[0]
+            if completion.token_ids:
+                yield [_step(completion, index) for index in range(len(completion.token_ids))]
+
+
+def _step(completion: Any, index: int) -> DraftStep:
+    """One position of a vLLM completion with flat log-probabilities."""
+    flat = completion.logprobs
+    begin, end = flat.start_indices[index], flat.end_indices[index]
+    ranked = dict(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True))
+    token = completion.token_ids[index]
+    others = sorted(((t, p) for t, p in ranked.items() if t != token), key=lambda item: -item[1])
+    return DraftStep(token, ranked[token], entropy_nats(ranked.values()), tuple(others))
