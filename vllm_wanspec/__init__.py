@@ -1,4 +1,4 @@
-"""Remote speculative drafting for vLLM: draft tokens from a draft model in another site, taken when they are in time."""
+"""Remote speculative drafting for vLLM: drafts from a model in another site, used when they are in time."""
 
 from typing import TYPE_CHECKING, Any
 

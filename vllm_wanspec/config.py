@@ -12,6 +12,8 @@ from vllm_wanspec.errors import ConfigError
 
 CONFIG_ENV = "WANSPEC_CONFIG"
 TOKEN_ENV = "WANSPEC_TOKEN"
+PROPOSER = "vllm_wanspec.RemoteProposer"
+"""What ``--speculative-config`` names as ``model``."""
 
 
 class _Section(BaseModel):
@@ -108,7 +110,8 @@ def load_settings(path: str | Path) -> Settings:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}: is not valid YAML{where}: {getattr(error, 'problem', None) or 'cannot parse'}") from error
+        what = getattr(error, "problem", None) or "cannot parse"
+        raise ConfigError(f"{path}: is not valid YAML{where}: {what}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must be a mapping with the key draft_endpoints, not {type(data).__name__}")
     try:
@@ -129,7 +132,7 @@ def settings_path(additional_config: Any) -> str:
     path = given or os.environ.get(CONFIG_ENV)
     if not isinstance(path, str):
         raise ConfigError(
-            "no configuration: give --additional-config '{\"wanspec\": \"wanspec.yaml\"}' (a path) "
+            'no configuration: give --additional-config \'{"wanspec": "wanspec.yaml"}\' (a path) '
             f"or set {CONFIG_ENV}" + (f"; got {given!r}" if given else "")
         )
     return path

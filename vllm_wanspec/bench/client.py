@@ -5,7 +5,6 @@ Works against any vLLM server, with or without WANSpec.  Every wait is bounded.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import time
@@ -195,7 +194,7 @@ class CompletionClient:
                     if data == b"[DONE]":
                         return
                     yield self._parse(data)
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
         raise ClientError(f"{self._url}: the stream broke off before [DONE]")
 
@@ -204,7 +203,7 @@ class CompletionClient:
             async with self._http.post(self._url, json=body, timeout=self._timeout) as response:
                 await self._check(response)
                 return self._parse(await response.read())
-        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise self._failure(error) from error
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
@@ -224,7 +223,7 @@ class CompletionClient:
         return event
 
     def _failure(self, error: Exception) -> ClientError:
-        if isinstance(error, asyncio.TimeoutError):
+        if type(error) is TimeoutError:
             return ClientError(f"{self._url}: no complete answer within {self._timeout_s:g} s")
         return ClientError(f"{self._url}: {error or type(error).__name__}")
 

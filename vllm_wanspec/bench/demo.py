@@ -11,6 +11,7 @@ import contextlib
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from vllm_wanspec.bench.demo_setup import (
 )
 from vllm_wanspec.bench.demo_view import ArmView, starting
 from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, free_ports
-from vllm_wanspec.errors import ConfigError, UnsupportedError
+from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
 __all__ = ["Measurement", "read_counters", "run_demo"]
 
@@ -242,7 +243,9 @@ def _folder(given: Path | None, console: Console) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="wanspec-demo-"))
     try:
         yield folder
-    except Exception:
+    except Exception as error:
+        if not isinstance(error, WanspecError):
+            (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
         console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
         raise
     except BaseException:

@@ -193,8 +193,8 @@ def print_report(result: DemoResult, console: Console) -> None:
     console.print(_table(result))
     options = result.options
     console.print(
-        f"Emulated round trip between target and drafter: {options.rtt_ms:g} ms. Paced by sleeping in the model forward: "
-        f"target {options.target_pace}, draft {options.draft_pace}. Everything else is real."
+        f"Emulated round trip between target and drafter: {options.rtt_ms:g} ms. Paced by sleeping in the model "
+        f"forward: target {options.target_pace}, draft {options.draft_pace}. Everything else is real."
     )
     packages = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
     console.print(f"{machine.describe()}; {packages}. The run took {result.seconds:.0f} s.", style="dim")
@@ -207,7 +207,8 @@ def _print_warnings(result: DemoResult, console: Console) -> None:
     for name, share in result.overruns.items():
         if share > MAX_OVERRUN_SHARE:
             problem = f"{share:.1%} of the {name} server's forwards took longer than their pace"
-            console.print(f"warning: {problem}: this machine is too slow or too busy for these figures.", style="yellow")
+            advice = "this machine is too slow or too busy for these figures"
+            console.print(f"warning: {problem}: {advice}.", style="yellow")
     if not result.count("hits"):
         console.print("warning: no draft was ever used; see the servers' logs (--logs DIR).", style="yellow")
     for found in result.divergences:

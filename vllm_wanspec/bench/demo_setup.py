@@ -21,6 +21,9 @@ __all__ = ["DemoModels", "DemoOptions", "DemoPlan", "Prompt", "choose_prompts", 
 DRAFTER_NAME = "demo"
 MODEL_NAME = "demo-target"
 PORTS_NEEDED = 5
+#: Step times like a 70B target's and a 1B draft model's (design, section 10).
+TARGET_PACE = Pacing(35.0, 0.1)
+DRAFT_PACE = Pacing(5.0, 0.02)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ class DemoOptions:
     max_tokens: int = 96
     speculative_tokens: int = 8
     models: Path | None = None
-    target_pace: Pacing = Pacing(35.0, 0.1)
-    draft_pace: Pacing = Pacing(5.0, 0.02)
+    target_pace: Pacing = TARGET_PACE
+    draft_pace: Pacing = DRAFT_PACE
     json_path: Path | None = None
     log_dir: Path | None = None
 

@@ -37,7 +37,8 @@ class StartView:
     def ready(self, server: Server) -> None:
         """Note that a server answers."""
         self.progress.update(self._tasks[server.name], visible=False, completed=1)
-        self.progress.console.print(f"{server.name} is ready after {server.ready_after_s or 0.0:.0f} s", highlight=False)
+        seconds = server.ready_after_s or 0.0
+        self.progress.console.print(f"{server.name} is ready after {seconds:.0f} s", highlight=False)
 
 
 @contextlib.contextmanager
@@ -112,15 +113,17 @@ class ArmView:
         pace = f"{completion.tpot_ms:.1f} ms per token" if completion.tpot_ms is not None else "one token"
         line = f"{self._title}, {self._prompt.module}: {len(completion.token_ids)} tokens, {pace}{note}"
         if show:
-            self.console.print(Panel(python_text(self._prompt.text, completion.text), title=line, title_align="left"))
+            self.console.print(
+                Panel(python_text(self._prompt.text, completion.text), title=Text(line), title_align="left")
+            )
         else:
-            self.console.print(line, highlight=False)
+            self.console.print(Text(line))
         self._prompt = self._current = None
 
     def _render(self) -> RenderableType:
         if self._prompt is None:
             return self._progress
-        return Group(self._progress, Panel(python_text(self._prompt.text, self._text), title_align="left"))
+        return Group(self._progress, Panel(python_text(self._prompt.text, self._text)))
 
 
 def python_text(prompt: str, continuation: str, lines: int = TEXT_LINES) -> Text:
@@ -129,7 +132,7 @@ def python_text(prompt: str, continuation: str, lines: int = TEXT_LINES) -> Text
     Args:
         prompt: What was sent.
         continuation: What came back so far.
-        lines: Longest result in lines; longer continuations lose their beginning's end, marked by ``…``.
+        lines: Longest result in lines; longer continuations are cut, and a last line says so.
     """
     tail = "\n".join(prompt.splitlines()[-PROMPT_TAIL_LINES:]) + ("\n" if prompt.endswith("\n") else "")
     room = max(1, lines - tail.count("\n"))

@@ -86,7 +86,8 @@ def server_env(core: int | None = None, gpu: bool | None = None) -> dict[str, st
 def missing_vllm() -> str | None:
     """Return what is wrong with the installed vLLM in one line, or None when its servers can start."""
     if importlib.util.find_spec("vllm") is None:
-        return 'vLLM is not installed: run `make demo` in the checkout, or `pip install "vllm-wanspec[vllm]"` on a GPU machine'
+        advice = 'run `make demo` in the checkout, or `pip install "vllm-wanspec[vllm]"` on a GPU machine'
+        return f"vLLM is not installed: {advice}"
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:

@@ -330,10 +330,8 @@ def _group_runs(group: int) -> bool:
     proc = Path("/proc")
     if not (proc / "self" / "stat").exists():
         return _group_exists(group)
-    for entry in proc.iterdir():
-        if entry.name.isdigit() and _state_in_group(entry, group) not in ("", "Z", "X"):
-            return True
-    return False
+    states = (_state_in_group(entry, group) for entry in proc.iterdir() if entry.name.isdigit())
+    return any(state not in ("", "Z", "X") for state in states)
 
 
 def _state_in_group(entry: Path, group: int) -> str:

@@ -22,9 +22,7 @@ def demo(
     rtt_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Emulated round trip to the drafter, ms.")] = 20.0,
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send to each target.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 96,
-    speculative_tokens: Annotated[
-        int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")
-    ] = 8,
+    speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")] = 8,
     models: Annotated[
         Path | None,
         typer.Option(

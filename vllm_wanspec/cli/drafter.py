@@ -16,4 +16,4 @@ def drafter(
     Controllers must send WANSPEC_TOKEN as bearer token where that variable is set.
     """
     require_vllm()
-    become_vllm_serve([model, *context.args])
+    become_vllm_serve([model, *context.args], routes=True)

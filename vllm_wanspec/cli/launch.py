@@ -22,24 +22,34 @@ def require_vllm() -> None:
         raise ConfigError("vLLM is not installed here: pip install 'vllm-wanspec[vllm]' (without a GPU: make install)")
 
 
-def plugin_list(environment: Mapping[str, str]) -> str:
-    """``VLLM_PLUGINS`` with ours in it.
+def plugin_list(environment: Mapping[str, str], *, routes: bool) -> str | None:
+    """``VLLM_PLUGINS`` with ours in it; None to leave it unset, which loads ours without its routes.
 
-    vLLM loads endpoint plugins only if that variable names them, and then only named plugins of every other kind; so
-    where it is not set, all that are installed are named, and nothing else changes.
+    vLLM loads endpoint plugins (``routes``) only if that variable names them, and then only named plugins of every
+    other kind; so where it is not set, all that are installed are named, and nothing else changes.
     """
     given = environment.get("VLLM_PLUGINS")
     if given is not None:
         names = [name for name in given.split(",") if name]
+    elif not routes:
+        return None
     else:
         groups = ("general", "platform", "io_processor", "stat_logger")
         names = [entry.name for group in groups for entry in entry_points(group=f"vllm.{group}_plugins")]
     return ",".join(dict.fromkeys([*names, PLUGIN]))
 
 
-def become_vllm_serve(arguments: Sequence[str]) -> NoReturn:
-    """Replace this process by ``vllm serve``, so that signals and the exit status are its own."""
-    environment = {**os.environ, "VLLM_PLUGINS": plugin_list(os.environ)}
+def become_vllm_serve(arguments: Sequence[str], *, routes: bool) -> NoReturn:
+    """Replace this process by ``vllm serve``, so that signals and the exit status are its own.
+
+    Args:
+        arguments: What follows ``vllm serve``.
+        routes: Whether the server is to have the drafter's route.
+    """
+    environment = dict(os.environ)
+    plugins = plugin_list(os.environ, routes=routes)
+    if plugins is not None:
+        environment["VLLM_PLUGINS"] = plugins
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     sys.stdout.flush()
     sys.stderr.flush()

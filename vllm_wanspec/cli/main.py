@@ -14,7 +14,7 @@ from vllm_wanspec.errors import WanspecError
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(demo)
 app.command(context_settings=PASS_ON)(drafter)
 app.command(context_settings=PASS_ON)(serve)

@@ -7,10 +7,9 @@ from typing import Annotated
 import typer
 
 from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
-from vllm_wanspec.config import load_settings
+from vllm_wanspec.config import PROPOSER, load_settings
 from vllm_wanspec.errors import ConfigError
 
-PROPOSER = "vllm_wanspec.RemoteProposer"
 TAKEN = ("--speculative-config", "--speculative_config", "-sc", "--additional-config", "--additional_config")
 
 
@@ -24,9 +23,9 @@ def serve(
 ) -> None:
     """Serve a target that takes remote drafts: `vllm serve` with our flags; any other `vllm serve` flag may follow."""
     require_vllm()
-    for argument in context.args:
-        if argument.split("=")[0] in TAKEN:
-            raise ConfigError(f"{argument.split('=')[0]} is set by `wanspec serve`; to give it yourself, use `vllm serve`")
+    for flag in (argument.split("=")[0] for argument in context.args):
+        if flag in TAKEN:
+            raise ConfigError(f"{flag} is set by `wanspec serve`; to give it yourself, use `vllm serve`")
     load_settings(wanspec)
     speculative = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": speculative_tokens}
     become_vllm_serve(
@@ -37,5 +36,6 @@ def serve(
             "--additional-config",
             json.dumps({"wanspec": str(wanspec.resolve())}),
             *context.args,
-        ]
+        ],
+        routes=False,
     )

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from vllm_wanspec.config import load_settings, settings_path
+from vllm_wanspec.config import PROPOSER, load_settings, settings_path
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
-PROPOSER = "vllm_wanspec.RemoteProposer"
 SUPPORTED = "0.26 to 0.33"
 NO_DRAFTER_LIMIT = 2**31 - 1
 
@@ -106,6 +105,13 @@ def check(vllm_config: Any) -> None:
             f"vLLM {_vllm_version()} has another GPUModelRunner._update_states than remote drafting wraps; "
             f"use vLLM {SUPPORTED}"
         )
+    names = inspect.unwrap(runner.__init__).__code__.co_names
+    for name in ("effective_drafter_max_model_len", "_draft_token_ids", "drafter"):
+        if name not in names:
+            raise UnsupportedError(
+                f"vLLM {_vllm_version()} has no GPUModelRunner.{name}, which remote drafting uses; "
+                f"use vLLM {SUPPORTED}"
+            )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
         raise UnsupportedError(
@@ -138,7 +144,7 @@ def repair_cpu_expand() -> bool:
         return False
     if not hasattr(module, "_expand_kernel_impl") or not expand_is_faulty(module._expand_kernel_impl):
         return False
-    module._expand_kernel_impl = _expand
+    setattr(module, "_expand_kernel_impl", _expand)  # noqa: B010 - not an attribute that mypy sees
     return True
 
 

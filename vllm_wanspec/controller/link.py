@@ -174,7 +174,8 @@ class DrafterLink:
             raise _Trouble(f"does not greet within {GREETING_TIMEOUT_S:.0f} s") from error
         answer = messages[0] if len(messages) == 1 else None
         if isinstance(answer, Refuse):
-            right = "serve a draft model with the target's tokenizer" if answer.code == "vocabulary" else "match versions"
+            wrong_vocabulary = answer.code == "vocabulary"
+            right = "serve a draft model with the target's tokenizer" if wrong_vocabulary else "match the versions"
             raise _Trouble(f"refuses us ({answer.code}: {answer.reason}); {right}", refused=True)
         if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
             raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")

@@ -9,20 +9,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from math import inf
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.core.controller import ControllerSession, Counters
 from vllm_wanspec.core.estimates import Smoothed
 from vllm_wanspec.core.expansion import lookahead_tokens
-from vllm_wanspec.core.messages import Message, Nodes, Reject
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Message, Nodes, Reject
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.pool")
 
 ASSUMED_STEP_S = 0.030
-LONGEST_STEP_S = 2.0
 
 
 class LiveSession:
@@ -71,7 +69,7 @@ class DraftPool:
         self.links = [DrafterLink(e, fingerprint, self, rng) for e in settings.draft_endpoints]
         self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
         self._thread = LinkThread(self.links)
-        self._last_step_s = -inf
+        self._began_s: float | None = None
 
     def start(self) -> None:
         """Connect to the drafters."""
@@ -82,6 +80,10 @@ class DraftPool:
         self._thread.stop()
 
     # What the model runner's thread calls.
+
+    def step_begins(self) -> None:
+        """The target begins a step; `step` ends it, and the time between is the step time t_v."""
+        self._began_s = self._clock()
 
     def begin(self, finished: Sequence[str], new: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Close finished requests' sessions, then open those of ``new`` (request id, context token ids).
@@ -107,9 +109,9 @@ class DraftPool:
             Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
         now = self._clock()
-        if now - self._last_step_s < LONGEST_STEP_S:
-            self.step_s.add(now - self._last_step_s)
-        self._last_step_s = now
+        if self._began_s is not None:
+            self.step_s.add(now - self._began_s)
+            self._began_s = None
         drafts: list[list[int]] = []
         with self._arrived:
             for request, tokens in rows:
@@ -193,9 +195,7 @@ class DraftPool:
 
     def _add(self, request: str, context: Sequence[int]) -> None:
         tree = self._settings.tree
-        core = ControllerSession(
-            context, self.counters, max_nodes=tree.max_nodes, alternatives=tree.max_branches
-        )
+        core = ControllerSession(context, self.counters, max_nodes=tree.max_nodes, alternatives=tree.max_branches)
         live = self._sessions[request] = LiveSession(core)
         self._open(live)
 
@@ -210,7 +210,9 @@ class DraftPool:
         ready = [
             (link.rtt_s * (1 + len(self._by_link[link])), link, link.welcome)
             for link in self.links
-            if link.welcome is not None and len(self._by_link[link]) < link.welcome.max_sessions
+            if link.welcome is not None
+            and len(self._by_link[link]) < link.welcome.max_sessions
+            and live.core.length <= min(link.welcome.max_context, MAX_CONTEXT_TOKENS)
         ]
         if not ready:
             return
@@ -220,14 +222,12 @@ class DraftPool:
             number,
             vocab_size=min(self._vocab_size, welcome.vocab_size),
             max_nodes=welcome.max_nodes,
-            max_context=welcome.max_context,
             lookahead=self._lookahead(link),
         )
-        if message is not None:
-            link.next_number += 1
-            live.link, live.number = link, number
-            self._by_link[link][number] = live
-            link.send(message)
+        link.next_number += 1
+        live.link, live.number = link, number
+        self._by_link[link][number] = live
+        link.send(message)
 
     def _lookahead(self, link: DrafterLink) -> int:
         configured = self._settings.tree.lookahead_tokens

@@ -63,7 +63,10 @@ class RemoteProposer:
             wanted = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
             self._scheduled_limit = self._limit if wanted is None else min(self._limit, wanted)
             new = [(r.req_id, r.prompt_token_ids) for r in scheduler_output.scheduled_new_reqs if _wants_drafts(r)]
-            if self.pool is not None and (new or scheduler_output.finished_req_ids):
+            if self.pool is None:
+                return
+            self.pool.step_begins()
+            if new or scheduler_output.finished_req_ids:
                 self.pool.begin(list(scheduler_output.finished_req_ids), new)
         except Exception as error:
             self._fail(error)

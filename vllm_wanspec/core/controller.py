@@ -7,7 +7,7 @@ drafts for the target. It outlives links: without one it only keeps the context,
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Commit, Nodes, Open, Reject
+from vllm_wanspec.core.messages import Close, Commit, Nodes, Open, Reject
 from vllm_wanspec.core.tree import DraftTree
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -91,15 +91,15 @@ class ControllerSession:
         """Whether `open` may be called: there is no link, and no reject that still holds at ``now`` (seconds)."""
         return self._number is None and self._reopen_at is not None and now >= self._reopen_at
 
-    def open(self, number: int, *, vocab_size: int, max_nodes: int, max_context: int, lookahead: int) -> Open | None:
-        """Begin a session numbered ``number`` on a link, with the limits that its drafter gave.
+    def open(self, number: int, *, vocab_size: int, max_nodes: int, lookahead: int) -> Open:
+        """Begin a session numbered ``number`` on a link; the message to send.
 
-        Returns:
-            The message to send; None when this context can never be served there: it is too long.
+        Args:
+            number: Not used before on the link.
+            vocab_size: Ids that both sides' tokenizers have are below this.
+            max_nodes: The drafter's budget of nodes per session.
+            lookahead: Tokens to draft beyond the last commit.
         """
-        if len(self._context) > min(MAX_CONTEXT_TOKENS, max_context):
-            self._reopen_at = None
-            return None
         budget = min(self._max_nodes, max_nodes)
         self._number = number
         self._tree = DraftTree(len(self._context), vocab_size=vocab_size, max_nodes=budget)

@@ -106,7 +106,7 @@ class DrafterSession:
         echoes = self._echoes()
         self._tree.append(echoes)
         actions: list[Action] = []
-        if self._running is not None and self._tip not in self._tree:
+        if self._tip is not None and self._tip not in self._tree:
             actions += self._stop()
         if echoes:
             actions.append(self._nodes(echoes))

@@ -125,7 +125,8 @@ class Pong:
 
 REJECT_CODES = frozenset({"unknown", "overloaded", "too_long", "vocabulary", "gap", "engine"})
 """``unknown``: no such session; ``overloaded``: too many sessions; ``too_long``: context over the draft model's
-maximum; ``vocabulary``: the context has a token that the draft model lacks; ``gap``: a commit began after the known context; ``engine``: the draft engine failed."""
+maximum; ``vocabulary``: the context has a token that the draft model lacks; ``gap``: a commit began after the known
+context; ``engine``: the draft engine failed."""
 
 Message = Hello | Welcome | Refuse | Open | Commit | Nodes | Close | Reject | Ping | Pong
 
