@@ -21,7 +21,7 @@ from rich.console import Console
 
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.client import ClientError, Completion, CompletionClient, first_difference
-from vllm_wanspec.bench.demo_report import Arm, DemoResult, Divergence, overrun_shares, print_report, write_json
+from vllm_wanspec.bench.demo_report import Arm, DemoResult, Divergence, Paced, print_report, read_paced, write_json
 from vllm_wanspec.bench.demo_setup import (
     DRAFTER_NAME,
     MODEL_NAME,
@@ -34,6 +34,7 @@ from vllm_wanspec.bench.demo_setup import (
     plan_servers,
 )
 from vllm_wanspec.bench.demo_view import ArmView, starting
+from vllm_wanspec.bench.pacing import STATS_INTERVAL_S
 from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, free_ports
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
@@ -43,6 +44,8 @@ START_DEADLINE_S = 300.0
 LINK_DEADLINE_S = 60.0
 LINK_POLL_S = 0.2
 METRICS_TIMEOUT_S = 5.0
+DYING_S = 3.0
+SETTLE_S = STATS_INTERVAL_S + 0.25
 WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
 WARM_UP_TOKENS = 32
 COUNTERS = tuple(
@@ -78,17 +81,7 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
         with ServerGroup(folder) as group:
             measurement = _start_and_measure(group, plan, options, prompts, console)
             console.print("stopping the servers", style="dim")
-        # Only now: a server writes its last counts when it stops.
-        overruns = overrun_shares(plan.stats)
-    result = DemoResult(
-        options=options,
-        plain=Arm(tuple(measurement.plain)),
-        wanspec=Arm(tuple(measurement.wanspec)),
-        counters=measurement.counters,
-        divergences=measurement.divergences,
-        overruns=overruns,
-        seconds=time.monotonic() - began_s,
-    )
+    result = measurement.result(time.monotonic() - began_s)
     print_report(result, console)
     if options.json_path is not None:
         write_json(result, options.json_path)
@@ -105,7 +98,8 @@ def _start_and_measure(
     try:
         asyncio.run(measurement.run(servers[plan.plain], servers[plan.wanspec]))
     except ClientError:
-        group.check_alive()  # a dead server explains a failed request better than the request does
+        # A dying server explains a failed request better than the request does.
+        group.check_alive(within_s=DYING_S)
         raise
     group.check_alive()
     return measurement
@@ -129,6 +123,7 @@ class Measurement:
         self.plain: list[Completion] = []
         self.wanspec: list[Completion] = []
         self.counters: dict[str, float] = {}
+        self.paced: dict[str, Paced] = {}
         self.divergences: list[Divergence] = []
 
     async def run(self, plain: Server, wanspec: Server) -> None:
@@ -144,12 +139,27 @@ class Measurement:
             wanspec_client = CompletionClient(http, wanspec.url, MODEL_NAME)
             for client in (plain_client, wanspec_client):
                 await client.complete(WARM_UP.text, WARM_UP_TOKENS)
+            before_paced = await self._read_paced()
             await self._run_arm("plain vLLM", plain_client, self.plain)
             before = await read_counters(http, self._plan.metrics_url)
             await self._run_arm("WANSpec", wanspec_client, self.wanspec)
             after = await read_counters(http, self._plan.metrics_url)
             self.counters = {name: after[name] - before[name] for name in COUNTERS}
+            after_paced = await self._read_paced()
+            self.paced = {name: now.since(before_paced[name]) for name, now in after_paced.items()}
             await self._compare(plain_client)
+
+    def result(self, seconds: float) -> DemoResult:
+        """Return the results of a run that took some seconds in all."""
+        return DemoResult(
+            options=self._options,
+            plain=Arm(tuple(self.plain)),
+            wanspec=Arm(tuple(self.wanspec)),
+            counters=self.counters,
+            divergences=self.divergences,
+            paced=self.paced,
+            seconds=seconds,
+        )
 
     async def _run_arm(self, title: str, client: CompletionClient, results: list[Completion]) -> None:
         options = self._options
@@ -167,6 +177,11 @@ class Measurement:
         same = first_difference(plain.token_ids, self.wanspec[-1].token_ids) is None
         pace = f" (plain {plain.tpot_ms:.1f})" if plain.tpot_ms is not None else ""
         return f"{pace}, {'identical' if same else 'different'}"
+
+    async def _read_paced(self) -> dict[str, Paced]:
+        """Return the pacing counts, once the servers have written down their last forwards."""
+        await asyncio.sleep(SETTLE_S)
+        return read_paced(self._plan.stats)
 
     async def _compare(self, plain_client: CompletionClient) -> None:
         for prompt, plain, other in zip(self._prompts, self.plain, self.wanspec, strict=True):

@@ -19,7 +19,7 @@ from vllm_wanspec.bench.client import Completion
 from vllm_wanspec.bench.demo_setup import DemoOptions, Prompt
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["MAX_OVERRUN_SHARE", "Arm", "DemoResult", "Divergence", "overrun_shares", "print_report", "write_json"]
+__all__ = ["MAX_OVERRUN_SHARE", "Arm", "DemoResult", "Divergence", "Paced", "print_report", "read_paced", "write_json"]
 
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
@@ -38,9 +38,32 @@ class Arm:
         return statistics.median(times) if times else None
 
     @property
+    def mean_tpot_ms(self) -> float | None:
+        """Mean over prompts of the time per token, milliseconds; None if none had two tokens."""
+        times = [done.tpot_ms for done in self.completions if done.tpot_ms is not None]
+        return statistics.fmean(times) if times else None
+
+    @property
     def ttft_ms(self) -> float:
         """Median over prompts of the time to the first token, milliseconds."""
         return statistics.median(done.ttft_ms for done in self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """Paced forwards of one server, and how many of them took longer than their pace."""
+
+    steps: int
+    overruns: int
+
+    def since(self, earlier: Paced) -> Paced:
+        """Return what came after an earlier count."""
+        return Paced(self.steps - earlier.steps, self.overruns - earlier.overruns)
+
+    @property
+    def share(self) -> float:
+        """Overruns per forward; 0 without any."""
+        return self.overruns / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +99,7 @@ class DemoResult:
         wanspec: WANSpec's completions.
         counters: Controller counters (``wanspec_hits_total`` …): increase during the WANSpec arm.
         divergences: Prompts whose outputs differ.
-        overruns: Share of paced forwards, per server, whose real work exceeded the pace.
+        paced: Forwards that each server paced during the two arms.
         seconds: Duration of the whole run.
     """
 
@@ -85,7 +108,7 @@ class DemoResult:
     wanspec: Arm
     counters: Mapping[str, float]
     divergences: Sequence[Divergence]
-    overruns: Mapping[str, float]
+    paced: Mapping[str, Paced]
     seconds: float
 
     @property
@@ -103,6 +126,12 @@ class DemoResult:
         """WANSpec's time per token divided by plain vLLM's (of the medians)."""
         plain, wanspec = self.plain.tpot_ms, self.wanspec.tpot_ms
         return wanspec / plain if plain and wanspec is not None else None
+
+    @property
+    def plain_overhead_ms(self) -> float | None:
+        """Milliseconds that a plain step takes on top of its pace: vLLM's own work, and a busy machine's delays."""
+        plain = self.plain.tpot_ms
+        return None if plain is None else plain - self.options.target_pace.step_ms(1)
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -125,23 +154,17 @@ class DemoResult:
                 "target_ms_per_token": options.target_pace.per_token_ms,
                 "draft_ms_per_token": options.draft_pace.per_token_ms,
             },
-            "arms": {
-                "none": {"tpot_ms": _rounded(self.plain.tpot_ms), "ttft_ms": _rounded(self.plain.ttft_ms)},
-                "wanspec": {
-                    "tpot_ms": _rounded(self.wanspec.tpot_ms),
-                    "ttft_ms": _rounded(self.wanspec.ttft_ms),
-                    "tokens_per_step": _rounded(self.tokens_per_step),
-                    "hits": self.count("hits"),
-                    "misses": self.count("misses"),
-                    "late": self.count("late_nodes"),
-                    "local_draft_passes": self.count("local_draft_passes"),
-                },
-            },
+            "arms": self._arms_json(),
             "identical": self.identical,
             "ratio": _rounded(self.ratio),
+            "plain_overhead_ms": _rounded(self.plain_overhead_ms),
             "ties": self.ties,
             "divergences": [str(found) for found in self.divergences],
-            "overruns": {name: _rounded(share) for name, share in self.overruns.items()},
+            "overruns": {name: _rounded(paced.share) for name, paced in self.paced.items()},
+            "per_prompt": [
+                {"none_tpot_ms": _rounded(plain.tpot_ms), "wanspec_tpot_ms": _rounded(wanspec.tpot_ms)}
+                for plain, wanspec in zip(self.plain.completions, self.wanspec.completions, strict=True)
+            ],
             "prompts": options.prompts,
             "max_tokens": options.max_tokens,
             "speculative_tokens": options.speculative_tokens,
@@ -149,6 +172,20 @@ class DemoResult:
             "machine": machine.describe(),
             "versions": machine.versions(),
             "command": shlex.join(["wanspec", *sys.argv[1:]]),
+        }
+
+    def _arms_json(self) -> dict[str, Any]:
+        return {
+            "none": {"tpot_ms": _rounded(self.plain.tpot_ms), "ttft_ms": _rounded(self.plain.ttft_ms)},
+            "wanspec": {
+                "tpot_ms": _rounded(self.wanspec.tpot_ms),
+                "ttft_ms": _rounded(self.wanspec.ttft_ms),
+                "tokens_per_step": _rounded(self.tokens_per_step),
+                "hits": self.count("hits"),
+                "misses": self.count("misses"),
+                "late": self.count("late_nodes"),
+                "local_draft_passes": self.count("local_draft_passes"),
+            },
         }
 
 
@@ -168,8 +205,8 @@ def write_json(result: DemoResult, path: Path) -> None:
         raise WanspecError(f"--json: cannot write {path}: {error.strerror}") from error
 
 
-def overrun_shares(stats: Mapping[str, Path]) -> dict[str, float]:
-    """Return the share of overruns per server.
+def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
+    """Return what each server has paced so far.
 
     Args:
         stats: Pacing statistics file per server.
@@ -177,15 +214,15 @@ def overrun_shares(stats: Mapping[str, Path]) -> dict[str, float]:
     Raises:
         WanspecError: A server paced nothing, so that its figures mean nothing.
     """
-    shares = {}
+    found = {}
     for name, path in stats.items():
         try:
             counts = json.loads(path.read_text("utf-8"))
-            shares[name] = counts["overruns"] / counts["steps"]
-        except (OSError, ValueError, KeyError, ZeroDivisionError) as error:
+            found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
+        except (OSError, ValueError, KeyError) as error:
             reason = "its vLLM did not load our general plugin; is vllm-wanspec installed beside it?"
             raise WanspecError(f"{name}: no model forward was paced: {reason}") from error
-    return shares
+    return found
 
 
 def print_report(result: DemoResult, console: Console) -> None:
@@ -198,15 +235,16 @@ def print_report(result: DemoResult, console: Console) -> None:
     )
     packages = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
     console.print(f"{machine.describe()}; {packages}. The run took {result.seconds:.0f} s.", style="dim")
-    shares = ", ".join(f"{name} {share:.2%}" for name, share in result.overruns.items())
-    console.print(f"Forwards slower than their pace: {shares}.", style="dim")
+    shares = ", ".join(f"{name} {paced.share:.2%} of {paced.steps}" for name, paced in result.paced.items())
+    overhead = f"A plain step takes {_ms(result.plain_overhead_ms)} on top of its pace"
+    console.print(f"{overhead}; forwards slower than their pace: {shares}.", style="dim")
     _print_warnings(result, console)
 
 
 def _print_warnings(result: DemoResult, console: Console) -> None:
-    for name, share in result.overruns.items():
-        if share > MAX_OVERRUN_SHARE:
-            problem = f"{share:.1%} of the {name} server's forwards took longer than their pace"
+    for name, paced in result.paced.items():
+        if paced.share > MAX_OVERRUN_SHARE:
+            problem = f"{paced.share:.1%} of the {name} server's forwards took longer than their pace"
             advice = "this machine is too slow or too busy for these figures"
             console.print(f"warning: {problem}: {advice}.", style="yellow")
     if not result.count("hits"):
@@ -226,6 +264,7 @@ def _table(result: DemoResult) -> Table:
     table.add_column("WANSpec", justify="right")
     ratio = "" if result.ratio is None else f" ({result.ratio:.2f} of plain)"
     table.add_row("time per token, median", _ms(result.plain.tpot_ms), f"[bold]{_ms(result.wanspec.tpot_ms)}[/]{ratio}")
+    table.add_row("time per token, mean", _ms(result.plain.mean_tpot_ms), _ms(result.wanspec.mean_tpot_ms))
     table.add_row("time to first token, median", _ms(result.plain.ttft_ms), _ms(result.wanspec.ttft_ms))
     per_step = result.tokens_per_step
     table.add_row("tokens per step", "1", "?" if per_step is None else f"{per_step:.2f}")

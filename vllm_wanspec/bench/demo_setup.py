@@ -161,6 +161,8 @@ def plan_servers(options: DemoOptions, models: DemoModels, ports: Sequence[int],
     yaml_path = folder / "wanspec.yaml"
     yaml_path.write_text(_config_text(wan_port, metrics_port), "utf-8")
     stats = {name: folder / f"{name}.pacing.json" for name in ("drafter", "plain", "wanspec")}
+    for path in stats.values():
+        path.unlink(missing_ok=True)  # a former run's, where the folder was given
     common = ["--host", HOST, *machine.server_flags()]
     named = ["--served-model-name", MODEL_NAME, *common]
     plain_argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models.target)]

@@ -123,23 +123,24 @@ class ArmView:
     def _render(self) -> RenderableType:
         if self._prompt is None:
             return self._progress
-        return Group(self._progress, Panel(python_text(self._prompt.text, self._text)))
+        return Group(self._progress, Panel(python_text(self._prompt.text, self._text, keep_end=True)))
 
 
-def python_text(prompt: str, continuation: str, lines: int = TEXT_LINES) -> Text:
+def python_text(prompt: str, continuation: str, lines: int = TEXT_LINES, keep_end: bool = False) -> Text:
     """Return Python source as coloured text: the prompt's last lines dimmed, then the continuation.
 
     Args:
         prompt: What was sent.
         continuation: What came back so far.
-        lines: Longest result in lines; longer continuations are cut, and a last line says so.
+        lines: Longest result in lines.
+        keep_end: Drop lines at the top of a longer text; else at its end, and a last line says so.
     """
     tail = "\n".join(prompt.splitlines()[-PROMPT_TAIL_LINES:]) + ("\n" if prompt.endswith("\n") else "")
-    room = max(1, lines - tail.count("\n"))
-    shown = continuation.split("\n")
-    if len(shown) > room:
-        shown = [*shown[: room - 1], f"… {len(shown) - room + 1} more lines"]
-    text = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(tail + "\n".join(shown))
+    text = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(tail + continuation)
     text.stylize("dim", 0, len(tail))
     text.rstrip()
-    return text
+    rows = text.split("\n")
+    if len(rows) <= lines:
+        return text
+    kept = rows[-lines:] if keep_end else [*rows[: lines - 1], Text(f"… {len(rows) - lines + 1} more lines", "dim")]
+    return Text("\n").join(kept)

@@ -15,6 +15,7 @@ import importlib
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,16 @@ from typing import Any
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
-__all__ = ["PACING_ENV", "STATS_ENV", "Pacer", "Pacing", "PacingStats", "install", "install_from_env"]
+__all__ = [
+    "PACING_ENV",
+    "STATS_ENV",
+    "STATS_INTERVAL_S",
+    "Pacer",
+    "Pacing",
+    "PacingStats",
+    "install",
+    "install_from_env",
+]
 
 PACING_ENV = "WANSPEC_PACING"
 STATS_ENV = "WANSPEC_PACING_STATS"
@@ -112,6 +122,7 @@ class Pacer:
     Args:
         pacing: The pace.
         stats_path: File that receives the counts as JSON; None writes nothing.
+        stats_interval_s: Seconds between writes, which a thread does, never a forward.
         clock: Monotonic seconds.
         sleep: Sleeps for that many seconds.
     """
@@ -120,6 +131,7 @@ class Pacer:
         self,
         pacing: Pacing,
         stats_path: Path | None = None,
+        stats_interval_s: float = STATS_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -128,7 +140,8 @@ class Pacer:
         self._stats_path = stats_path
         self._clock = clock
         self._sleep = sleep
-        self._written_at_s = float("-inf")
+        self._stats_interval_s = stats_interval_s
+        self._written_steps = 0
 
     def run(self, forward: Callable[[], Any], tokens: int) -> Any:
         """Call ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
@@ -142,30 +155,34 @@ class Pacer:
         return result
 
     def _count(self, pace_ms: float, work_ms: float) -> None:
-        if self.stats.steps == 0:
-            self._write_at_exit()
+        if self.stats.steps == 0 and self._stats_path is not None:
+            self._start_writing()
         self.stats.steps += 1
         self.stats.overruns += work_ms > pace_ms
         self.stats.paced_ms_total += pace_ms
         self.stats.work_ms_total += work_ms
-        now_s = self._clock()
-        if now_s - self._written_at_s >= STATS_INTERVAL_S:
-            self._written_at_s = now_s
-            self.write_stats()
 
-    def _write_at_exit(self) -> None:
-        """Register the last write; only now, because a fork after installation forgets exit functions."""
+    def _start_writing(self) -> None:
+        """Write from now on; not earlier, because a fork after installation forgets threads and exit functions."""
+        threading.Thread(target=self._keep_writing, name="wanspec-pacing-stats", daemon=True).start()
         atexit.register(self.write_stats)
         # vLLM's engine process is a multiprocessing child, where atexit functions may not run.
         multiprocessing_util.Finalize(None, self.write_stats, exitpriority=10)
+
+    def _keep_writing(self) -> None:
+        while self._stats_path is not None:
+            time.sleep(self._stats_interval_s)
+            if self.stats.steps != self._written_steps:
+                self.write_stats()
 
     def write_stats(self) -> None:
         """Write the counts atomically; a process that paced nothing leaves the file alone."""
         path = self._stats_path
         if path is None or not self.stats.steps:
             return
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
+            self._written_steps = self.stats.steps
             scratch.write_text(json.dumps(self.stats.as_json()), "utf-8")
             scratch.replace(path)
         except OSError as error:

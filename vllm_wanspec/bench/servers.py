@@ -251,10 +251,15 @@ class ServerGroup:
             if waiting:
                 time.sleep(POLL_S)
 
-    def check_alive(self) -> None:
-        """Raise ServerError if any server has ended."""
-        for server in self.servers:
-            server.check_alive()
+    def check_alive(self, within_s: float = 0.0) -> None:
+        """Raise ServerError if any server has ended, or does so within some seconds."""
+        deadline_s = time.monotonic() + within_s
+        while True:
+            for server in self.servers:
+                server.check_alive()
+            if time.monotonic() >= deadline_s:
+                return
+            time.sleep(POLL_S)
 
     def stop_all(self) -> None:
         """Stop every server: SIGTERM to its group, SIGKILL to what is left after the grace time."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -46,19 +48,19 @@ def demo(
     Exit status: 0 when both give the same output, 1 when not or when something failed, 2 when this
     machine lacks something, 130 after Ctrl-C.
     """
-    try:
-        options = DemoOptions(
-            rtt_ms=rtt_ms,
-            prompts=prompts,
-            max_tokens=max_tokens,
-            speculative_tokens=speculative_tokens,
-            models=models,
-            target_pace=Pacing.parse(target_pace, "--target-pace"),
-            draft_pace=Pacing.parse(draft_pace, "--draft-pace"),
-            json_path=json_file,
-            log_dir=logs,
-        )
+    with _one_line_errors():
+        paces = Pacing.parse(target_pace, "--target-pace"), Pacing.parse(draft_pace, "--draft-pace")
+        options = DemoOptions(rtt_ms, prompts, max_tokens, speculative_tokens, models, *paces, json_file, logs)
         identical = run_demo(options, Console())
+    if not identical:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn whatever ends the demo into one line and an exit status."""
+    try:
+        yield
     except (ConfigError, UnsupportedError) as error:
         raise _failed(str(error), 2) from None
     except WanspecError as error:
@@ -67,8 +69,6 @@ def demo(
         raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
     except Exception as error:  # a bug of ours, but the user still gets one line
         raise _failed(f"unexpected {type(error).__name__}: {error}", 1) from error
-    if not identical:
-        raise typer.Exit(1)
 
 
 def _failed(message: str, status: int) -> typer.Exit:

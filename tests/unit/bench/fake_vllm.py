@@ -1,0 +1,106 @@
+"""A stand-in for the demo's servers, run as a process: /health, /v1/completions and /metrics.
+
+The n-th generated token of a prompt depends on the prompt alone, so two of these agree, except that
+one started with ``--differ-at N`` gives another N-th token.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+TOKENS_PER_CHUNK = 2
+
+
+def prompt_ids(prompt: str | list[int]) -> list[int]:
+    """Token ids of a prompt: a text's bytes."""
+    return list(prompt.encode()) if isinstance(prompt, str) else prompt
+
+
+def generate(ids: list[int], count: int, differ_at: int | None) -> Iterator[int]:
+    """The tokens after a prompt."""
+    for position in range(count):
+        yield (sum(ids) + 7 * position) % 26 + 97 + (position == differ_at)
+
+
+def write_stats(path: str, steps: int) -> None:
+    """Write a pacing statistics file atomically."""
+    scratch = Path(path + ".tmp")
+    scratch.write_text(json.dumps({"steps": steps, "overruns": 0}))
+    scratch.replace(path)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers every path that the demo asks for."""
+
+    options: argparse.Namespace
+    steps = 0
+
+    def do_GET(self) -> None:
+        """/health, and the controller's counters."""
+        body = b""
+        if self.path == "/metrics":
+            text = f'wanspec_drafter_up{{drafter="demo"}} 1.0\nwanspec_steps_total {Handler.steps}\n'
+            text += f"wanspec_committed_tokens_total {Handler.steps * TOKENS_PER_CHUNK}\n"
+            body = (text + f"wanspec_hits_total {Handler.steps}\n").encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        """/v1/completions."""
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids = prompt_ids(request["prompt"])
+        if self.options.fail_after is not None and Handler.steps > self.options.fail_after:
+            print("the engine died", flush=True)
+            sys.stdout.flush()
+            self.server.shutdown()
+            return
+        self.send_response(200)
+        self.end_headers()
+        if request.get("stream"):
+            self.stream(ids, request["max_tokens"])
+        else:
+            top = {f"token_id:{token}": -0.7 - self.options.gap * (token % 2) for token in range(97, 124)}
+            self.wfile.write(json.dumps({"choices": [{"logprobs": {"top_logprobs": [top]}}]}).encode())
+
+    def stream(self, ids: list[int], count: int) -> None:
+        """Send tokens two at a time."""
+        tokens = list(generate(ids, count, self.options.differ_at))
+        for start in range(0, count, TOKENS_PER_CHUNK):
+            Handler.steps += 1
+            part = tokens[start : start + TOKENS_PER_CHUNK]
+            choice: dict[str, Any] = {"text": "".join(map(chr, part)), "token_ids": part}
+            if start == 0:
+                choice["prompt_token_ids"] = ids
+            self.wfile.write(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n")
+        write_stats(self.options.stats, Handler.steps)
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def log_message(self, *unused: object) -> None:
+        """Say nothing."""
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--metrics-port", type=int)
+    parser.add_argument("--stats", required=True)
+    parser.add_argument("--differ-at", type=int)
+    parser.add_argument("--gap", type=float, default=0.0)
+    parser.add_argument("--fail-after", type=int)
+    Handler.options = parser.parse_args()
+    if Handler.options.metrics_port:
+        metrics = ThreadingHTTPServer(("127.0.0.1", Handler.options.metrics_port), Handler)
+        Thread(target=metrics.serve_forever, daemon=True).start()
+    write_stats(Handler.options.stats, 0)
+    ThreadingHTTPServer(("127.0.0.1", Handler.options.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main()
