@@ -117,7 +117,7 @@ def load_settings(path: str | Path) -> Settings:
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{path}: {_explain(item)}" for item in error.errors())) from error
+        raise ConfigError("; ".join(f"{path}: {_explain(item)}" for item in _innermost(error.errors()))) from error
     _check_names(path, settings)
     return settings
 
@@ -148,6 +148,16 @@ def _check_names(path: str | Path, settings: Settings) -> None:
             endpoint.token()
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+
+def _innermost(errors: list[Any]) -> list[Any]:
+    """Without those of lists and sections that only follow from an error inside them."""
+    places = [tuple(error["loc"]) for error in errors]
+    return [
+        error
+        for error, place in zip(errors, places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
 
 
 def _explain(error: Any) -> str:

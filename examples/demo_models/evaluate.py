@@ -12,17 +12,19 @@ import json
 import math
 import sys
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import data
 import numpy as np
 import torch
 import torch.nn.functional as F
-from modelling import END_ID, greedy, load, parameters, repeat_cut, stored_bytes
+from modelling import END_ID, PAD_ID, greedy, load, parameters, repeat_cut, stored_bytes
 from transformers import LlamaForCausalLM
 
 WINDOW = 512  # tokens per loss window
 REPEAT_SPAN = 16  # tokens
+BATCH = 32  # prompts continued at a time
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)  # nats
 SAMPLES = 4  # continuations kept as text
 
@@ -44,11 +46,14 @@ def loss(model: LlamaForCausalLM, stream: np.ndarray) -> float:
 def continuations(target: LlamaForCausalLM, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """The target's greedy continuation of each prompt, up to an end-of-text token (left out) and uncut otherwise."""
     written = []
-    for number, ids in enumerate(prompts):
-        new = greedy(target, torch.tensor([ids]), new_tokens)[0].tolist()
-        written.append(new[: new.index(END_ID)] if END_ID in new else new)
-        if (number + 1) % 16 == 0:
-            print(f"continued {number + 1}/{len(prompts)} prompts", flush=True)
+    for start in range(0, len(prompts), BATCH):
+        group = prompts[start : start + BATCH]
+        length = max(map(len, group))
+        contexts = torch.tensor([[PAD_ID] * (length - len(ids)) + ids for ids in group])
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in group])
+        for new in greedy(target, contexts, new_tokens, mask).tolist():
+            written.append(new[: new.index(END_ID)] if END_ID in new else new)
+        print(f"continued {len(written)}/{len(prompts)} prompts", flush=True)
     return written
 
 
@@ -81,7 +86,7 @@ def summary(rows: torch.Tensor) -> dict[str, float | int]:
 def by_entropy(rows: torch.Tensor) -> list[dict]:
     """``summary`` of the rows in each bucket of the draft's entropy, with the bucket's share of all positions."""
     buckets = []
-    for low, high in zip(ENTROPY_EDGES, ENTROPY_EDGES[1:], strict=False):
+    for low, high in pairwise(ENTROPY_EDGES):
         inside = rows[(rows[:, 0] >= low) & (rows[:, 0] < high)]
         bounds = {"from_nats": low, "to_nats": None if math.isinf(high) else high}
         buckets.append({**bounds, "share": round(len(inside) / len(rows), 4), **summary(inside)})

@@ -1,6 +1,7 @@
-"""Training of the demo pair: the target on library text, then the draft distilled from the target.
+"""What both trainings share (batches, optimizer, schedule, checkpoints), and the training of the target.
 
-Every batch depends on (seed, step) alone, so a run resumed from a checkpoint sees the batches that an unbroken run sees.
+Every batch depends on (seed, step) alone, so a run resumed from a checkpoint sees the batches that an unbroken
+run sees.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from modelling import END_ID, build, greedy, load, repeat_cut
+from modelling import build
 from transformers import LlamaForCausalLM
 
 CHECKPOINT_EVERY = 100  # steps
@@ -22,40 +23,31 @@ REPORT_EVERY = 25  # steps
 
 
 @dataclass(frozen=True)
-class TargetPlan:
-    """How the target is trained. Lengths are in tokens; the last ``long_steps`` steps use longer windows."""
+class Plan:
+    """What any training needs: number of steps, peak learning rate, steps of warm-up and of decay."""
 
-    steps: int = 3000
-    batch: int = 8
-    length: int = 512
-    long_steps: int = 300
-    long_batch: int = 4
-    long_length: int = 1024
-    rate: float = 1.5e-3
-    warmup: int = 150
-    decay: int = 700
+    steps: int
+    rate: float
+    warmup: int
+    decay: int
 
 
 @dataclass(frozen=True)
-class DraftPlan:
-    """How the draft is distilled: ``texts`` greedy texts of ``length`` tokens first, then ``steps`` steps."""
+class TargetPlan(Plan):
+    """How the target is trained. Lengths are in tokens; the last ``long_steps`` steps use longer windows."""
 
-    texts: int = 1536
-    text_batch: int = 96
-    length: int = 640
-    min_context: int = 32
-    max_context: int = 256
-    steps: int = 1500
-    batch: int = 16
-    greedy_share: float = 0.75
-    repeated_weight: float = 0.1
-    label_weight: float = 0.3
-    rate: float = 3e-3
-    warmup: int = 100
-    decay: int = 500
+    steps: int = 1600
+    rate: float = 1.5e-3
+    warmup: int = 150
+    decay: int = 450
+    batch: int = 8
+    length: int = 512
+    long_steps: int = 100
+    long_batch: int = 4
+    long_length: int = 1024
 
 
-def schedule(step: int, plan: TargetPlan | DraftPlan) -> float:
+def schedule(step: int, plan: Plan) -> float:
     """Share of the peak learning rate at ``step``: linear warm-up, level, then half a cosine over the last steps."""
     left = plan.steps - step
     rise = min(1.0, (step + 1) / plan.warmup)
@@ -80,29 +72,33 @@ def make_optimizer(model: LlamaForCausalLM, rate: float) -> torch.optim.AdamW:
 class Loop:
     """Optimizer steps with a schedule, checkpoints and a progress line."""
 
-    def __init__(self, model: LlamaForCausalLM, plan: TargetPlan | DraftPlan, seed: int, checkpoint: Path) -> None:
+    def __init__(self, model: LlamaForCausalLM, plan: Plan, seed: int, checkpoint: Path) -> None:
         self.model, self.plan, self.checkpoint = model, plan, checkpoint
         self.identity = {**asdict(plan), "seed": seed}
         self.optimizer = make_optimizer(model, plan.rate)
         self.first, self.seconds = 0, 0.0
 
     def resume(self) -> None:
-        """Continue from the checkpoint if it belongs to the same plan and seed.
-
-        Another number of steps is fine while the rate is still level: what was done is then the same in both plans.
-        """
+        """Continue from the checkpoint if an unbroken run of this plan and seed would have been there too."""
         if not self.checkpoint.is_file():
             return
         saved = torch.load(self.checkpoint, weights_only=True)
-        level_until = min(saved["identity"]["steps"], self.plan.steps) - self.plan.decay
-        same = {**saved["identity"], "steps": self.plan.steps} == self.identity
-        if not same or (saved["identity"]["steps"] != self.plan.steps and saved["step"] > level_until):
+        if not self._same_so_far(saved["identity"], saved["step"]):
             print(f"{self.checkpoint} belongs to another plan; starting anew", flush=True)
             return
         self.model.load_state_dict(saved["model"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.first, self.seconds = saved["step"], saved["seconds"]
         print(f"resumed at step {self.first} from {self.checkpoint}", flush=True)
+
+    def _same_so_far(self, other: dict, step: int) -> bool:
+        """Whether the first ``step`` steps are alike under ``other``'s identity: its end may differ, if yet to come."""
+        if other == self.identity:
+            return True
+        end = ("steps", "decay", "long_steps")
+        before_end = [plan["steps"] - max(plan["decay"], plan.get("long_steps", 0)) for plan in (other, self.identity)]
+        alike = all(other.get(key) == value for key, value in self.identity.items() if key not in end)
+        return alike and step <= min(before_end)
 
     def save(self, step: int) -> None:
         """Write the checkpoint after ``step`` steps, replacing the last one in one move."""
@@ -160,91 +156,3 @@ def train_target(stream: np.ndarray, plan: TargetPlan, seed: int, checkpoint: Pa
         return objective_fast(windows(stream, length + 1, count, np.random.default_rng([seed, 1, step])))
 
     return model, Loop(model, plan, seed, checkpoint).run(loss_of, "target")
-
-
-def _line_end_cuts(stream: np.ndarray, newline_first: np.ndarray) -> np.ndarray:
-    """Positions in ``stream`` whose token begins with a newline, i.e. where a line has just ended."""
-    return np.flatnonzero(newline_first[stream])
-
-
-def greedy_texts(
-    target: LlamaForCausalLM, stream: np.ndarray, newline_first: np.ndarray, plan: DraftPlan, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Training contexts with the target's greedy continuations.
-
-    Every other context of a batch ends at the end of a line, the rest anywhere. ``newline_first`` is bool [vocabulary].
-    Returns ids uint16 [texts, length] and weights float32 [texts, length]: the weight of *predicting* that token, 0 in
-    the context's first token, ``repeated_weight`` from where 16 tokens recur, 0 after an end-of-text that the target wrote.
-    """
-    cuts = _line_end_cuts(stream, newline_first)
-    cuts = cuts[cuts > plan.max_context]
-    ids, weights, started = [], [], time.monotonic()
-    for number in range(math.ceil(plan.texts / plan.text_batch)):
-        rng = np.random.default_rng([seed, 2, number])
-        length = int(rng.integers(plan.min_context, plan.max_context + 1))
-        ends = rng.integers(length, len(stream), size=plan.text_batch)
-        ends[::2] = rng.choice(cuts, size=len(ends[::2]))
-        contexts = torch.from_numpy(np.stack([stream[e - length : e] for e in ends]).astype(np.int64))
-        written = greedy(target, contexts, plan.length - length)
-        ids.append(torch.cat([contexts, written], 1).numpy().astype(np.uint16))
-        weights.append(np.stack([_weights(row.tolist(), length, plan) for row in written]))
-        seconds = time.monotonic() - started
-        print(f"greedy texts {(number + 1) * plan.text_batch}/{plan.texts} {seconds:.0f} s", flush=True)
-    return np.concatenate(ids)[: plan.texts], np.concatenate(weights)[: plan.texts]
-
-
-def _weights(written: list[int], context: int, plan: DraftPlan) -> np.ndarray:
-    """Weights float32 [length] of one text: see ``greedy_texts``."""
-    weights = np.ones(plan.length, dtype=np.float32)
-    weights[:context] = 0.25
-    weights[0] = 0.0
-    weights[context + repeat_cut(written) :] = plan.repeated_weight
-    if END_ID in written:
-        weights[context + written.index(END_ID) + 1 :] = 0.0
-    return weights
-
-
-def distil_draft(
-    target_folder: Path, stream: np.ndarray, newline_first: np.ndarray, plan: DraftPlan, seed: int, work: Path, compiled: bool
-) -> tuple:
-    """Distil the draft from the exported target. Returns (model, seconds of text writing, seconds of training)."""
-    store, started = work / "greedy_texts.npz", time.monotonic()
-    texts, weights = greedy_texts(load(target_folder).to(torch.bfloat16), stream, newline_first, plan, seed)
-    target = load(target_folder)
-    work.mkdir(parents=True, exist_ok=True)
-    np.savez(store, texts=texts, weights=weights)
-    writing = time.monotonic() - started
-    model = build("draft", seed + 1)
-    draft_forward = torch.compile(model, dynamic=False) if compiled else model
-    target_forward = torch.compile(target, dynamic=False) if compiled else target
-    from_texts = round(plan.batch * plan.greedy_share)
-
-    def loss_of(step: int) -> torch.Tensor:
-        rng = np.random.default_rng([seed, 3, step])
-        rows = rng.integers(0, len(texts), size=from_texts)
-        library = windows(stream, plan.length, plan.batch - from_texts, rng)
-        ids = torch.cat([torch.from_numpy(texts[rows].astype(np.int64)), library])
-        weight = torch.ones(ids.shape)
-        weight[:from_texts] = torch.from_numpy(weights[rows])
-        with autocast():
-            with torch.no_grad():
-                wanted = target_forward(input_ids=ids[:, :-1], use_cache=False).logits
-            logits = draft_forward(input_ids=ids[:, :-1], use_cache=False).logits
-        return distillation_loss(logits, wanted, ids[:, 1:], weight[:, 1:], plan.label_weight)
-
-    return model, writing, Loop(model, plan, seed, work / "draft.pt").run(loss_of, "draft")
-
-
-def distillation_loss(
-    logits: torch.Tensor, wanted: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, label_weight: float
-) -> torch.Tensor:
-    """Weighted mean of KL(target || draft) + ``label_weight`` x cross-entropy of the next token, in nats.
-
-    ``logits`` and ``wanted`` [batch, length, vocabulary] are the draft's and the target's; ``labels`` and ``weight``
-    [batch, length].
-    """
-    log_draft = F.log_softmax(logits.float(), -1)
-    log_target = F.log_softmax(wanted.float(), -1)
-    divergence = (log_target.exp() * (log_target - log_draft)).sum(-1)
-    surprise = -log_draft.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
-    return ((divergence + label_weight * surprise) * weight).sum() / weight.sum()

@@ -107,18 +107,27 @@ class RoomyLayer(DynamicLayer):
 
 
 @torch.inference_mode()
-def greedy(model: LlamaForCausalLM, contexts: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Continue equally long contexts greedily.
+def greedy(
+    model: LlamaForCausalLM, contexts: torch.Tensor, new_tokens: int, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Continue contexts greedily.
 
-    ``contexts``: int64 [batch, length]. Returns int64 [batch, new_tokens]; decoding runs on past an end-of-text token,
-    so the caller cuts there where that matters.
+    ``contexts``: int64 [batch, length]; ``mask``: int64 [batch, length], 0 where a shorter context is padded on the
+    left (None: all equally long). Returns int64 [batch, new_tokens]; decoding runs on past an end-of-text token, so
+    the caller cuts there where that matters.
     """
     batch, length = contexts.shape
     cache = Cache(layers=[RoomyLayer(length + new_tokens) for _ in range(model.config.num_hidden_layers)])
     out = torch.empty(batch, new_tokens, dtype=torch.long)
-    step = contexts
+    step, extra = contexts, {}
+    if mask is not None:
+        mask = torch.cat([mask, mask.new_ones(batch, new_tokens)], 1)
+        places = (mask.cumsum(1) - 1).clamp(min=0)
     for i in range(new_tokens):
-        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if mask is not None:
+            end = length + i
+            extra = {"attention_mask": mask[:, :end], "position_ids": places[:, end - step.shape[1] : end]}
+        logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra).logits
         out[:, i] = logits[:, -1].argmax(-1)
         step = out[:, i : i + 1]
     return out

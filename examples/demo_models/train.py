@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import data
@@ -73,24 +73,27 @@ def step_target(options: argparse.Namespace) -> None:
     checkpoint = options.out / "work" / "target.pt"
     model, seconds = learning.train_target(stream, plan, options.seed, checkpoint, not options.no_compile)
     modelling.export(model, options.out / "target", options.out / "target")
-    facts = {"plan": plan.__dict__, "seed": options.seed, "seconds": round(seconds)}
+    facts = {"plan": asdict(plan), "seed": options.seed, "seconds": round(seconds)}
     note(options.out, "target", {**facts, "parameters": modelling.parameters(model)})
 
 
 def step_draft(options: argparse.Namespace) -> None:
     """Distil the draft from OUT/target and export it to OUT/draft."""
-    import learning
+    import distilling
     import modelling
 
     stream, tokenizer = training_stream(options.out)
-    plan = plan_from(options, learning.DraftPlan(), "draft")
-    model, writing, seconds = learning.distil_draft(
-        options.out / "target", stream, newline_first(tokenizer), plan, options.seed, options.out / "work",
-        not options.no_compile,
-    )  # fmt: skip
-    modelling.export(model, options.out / "draft", options.out / "target")
-    times = {"writing_seconds": round(writing), "seconds": round(seconds)}
-    facts = {"plan": plan.__dict__, "seed": options.seed, **times, "parameters": modelling.parameters(model)}
+    target, work = options.out / "target", options.out / "work"
+    text_plan = distilling.TextPlan()
+    plan = plan_from(options, distilling.DraftPlan(), "draft")
+    compiled, started = not options.no_compile, time.monotonic()
+    groups = distilling.make_groups(target, stream, newline_first(tokenizer), text_plan, options.seed, work, compiled)
+    preparing = round(time.monotonic() - started)
+    model, seconds = distilling.distil_draft(target, groups, plan, options.seed, work / "draft.pt", compiled)
+    modelling.export(model, options.out / "draft", target)
+    plans = {"text_plan": asdict(text_plan), "plan": asdict(plan), "seed": options.seed}
+    times = {"preparing_seconds": preparing, "seconds": round(seconds)}
+    facts = {**plans, **times, "parameters": modelling.parameters(model)}
     note(options.out, "draft", facts)
 
 
@@ -130,13 +133,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def add_training(command: argparse.ArgumentParser, name: str) -> None:
     """Options of the training steps; without them the committed plan in learning.py holds."""
     command.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
-    command.add_argument("--no-compile", action="store_true", help="train without torch.compile (no C++ compiler needed)")
+    text = "train without torch.compile (needs no C++ compiler)"
+    command.add_argument("--no-compile", action="store_true", help=text)
     if name in ("target", "all"):
         command.add_argument("--target-steps", type=int, help="optimizer steps of the target")
+        command.add_argument("--target-decay", type=int, help="how many of them, at the end, lower the learning rate")
         command.add_argument("--target-long-steps", type=int, help="how many of them, at the end, use long windows")
     if name in ("draft", "all"):
         command.add_argument("--draft-steps", type=int, help="optimizer steps of the draft")
-        command.add_argument("--draft-texts", type=int, help="greedy texts that the target writes for the draft")
+        command.add_argument("--draft-decay", type=int, help="how many of them, at the end, lower the learning rate")
 
 
 def main(arguments: list[str] | None = None) -> int:

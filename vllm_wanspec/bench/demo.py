@@ -50,7 +50,7 @@ WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
 WARM_UP_TOKENS = 32
 COUNTERS = tuple(
     f"wanspec_{name}_total"
-    for name in ("hits", "misses", "late_nodes", "steps", "committed_tokens", "local_draft_passes")
+    for name in ("hits", "misses", "late_drafts", "steps", "committed_tokens", "local_draft_passes")
 )
 
 

@@ -183,7 +183,7 @@ class DemoResult:
                 "tokens_per_step": _rounded(self.tokens_per_step),
                 "hits": self.count("hits"),
                 "misses": self.count("misses"),
-                "late": self.count("late_nodes"),
+                "late": self.count("late_drafts"),
                 "local_draft_passes": self.count("local_draft_passes"),
             },
         }
@@ -270,7 +270,7 @@ def _table(result: DemoResult) -> Table:
     table.add_row("tokens per step", "1", "?" if per_step is None else f"{per_step:.2f}")
     table.add_row("hits (commits that stay in the draft)", "", str(result.count("hits")))
     table.add_row("misses", "", str(result.count("misses")))
-    table.add_row("late draft tokens", "", str(result.count("late_nodes")))
+    table.add_row("late draft tokens", "", str(result.count("late_drafts")))
     table.add_row("draft passes on the target's side", "", str(result.count("local_draft_passes")))
     ties = f", {result.ties} floating-point ties" if result.ties else ""
     verdict = "[green]yes[/]" if result.identical else "[bold red]NO[/]"

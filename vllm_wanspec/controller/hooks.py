@@ -63,6 +63,13 @@ LEDGER = (
         "Replaced by a correct expansion, only where the probe shows the fault.",
         "The probe finds the original correct.",
     ),
+    Wrap(
+        "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_only",
+        "With speculation on, a step in which no request has a draft (a prefill) passes it no rows; on the CPU it then "
+        "takes the maximum of nothing, and one request with top_k ends the engine.",
+        "Wrapped to return no rows for no rows, only where the probe shows the fault.",
+        "The probe finds the original correct.",
+    ),
 )
 
 
@@ -85,6 +92,7 @@ def install_in_engine(vllm_config: Any) -> None:
     """
     check(vllm_config)
     _wrap_update_states()
+    repair_empty_top_k()
 
 
 def check(vllm_config: Any) -> None:
@@ -109,8 +117,7 @@ def check(vllm_config: Any) -> None:
     for name in ("effective_drafter_max_model_len", "_draft_token_ids", "drafter"):
         if name not in names:
             raise UnsupportedError(
-                f"vLLM {_vllm_version()} has no GPUModelRunner.{name}, which remote drafting uses; "
-                f"use vLLM {SUPPORTED}"
+                f"vLLM {_vllm_version()} has no GPUModelRunner.{name}, which remote drafting uses; use vLLM {SUPPORTED}"
             )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     if stages > 1:
@@ -161,6 +168,30 @@ def expand_is_faulty(expand: Any) -> bool:
     except (AttributeError, RuntimeError):
         return True
     return not integers.tolist() == reals.tolist() == [5, 4, 4]
+
+
+def repair_empty_top_k() -> bool:
+    """Keep top-k sampling from raising in steps without drafts; True where it did."""
+    import torch
+
+    try:
+        module = importlib.import_module("vllm.v1.sample.ops.topk_topp_sampler")
+    except ImportError:
+        return False
+    original = getattr(module, "apply_top_k_only", None)
+    if original is None:
+        return False
+    try:
+        original(torch.empty(0, 2), torch.empty(0, dtype=torch.int32))
+    except (IndexError, RuntimeError):
+
+        @functools.wraps(original)
+        def apply_top_k_only(logits: Any, k: Any) -> Any:
+            return original(logits, k) if logits.shape[0] else logits
+
+        module.apply_top_k_only = apply_top_k_only  # type: ignore[attr-defined]
+        return True
+    return False
 
 
 def _wrap_update_states() -> None:

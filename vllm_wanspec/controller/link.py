@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 import aiohttp
@@ -38,6 +39,7 @@ FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 5.0
 REFUSED_BACKOFF_S = 30.0
 GREETING_TIMEOUT_S = 10.0
+CLOSING_TIMEOUT_S = 0.5
 PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
 
@@ -87,7 +89,7 @@ class DrafterLink:
         self._outbox: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
-        self._last_reason = ""
+        self._last_trouble: _Trouble | None = None
 
     @property
     def name(self) -> str:
@@ -117,14 +119,14 @@ class DrafterLink:
                 try:
                     await self._connect(http)
                 except _Trouble as trouble:
-                    refused = trouble.refused
+                    unwanted = trouble.refused or trouble.fault
                     self.faults += trouble.fault
-                    self._log(str(trouble))
+                    self._log(trouble)
                 if self.welcome is not None:
                     backoff_s = FIRST_BACKOFF_S
                     self.welcome = None
                     self._user.link_lost(self)
-                wait_s = REFUSED_BACKOFF_S if refused else backoff_s
+                wait_s = REFUSED_BACKOFF_S if unwanted else backoff_s
                 await asyncio.sleep(wait_s * self._rng.uniform(0.5, 1.0))
                 backoff_s = min(MAX_BACKOFF_S, 2.0 * backoff_s)
 
@@ -141,17 +143,20 @@ class DrafterLink:
             raise self._handshake_trouble(error.status) from error
         except TimeoutError as error:
             raise _Trouble(f"does not answer within {GREETING_TIMEOUT_S:.0f} s; is its address right?") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name or header can be that
             raise _Trouble(f"unreachable ({error}); start `wanspec drafter` there or mend the url") from error
         try:
             await self._greet(socket)
             await self._serve(socket)
         except RemoteProtocolError as error:
-            raise _Trouble(f"broke the protocol ({error}); connection dropped", fault=True) from error
+            reason = f"broke the protocol ({error}); connection dropped; run a `wanspec drafter` of our version there"
+            raise _Trouble(reason, fault=True) from error
         except (aiohttp.ClientError, OSError) as error:
             raise _Trouble(f"connection lost ({error})") from error
         finally:
-            await socket.close()
+            with suppress(TimeoutError):  # a peer that is dead does not shake hands
+                async with asyncio.timeout(CLOSING_TIMEOUT_S):
+                    await socket.close()
 
     def _handshake_trouble(self, status: int) -> _Trouble:
         if status in {401, 403}:
@@ -185,7 +190,8 @@ class DrafterLink:
         self._rtt_s.add(time.monotonic() - began_s)
         self._outbox.clear()
         self.welcome = answer
-        self._last_reason = ""
+        if self._last_trouble is not None and not self._last_trouble.fault:
+            self._last_trouble = None
         logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, answer.model, 1000 * self.rtt_s)
         self._user.link_ready(self)
 
@@ -236,11 +242,11 @@ class DrafterLink:
             raise _Trouble(f"closed the connection ({frame.extra or 'no reason given'})")
         raise RemoteProtocolError(f"sent a WebSocket frame of type {frame.type.name}")
 
-    def _log(self, reason: str) -> None:
+    def _log(self, trouble: _Trouble) -> None:
         """One line per kind of trouble, not one per attempt."""
-        if reason != self._last_reason:
-            logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), reason)
-        self._last_reason = reason
+        if str(trouble) != str(self._last_trouble):
+            logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), trouble)
+        self._last_trouble = trouble
 
     def _who(self) -> tuple[str, str]:
         return self.name, self.endpoint.url

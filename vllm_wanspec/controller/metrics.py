@@ -24,16 +24,19 @@ class PoolCollector(Collector):
         self._pool = pool
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """``wanspec_<counter>_total`` for each counter; per drafter whether it is up, and its round trip."""
+        """``wanspec_<counter>_total`` for each counter; per drafter if it is up, its round trip and its faults."""
         for name, value in self._pool.counters.items():
             yield CounterMetricFamily(f"wanspec_{name}", f"See Counters.{name}.", value=value)
         up = GaugeMetricFamily("wanspec_drafter_up", "Whether the drafter has welcomed us.", labels=["drafter"])
         rtt = GaugeMetricFamily("wanspec_drafter_rtt_seconds", "Smoothed round trip.", labels=["drafter"])
+        faults = CounterMetricFamily(
+            "wanspec_peer_faults", "Connections dropped because the drafter broke the protocol.", labels=["drafter"]
+        )
         for link in self._pool.links:
             up.add_metric([link.name], float(link.welcome is not None))
             rtt.add_metric([link.name], link.rtt_s)
-        yield up
-        yield rtt
+            faults.add_metric([link.name], float(link.faults))
+        yield from (up, rtt, faults)
 
 
 def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:

@@ -208,11 +208,11 @@ class DraftPool:
 
     def _open(self, live: LiveSession) -> None:
         ready = [
-            (link.rtt_s * (1 + len(self._by_link[link])), link, link.welcome)
+            (link.rtt_s * (1 + len(self._by_link[link])), link, welcome)
             for link in self.links
-            if link.welcome is not None
-            and len(self._by_link[link]) < link.welcome.max_sessions
-            and live.core.length <= min(link.welcome.max_context, MAX_CONTEXT_TOKENS)
+            if (welcome := link.welcome) is not None  # read once: the link thread clears it without our lock
+            and len(self._by_link[link]) < welcome.max_sessions
+            and live.core.length <= min(welcome.max_context, MAX_CONTEXT_TOKENS)
         ]
         if not ready:
             return

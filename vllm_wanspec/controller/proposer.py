@@ -12,7 +12,7 @@ from vllm_wanspec.config import load_settings, settings_path
 from vllm_wanspec.controller import hooks
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.messages import vocabulary_fingerprint
+from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
 
 logger = logging.getLogger("vllm.wanspec.proposer")
@@ -126,7 +126,7 @@ class RemoteProposer:
             length = int(lengths[row])
             if not sampled[row] or known is None:
                 rows.append((request, []))
-            elif known < length:
+            elif known < length <= known + MAX_COMMIT_TOKENS:
                 rows.append((request, contexts[row, known:length].tolist()))
             else:
                 pool.begin([request], [(request, contexts[row, :length].tolist())])

@@ -28,11 +28,10 @@ class Counters:
         misses: Commits that left it.
         blind_steps: Commits made while an earlier one was still pending, so that nothing could be predicted.
         added_nodes: Nodes that arrived in time to be live.
-        late_nodes: Drafts that arrived after their position was committed.
+        late_drafts: Positions whose drafts arrived after they were committed.
         stale_nodes: Nodes dropped on arrival because what they hang below is gone.
         opened_sessions: Sessions opened, again after a lost link included.
         rejected_sessions: Rejects received.
-        peer_faults: Connections dropped because the drafter broke the protocol.
         local_draft_passes: Forward passes of a draft model on the target's side.
     """
 
@@ -43,11 +42,10 @@ class Counters:
     misses: int = 0
     blind_steps: int = 0
     added_nodes: int = 0
-    late_nodes: int = 0
+    late_drafts: int = 0
     stale_nodes: int = 0
     opened_sessions: int = 0
     rejected_sessions: int = 0
-    peer_faults: int = 0
     local_draft_passes: int = 0
 
     def items(self) -> list[tuple[str, int]]:
@@ -147,7 +145,7 @@ class ControllerSession:
         appended = tree.append(message.nodes)
         self._counters.added_nodes += appended.added
         self._counters.stale_nodes += appended.stale
-        self._counters.late_nodes += appended.late
+        self._counters.late_drafts += appended.late
 
     def draft(self, limit: int) -> list[int]:
         """At most ``limit`` token ids that the target may verify next; empty when there is nothing to use."""

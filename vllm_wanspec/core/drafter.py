@@ -74,6 +74,7 @@ class DrafterSession:
         self._branches = 0
         self._running: int | None = None
         self._tip: Node | None = None
+        self._fruitless = True
         self._failed = False
 
     @property
@@ -115,16 +116,26 @@ class DrafterSession:
     def drafted(self, branch: int, steps: Iterable[DraftStep]) -> list[Action]:
         """Take tokens from the engine; those of a branch that was stopped meanwhile are ignored."""
         records: list[NodeRecord] = []
+        stops: list[Action] = []
         for step in steps:
-            if branch != self._running or not self._take(step, records):
+            if branch != self._running:
                 break
-        actions: list[Action] = [self._nodes(records)] if records else []
-        return actions + (self._steer() if records else [])
+            if not self._take(step, records):
+                stops = self._stop()
+                break
+        if not records:
+            return stops
+        return [self._nodes(records), *stops, *self._steer()]
 
     def ended(self, branch: int) -> list[Action]:
-        """The engine has finished a branch (its ``max_tokens``), and more may be wanted."""
+        """The engine has finished a branch (its ``max_tokens``), and more may be wanted.
+
+        One that ends without a token counts as a failure: asking again at once would go on for ever.
+        """
         if branch != self._running:
             return []
+        if self._fruitless:
+            return self.failed()
         self._running = self._tip = None
         return self._steer()
 
@@ -155,6 +166,7 @@ class DrafterSession:
         self._tree.append(fresh)
         records += fresh
         self._tip = tip.children[step.token]
+        self._fruitless = False
         return True
 
     def _echoes(self) -> list[NodeRecord]:
@@ -174,7 +186,7 @@ class DrafterSession:
         if self._failed or self._exhausted(tip) or (ahead > 0 and ahead > self._limits.lookahead - slack):
             return []
         self._branches += 1
-        self._running, self._tip = self._branches, tip
+        self._running, self._tip, self._fruitless = self._branches, tip, True
         tokens = (*self._context, *self._path_to(tip))
         return [StartBranch(self._branches, tokens, min(self._max_branch_tokens, self._max_context - len(tokens)))]
 

@@ -24,6 +24,8 @@ MAX_CONTEXT_TOKENS = 1024 * 1024
 MAX_COMMIT_TOKENS = 4096
 MAX_NODES_PER_MESSAGE = 4096
 MAX_TEXT = 512
+_MAX_WEIGHT_SENT = 65536
+"""Nodes and tokens in one frame (of 33 bytes and less), so that it stays far below `MAX_FRAME_BYTES`."""
 _MAX_ID = 2**53
 _MAX_TOKEN = 2**31 - 1
 
@@ -138,22 +140,37 @@ def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
         vocabulary: Token text to id, as tokenizers give it (``get_vocab()``); padding of the model's embedding is not
             part of it.
     """
-    entries = sorted((index, token) for token, index in vocabulary.items())
-    lines = b"".join(b"%d\t%s\n" % (index, token.encode("utf-8", "surrogatepass")) for index, token in entries)
+    entries = sorted((index, token.encode("utf-8", "surrogatepass")) for token, index in vocabulary.items())
+    lines = b"".join(b"%d\t%d\t%s\n" % (index, len(token), token) for index, token in entries)
     return hashlib.sha256(lines).hexdigest()
 
 
 def frames(messages: Sequence[Message]) -> Iterator[bytes]:
     """Messages as frames that keep the limits: whole contexts travel alone, the rest together, all in order."""
     batch: list[Message] = []
+    weight = 0
     for message in messages:
-        if isinstance(message, Open) or len(batch) == MAX_MESSAGES_SENT:
-            if batch:
-                yield encode(batch)
-            batch = []
+        added = _weight(message)
+        if batch and (weight + added > _MAX_WEIGHT_SENT or len(batch) == MAX_MESSAGES_SENT):
+            yield encode(batch)
+            batch, weight = [], 0
         batch.append(message)
+        weight += added
     if batch:
         yield encode(batch)
+
+
+def _weight(message: Message) -> int:
+    """How much of a frame a message takes: its nodes and tokens; a whole context fills one."""
+    match message:
+        case Nodes():
+            return 1 + len(message.nodes)
+        case Commit():
+            return 1 + len(message.tokens)
+        case Open():
+            return _MAX_WEIGHT_SENT
+        case _:
+            return 1
 
 
 def encode(messages: Sequence[Message]) -> bytes:

@@ -53,9 +53,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """What became of appended nodes: ``added`` live ones, ``stale`` dropped ones, ``late`` drafts.
+    """What became of appended nodes: ``added`` live ones, ``stale`` dropped ones, and ``late`` positions.
 
-    A late draft arrived after its position was committed: it is stale, or it only confirmed a pending commit.
+    A position is late whose drafts (one, or several alternatives) arrived after it was committed, right or wrong.
+    Nodes below a wrong path that was dropped are stale, not late: no arrival could have made them of use.
     """
 
     added: int
@@ -123,24 +124,26 @@ class DraftTree:
                 never sent, a token outside the vocabulary, a repeated child, over the budget.
         """
         added = stale = late = 0
+        late_parent = -1
         for record in records:
             self._check(record)
             self._last_id = record.id
             parent = self._nodes.get(record.parent)
-            if parent is None or (self._pending and parent is self._cursor and record.token != self._pending[0]):
+            confirms = bool(self._pending)
+            if parent is not None and confirms and not record.is_echo and record.parent != late_parent:
+                late_parent = record.parent
+                late += 1
+            if parent is None or (confirms and record.token != self._pending[0]):
                 stale += 1
-                late += not record.is_echo
                 continue
             if record.token in parent.children:
                 raise RemoteProtocolError(f"node {record.id} repeats token {record.token} below node {record.parent}")
-            confirms = bool(self._pending)
             if not confirms and self.size >= self._max_nodes:
                 raise RemoteProtocolError(f"node {record.id} is over the budget of {self._max_nodes} nodes")
             node = self._attach(parent, record)
             if confirms:
                 self._pending.popleft()
                 self._descend(node)
-                late += not record.is_echo
             else:
                 added += 1
         return Appended(added, stale, late)

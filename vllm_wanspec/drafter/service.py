@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_wanspec.core.drafter import Action, DrafterSession, StartBranch, StopBranch
 from vllm_wanspec.core.messages import (
@@ -167,11 +168,12 @@ class Connection:
         for action in actions:
             match action:
                 case StartBranch(branch=branch):
-                    self._tasks[number, branch] = asyncio.create_task(self._run(number, action))
+                    task = self._tasks[number, branch] = asyncio.create_task(self._run(number, action))
+                    # Not in the task itself: one that is stopped before it has begun never runs at all.
+                    task.add_done_callback(partial(self._forget, number, branch))
                 case StopBranch(branch=branch):
-                    task = self._tasks.get((number, branch))
-                    if task is not None:
-                        task.cancel()
+                    if (number, branch) in self._tasks:
+                        self._tasks[number, branch].cancel()
                 case Reject():
                     self._sessions.pop(number, None)
                     self._post(action)
@@ -187,20 +189,17 @@ class Connection:
                     if session is None:
                         return
                     self._do(number, session.drafted(start.branch, steps))
-            self._forget(number, start.branch)
             session = self._sessions.get(number)
             if session is not None:
                 self._do(number, session.ended(start.branch))
         except Exception as error:
-            logger.error("draft engine failed (%s: %s); session %d rejected", type(error).__name__, error, number)
             session = self._sessions.get(number)
-            if session is not None:
+            if session is not None and session.running == start.branch:
+                logger.error("draft engine failed (%s: %s); session %d rejected", type(error).__name__, error, number)
                 self._do(number, session.failed())
-        finally:
-            self._forget(number, start.branch)
 
-    def _forget(self, number: int, branch: int) -> None:
-        self._tasks.pop((number, branch), None)
+    def _forget(self, number: int, branch: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[number, branch]
 
     def _end(self, number: int) -> None:
         session = self._sessions.pop(number, None)

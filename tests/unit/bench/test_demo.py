@@ -248,7 +248,7 @@ def test_a_server_that_paced_nothing_makes_the_run_invalid(tmp_path: Path) -> No
 
 def result_with(**changes: object) -> DemoResult:
     done = Completion((1,), (2, 3), "", 10.0, 50.0, "length")
-    names = ("hits", "misses", "late_nodes", "steps", "committed_tokens", "local_draft_passes")
+    names = ("hits", "misses", "late_drafts", "steps", "committed_tokens", "local_draft_passes")
     fields: dict[str, object] = {
         "options": DemoOptions(),
         "plain": Arm((done,)),

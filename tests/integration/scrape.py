@@ -1,0 +1,89 @@
+"""Counters of running servers, read from their Prometheus pages; and waiting until something holds."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from .fleet import Target
+
+LEAST_ACCEPTED = 500
+LEAST_REJECTED = 500
+POLL_S = 0.05
+WAIT_S = 60.0
+
+
+class Page:
+    """One reading of a metrics page."""
+
+    def __init__(self, text: str) -> None:
+        families = text_string_to_metric_families(text)
+        self._samples = [sample for family in families for sample in family.samples]
+
+    def get(self, name: str, **labels: str) -> float:
+        """Sum of the samples called ``name`` that have these labels; there must be one."""
+        values = [s.value for s in self._samples if s.name == name and labels.items() <= s.labels.items()]
+        assert values, f"no metric {name} with {labels}"
+        return sum(values)
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """vLLM's own count of verified draft tokens."""
+
+    accepted: int
+    rejected: int
+
+    def __sub__(self, other: "Drafts") -> "Drafts":
+        return Drafts(self.accepted - other.accepted, self.rejected - other.rejected)
+
+
+async def read_page(http: aiohttp.ClientSession, url: str) -> Page:
+    async with http.get(url, timeout=aiohttp.ClientTimeout(total=10.0)) as response:
+        assert response.status == 200, f"{url} answered {response.status}"
+        return Page(await response.text())
+
+
+async def vllm_page(http: aiohttp.ClientSession, target: Target) -> Page:
+    return await read_page(http, target.url + "/metrics")
+
+
+async def wanspec_page(http: aiohttp.ClientSession, target: Target) -> Page:
+    assert target.metrics_url is not None
+    return await read_page(http, target.metrics_url)
+
+
+async def read_drafts(http: aiohttp.ClientSession, target: Target) -> Drafts:
+    page = await vllm_page(http, target)
+    accepted = int(page.get("vllm:spec_decode_num_accepted_tokens_total"))
+    return Drafts(accepted, int(page.get("vllm:spec_decode_num_draft_tokens_total")) - accepted)
+
+
+async def is_up(http: aiohttp.ClientSession, target: Target, drafter: str) -> bool:
+    """Whether the controller says that a drafter serves it."""
+    return (await wanspec_page(http, target)).get("wanspec_drafter_up", drafter=drafter) == 1.0
+
+
+@asynccontextmanager
+async def drafts_decide(
+    http: aiohttp.ClientSession, target: Target, accepted: int = LEAST_ACCEPTED, rejected: int = LEAST_REJECTED
+) -> AsyncIterator[None]:
+    """Fail a block that says nothing: so many drafts must be accepted and rejected in it."""
+    before = await read_drafts(http, target)
+    yield
+    drafts = await read_drafts(http, target) - before
+    print(f"drafts accepted {drafts.accepted}, rejected {drafts.rejected}")
+    assert drafts.accepted >= accepted, f"vacuous: only {drafts.accepted} drafts accepted"
+    assert drafts.rejected >= rejected, f"vacuous: only {drafts.rejected} drafts rejected"
+
+
+async def until(condition: Callable[[], Awaitable[bool]], what: str, limit_s: float = WAIT_S) -> None:
+    """Wait until a condition holds; fail after ``limit_s`` seconds."""
+    deadline_s = time.monotonic() + limit_s
+    while not await condition():
+        assert time.monotonic() < deadline_s, f"not within {limit_s:.0f} s: {what}"
+        await asyncio.sleep(POLL_S)

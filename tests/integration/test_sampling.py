@@ -1,0 +1,163 @@
+"""At temperature 1 the distribution is plain vLLM's, and this test would notice if it were not."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy.stats import chi2_contingency
+
+from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.demo_setup import DemoModels
+
+from .fleet import Drafter, token_env
+from .programs import Program
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
+
+SAMPLES = 20_000
+FAULTY_SAMPLES = 2_000
+PROMPTS = 4
+LONGEST_PROMPT = 300
+DECIDED_POSITIONS = (2, 4, 8)
+POSITIONS = (1, *DECIDED_POSITIONS)
+"""The first token is never drafted, but vLLM may pad the row that it comes from like a draft."""
+PADDED_LENGTH = 97
+"""Prompts of this length get padded: all but one token of them is in cached blocks."""
+CLASSES = 50
+LEAST_EXPECTED = 5.0
+LEAST_P = 0.001
+LEAST_DECIDED = 0.3
+LEAST_DRAFTS = 500
+ARM_DEADLINE_S = 900.0
+PLAIN_SEED, WANSPEC_SEED, FAULTY_SEED = 1_000_000, 2_000_000, 3_000_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What `sampling_arm.py` wrote."""
+
+    continuations: list[list[list[int]]]
+    decided: dict[str, int]
+    accepted: int
+    rejected: int
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.continuations))
+
+
+class Laboratory:
+    """Runs arms against the shared drafter."""
+
+    def __init__(self, models: DemoModels, drafter: Drafter, prompts: Sequence[Sequence[int]], folder: Path) -> None:
+        self.models = models
+        self.folder = folder
+        self.prompts = folder / "prompts.json"
+        self.prompts.write_text(json.dumps(prompts), "utf-8")
+        self.config = folder / "waiting.yaml"
+        endpoints = [{"name": "main", "url": drafter.url}]
+        # These arms wait for drafts, and ask for no more than they verify: being in time is not what is tested here.
+        config = {"draft_endpoints": endpoints, "late": {"policy": "fixed", "max_wait_ms": 500}}
+        config["tree"] = {"lookahead_tokens": 4, "max_branches": 2}
+        self.config.write_text(yaml.safe_dump(config), "utf-8")
+
+    def run(self, name: str, samples: int, first_seed: int, *extra: str) -> Arm:
+        core = machine.pin_cores()[0]
+        out = self.folder / f"{name}.json"
+        argv = [sys.executable, str(Path(__file__).with_name("sampling_arm.py")), "--model", str(self.models.target)]
+        argv += ["--out", str(out), "--prompts", str(self.prompts), "--samples", str(samples)]
+        argv += ["--first-seed", str(first_seed), "--engine", json.dumps(engine_arguments()), *extra]
+        ended = Program(name, argv, machine.server_env(core) | token_env(), self.folder, core).end(ARM_DEADLINE_S)
+        assert ended.code == 0, f"{name} ended with {ended.code}: {ended.stderr[-1500:]}"
+        arm = Arm(**json.loads(out.read_text("utf-8")))
+        print(f"{name}: {arm.samples} samples in {ended.seconds:.0f} s, decided {arm.decided}", end=" ")
+        print(f"accepted {arm.accepted}, rejected {arm.rejected}")
+        return arm
+
+    def run_wanspec(self, name: str, samples: int, first_seed: int, *extra: str) -> Arm:
+        return self.run(name, samples, first_seed, "--wanspec", str(self.config), *extra)
+
+
+@pytest.fixture(scope="module")
+def laboratory(
+    models: DemoModels,
+    pair: tuple[Drafter, object, object],
+    prompts: list[tuple[int, ...]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Laboratory:
+    chosen = [prompt for prompt in prompts if PADDED_LENGTH <= len(prompt) <= LONGEST_PROMPT][:PROMPTS]
+    chosen[0] = chosen[0][:PADDED_LENGTH]
+    return Laboratory(models, pair[0], chosen, tmp_path_factory.mktemp("sampling"))
+
+
+@pytest.fixture(scope="module")
+def plain_arm(laboratory: Laboratory) -> Arm:
+    return laboratory.run("plain", SAMPLES, PLAIN_SEED)
+
+
+def test_the_distribution_is_plain_vllms(laboratory: Laboratory, plain_arm: Arm) -> None:
+    arm = laboratory.run_wanspec("wanspec", SAMPLES, WANSPEC_SEED)
+    assert plain_arm.samples == arm.samples == SAMPLES
+    for position in DECIDED_POSITIONS:
+        share = arm.decided[str(position)] / SAMPLES
+        assert share >= LEAST_DECIDED, f"vacuous: only {share:.0%} decided against a draft at position {position}"
+    assert arm.accepted >= LEAST_DRAFTS and arm.rejected >= LEAST_DRAFTS
+    assert corrected_p(plain_arm, arm) > LEAST_P
+
+
+def test_accepting_every_draft_would_be_noticed(laboratory: Laboratory, plain_arm: Arm) -> None:
+    arm = laboratory.run_wanspec("accepting", FAULTY_SAMPLES, FAULTY_SEED, "--fault", "accept")
+    assert arm.accepted > 0
+    assert corrected_p(plain_arm, arm) < LEAST_P / 1000
+
+
+def test_the_cpu_builds_fault_would_be_noticed(laboratory: Laboratory, plain_arm: Arm) -> None:
+    if machine.has_gpu():
+        pytest.skip("the fault is the CPU build's")
+    arm = laboratory.run_wanspec("faulty", FAULTY_SAMPLES, FAULTY_SEED, "--fault", "expand")
+    assert corrected_p(plain_arm, arm) < LEAST_P / 1000
+
+
+def test_two_plain_arms_agree(laboratory: Laboratory, plain_arm: Arm) -> None:
+    arm = laboratory.run("plain-again", FAULTY_SAMPLES, FAULTY_SEED)
+    assert corrected_p(plain_arm, arm) > LEAST_P
+
+
+def corrected_p(left: Arm, right: Arm) -> float:
+    """The smallest p-value over prompts and positions, times their number (Bonferroni)."""
+    values = []
+    for prompt, (ours, theirs) in enumerate(zip(left.continuations, right.continuations, strict=True)):
+        for position in POSITIONS:
+            p = homogeneity_p([c[position - 1] for c in ours], [c[position - 1] for c in theirs])
+            print(f"prompt {prompt} position {position}: p = {p:.3g}")
+            values.append(p)
+    return min(1.0, min(values) * len(values))
+
+
+def homogeneity_p(left: Sequence[int], right: Sequence[int]) -> float:
+    """P-value of the chi-square test that two samples of tokens come from one distribution."""
+    ours, theirs = Counter(left), Counter(right)
+    total = ours + theirs
+    smaller = min(len(left), len(right)) / (len(left) + len(right))
+    frequent = [token for token, count in total.most_common(CLASSES) if count * smaller >= LEAST_EXPECTED]
+    table = [[counts[token] for token in frequent] for counts in (ours, theirs)]
+    rest = [len(left) - sum(table[0]), len(right) - sum(table[1])]
+    if sum(rest) * smaller >= LEAST_EXPECTED:
+        table = [[*row, other] for row, other in zip(table, rest, strict=True)]
+    elif sum(rest):
+        table = [[*row[:-1], row[-1] + other] for row, other in zip(table, rest, strict=True)]
+    if len(table[0]) < 2:
+        return 1.0
+    return float(chi2_contingency(table, correction=False).pvalue)
+
+
+def engine_arguments() -> dict[str, object]:
+    """The arguments of ``vllm.LLM`` that small machines need, as `machine.server_flags` has them for the server."""
+    if machine.has_gpu():
+        return {"gpu_memory_utilization": 0.2}
+    return {"distributed_executor_backend": "uni", "block_size": 32}

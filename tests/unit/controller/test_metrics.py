@@ -1,0 +1,81 @@
+"""The controller's metrics over HTTP."""
+
+import socket
+import urllib.request
+from types import SimpleNamespace
+
+import pytest
+from conftest import LogLines
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_wanspec.config import MetricsSettings
+from vllm_wanspec.controller import metrics
+from vllm_wanspec.controller.metrics import PoolCollector, serve_metrics
+from vllm_wanspec.core.controller import Counters
+
+
+def fake_pool() -> SimpleNamespace:
+    links = [
+        SimpleNamespace(name="eu", welcome=object(), rtt_s=0.02, faults=2),
+        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, faults=3),
+    ]
+    return SimpleNamespace(counters=Counters(hits=7), links=links)
+
+
+def text(pool: SimpleNamespace) -> str:
+    registry = CollectorRegistry()
+    registry.register(PoolCollector(pool))
+    return generate_latest(registry).decode()
+
+
+def test_counters_and_drafters() -> None:
+    lines = text(fake_pool()).splitlines()
+    assert "wanspec_hits_total 7.0" in lines
+    assert "wanspec_misses_total 0.0" in lines
+    assert 'wanspec_peer_faults_total{drafter="eu"} 2.0' in lines
+    assert 'wanspec_peer_faults_total{drafter="us"} 3.0' in lines
+    assert 'wanspec_drafter_up{drafter="eu"} 1.0' in lines
+    assert 'wanspec_drafter_up{drafter="us"} 0.0' in lines
+    assert 'wanspec_drafter_rtt_seconds{drafter="eu"} 0.02' in lines
+
+
+def test_every_counter_has_a_metric_that_follows_it() -> None:
+    pool = fake_pool()
+    names = [name for name, _ in pool.counters.items()]
+    for name in names:
+        setattr(pool.counters, name, 41)
+    lines = text(pool).splitlines()
+    for name in names:
+        assert f"wanspec_{name}_total 41.0" in lines
+
+
+def test_they_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+    start = metrics.start_http_server
+
+    def remember(*args: object, **kwargs: object) -> object:
+        started.append(start(*args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(metrics, "start_http_server", remember)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve_metrics(fake_pool(), MetricsSettings(port=port))
+    server, thread = started[0]
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            assert b"wanspec_hits_total 7.0" in answer.read()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def test_a_taken_port_costs_only_the_metrics(log: LogLines) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        serve_metrics(fake_pool(), MetricsSettings(port=port))
+    [line] = log.warnings()
+    assert f"cannot listen on 127.0.0.1:{port}" in line
+    assert "choose another metrics.port" in line

@@ -1,0 +1,400 @@
+"""DraftPool with real drafters on sockets: drafts, failover, waiting, and what an overload or a bad peer costs."""
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from aiohttp import web
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, wait_until
+
+from vllm_wanspec.config import DraftEndpoint, Settings
+from vllm_wanspec.controller.link import DrafterLink
+from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.messages import Close, Nodes, Reject, Welcome, encode
+from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.errors import RemoteProtocolError
+
+pytestmark = pytest.mark.usefixtures("short_waits")
+TOY = Toy(seed=4)
+LIMIT = 4
+PROMPT = [9, 8, 7]
+
+
+@contextmanager
+def pool_of(*urls: str, **sections: object) -> Iterator[DraftPool]:
+    endpoints = [DraftEndpoint(name=f"d{index}", url=url) for index, url in enumerate(urls)]
+    settings = Settings.model_validate({"draft_endpoints": endpoints, **sections})
+    pool = DraftPool(settings, fingerprint=FINGERPRINT, vocab_size=VOCAB_SIZE, speculation_length=LIMIT, seed=1)
+    pool.start()
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
+@contextmanager
+def served(toy: Toy = TOY, **sections: object) -> Iterator[tuple[DraftPool, DrafterServer]]:
+    with DrafterServer(toy) as server, pool_of(server.url, **sections) as pool:
+        wait_until(lambda: up(pool))
+        yield pool, server
+
+
+def up(pool: DraftPool) -> int:
+    return sum(link.welcome is not None for link in pool.links)
+
+
+def peek(pool: DraftPool, request: str, limit: int = LIMIT) -> list[int]:
+    """What would be handed out now."""
+    with pool._arrived:
+        return pool._sessions[request].core.draft(limit)
+
+
+class Target:
+    """The engine's side of one batch: verifies drafts and keeps the contexts."""
+
+    def __init__(self, pool: DraftPool, requests: dict[str, list[int]]) -> None:
+        self.pool = pool
+        self.contexts = {name: list(prompt) for name, prompt in requests.items()}
+        self.starts = {name: len(prompt) for name, prompt in requests.items()}
+        self.drafts: dict[str, list[int]] = {name: [] for name in requests}
+        self.accepted = 0
+        pool.begin([], list(requests.items()))
+
+    def step(self) -> None:
+        rows = []
+        for name, context in self.contexts.items():
+            draft = self.drafts[name]
+            assert len(draft) <= LIMIT
+            assert draft == TOY.drafted(context, len(draft))
+            tokens = TOY.verify(context, draft)
+            self.accepted += len(tokens) - 1
+            context += tokens
+            rows.append((name, tokens))
+        drafts = self.pool.step(rows, LIMIT)
+        self.pool.redraft([name for name, _ in rows], drafts, LIMIT)
+        self.drafts = dict(zip(self.contexts, drafts, strict=True))
+
+    def run_until_accepted(self, count: int) -> None:
+        """Steps at a pace that a drafter can follow, until so many more drafts were accepted."""
+        wanted = self.accepted + count
+        end = time.monotonic() + 20.0
+        pause = threading.Event()
+        while self.accepted < wanted:
+            assert time.monotonic() < end, f"{self.accepted} of {wanted} accepted; {self.pool.counters}"
+            self.step()
+            pause.wait(0.003)
+        self.check()
+
+    def check(self) -> None:
+        for name, context in self.contexts.items():
+            start = self.starts[name]
+            assert context[start:] == TOY.continuation(context[:start], len(context) - start)
+
+
+def test_drafts_arrive_and_are_right() -> None:
+    with served() as (pool, server):
+        target = Target(pool, {"a": PROMPT, "b": [1, 2], "c": [5]})
+        target.run_until_accepted(100)
+        counters = pool.counters
+        assert counters.opened_sessions == 3
+        assert counters.hits > 0
+        assert counters.misses > 0
+        assert counters.offered_tokens >= target.accepted
+        assert counters.steps >= counters.hits + counters.misses + counters.blind_steps - 3
+        assert not any(link.faults for link in pool.links)
+        wait_until(lambda: server.sessions == 3)
+
+
+def test_sessions_open_when_the_request_arrives_and_close_when_it_ends() -> None:
+    with served() as (pool, server):
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        assert peek(pool, "a") == TOY.drafted(PROMPT, LIMIT)
+        assert pool.length("a") == len(PROMPT)
+        pool.begin(["a"], [])
+        assert pool.length("a") is None
+        wait_until(lambda: server.sessions == 0 and server.engine.running == 0)
+        assert pool.step([("a", [1])], LIMIT) == [[]]
+
+
+def test_an_id_can_return() -> None:
+    with served() as (pool, server):
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        pool.begin(["a"], [("a", [1, 2])])
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        assert peek(pool, "a") == TOY.drafted([1, 2], LIMIT)
+        pool.begin([], [("a", [3, 4])])  # not even announced as finished
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        assert peek(pool, "a") == TOY.drafted([3, 4], LIMIT)
+        wait_until(lambda: server.sessions == 1)
+        assert pool.counters.opened_sessions == 3
+
+
+def test_finished_requests_that_were_never_seen() -> None:
+    with served() as (pool, _):
+        pool.begin(["ghost"], [])
+        assert pool.counters.opened_sessions == 0
+
+
+def test_rows_without_tokens_or_without_a_session_get_nothing() -> None:
+    with served() as (pool, _):
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        drafts = pool.step([("a", []), ("ghost", [1])], LIMIT)
+        assert drafts == [[], []]
+        pool.redraft([None, "ghost"], drafts, LIMIT)
+        assert drafts == [[], []]
+
+
+def test_redraft_replaces_in_place() -> None:
+    with served() as (pool, _):
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: len(peek(pool, "a")) == LIMIT)
+        drafts: list[list[int]] = [[], []]
+        given = drafts
+        pool.redraft(["a", None], drafts, 2)
+        assert given == [TOY.drafted(PROMPT, 2), []]
+        assert pool.counters.offered_tokens == 2
+
+
+def test_length_max_bounds_the_lookahead() -> None:
+    with served(tree={"lookahead_tokens": 3}) as (pool, _):
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: len(peek(pool, "a", 50)) == 3)
+
+
+def test_without_a_drafter_everything_goes_on() -> None:
+    with pool_of("http://127.0.0.1:9") as pool:
+        target = Target(pool, {"a": PROMPT})
+        for _ in range(50):
+            target.step()
+        target.check()
+        assert target.accepted == 0
+        assert pool.counters.steps == 49
+
+
+def test_requests_that_came_before_the_drafter_are_served_once_it_is_there() -> None:
+    with DrafterServer(TOY) as server:
+        server.stop()
+        with pool_of(server.url) as pool:
+            target = Target(pool, {"a": PROMPT, "b": [1]})
+            for _ in range(5):
+                target.step()
+            assert target.accepted == 0
+            server.start()
+            wait_until(lambda: up(pool))
+            target.run_until_accepted(30)
+        assert pool.counters.opened_sessions == 2
+
+
+def test_a_killed_drafter_and_its_return() -> None:
+    with served() as (pool, server):
+        target = Target(pool, {"a": PROMPT, "b": [3, 3]})
+        for round_number in range(3):
+            target.run_until_accepted(30)
+            server.stop()
+            wait_until(lambda: up(pool) == 0)
+            for _ in range(5):
+                target.step()
+            server.start()
+            wait_until(lambda: up(pool) == 1)
+            assert pool.counters.opened_sessions == 2 * (round_number + 2)
+        target.run_until_accepted(30)
+
+
+def test_failover_between_two_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DrafterLink, "rtt_s", property(lambda link: 0.01))
+    with DrafterServer(TOY) as first, DrafterServer(TOY) as second:
+        with pool_of(first.url, second.url) as pool:
+            wait_until(lambda: up(pool) == 2)
+            target = Target(pool, {name: [index, 1] for index, name in enumerate("abcdefgh")})
+            target.run_until_accepted(50)
+            wait_until(lambda: first.sessions == second.sessions == 4)  # at equal distance the load decides
+            first.stop()
+            wait_until(lambda: second.sessions == 8)
+            target.run_until_accepted(50)
+            first.start()
+            wait_until(lambda: up(pool) == 2)
+            second.stop()
+            wait_until(lambda: first.sessions == 8)
+            target.run_until_accepted(50)
+
+
+def test_rejected_sessions_come_back_later() -> None:
+    with DrafterServer(TOY, model=draft_model(max_sessions=2)) as server, pool_of(server.url) as pool:
+        wait_until(lambda: up(pool))
+        target = Target(pool, {"a": [1], "b": [2], "c": [3]})
+        target.run_until_accepted(20)
+        assert pool.counters.opened_sessions == 2  # its limit is known, so that no third is tried
+        server.engine.fault = RuntimeError("gone")
+        wait_until(lambda: target.step() or pool.counters.rejected_sessions >= 2)
+        server.engine.fault = None
+        target.run_until_accepted(20)
+        assert pool.counters.opened_sessions >= 3
+
+
+def test_contexts_that_are_too_long_go_to_a_drafter_that_takes_them() -> None:
+    with DrafterServer(TOY, model=draft_model(max_context=8)) as small, DrafterServer(TOY) as large:
+        with pool_of(small.url, large.url) as pool:
+            wait_until(lambda: up(pool) == 2)
+            pool.begin([], [(str(number), [number] * 20) for number in range(4)])
+            wait_until(lambda: large.sessions == 4)
+            assert small.sessions == 0
+        with pool_of(small.url) as pool:
+            wait_until(lambda: up(pool) == 1)
+            pool.begin([], [("a", [1] * 20), ("b", [1] * 4)])
+            wait_until(lambda: len(peek(pool, "b")) == LIMIT)
+            assert peek(pool, "a") == []
+
+
+def test_a_smaller_vocabulary_of_the_drafter_bounds_its_tokens() -> None:
+    with served() as (pool, _):
+        pool.begin([], [("a", PROMPT)])
+        link = pool.links[0]
+        number = pool._sessions["a"].number
+        last = pool._sessions["a"].core.tree
+        assert last is not None
+        bad = Nodes(number, 3, (NodeRecord(10**6, last.cursor.id, VOCAB_SIZE, -0.1, 1.0),))
+        with pytest.raises(RemoteProtocolError, match="outside"):
+            pool.link_received(link, [bad])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [Nodes(10**6, 0, ()), Reject(10**6, "engine"), Close(1), Welcome(1, "m", 1, "f", 1, 1, 1)],
+    ids=lambda message: type(message).__name__,
+)
+def test_messages_that_no_correct_drafter_sends(message: object) -> None:
+    with served() as (pool, _):
+        pool.begin([], [("a", PROMPT)])
+        with pytest.raises(RemoteProtocolError, match="unexpected"):
+            pool.link_received(pool.links[0], [message])  # type: ignore[list-item]
+
+
+def test_messages_for_sessions_that_were_closed_are_ignored() -> None:
+    with served() as (pool, _):
+        pool.begin([], [("a", PROMPT), ("b", PROMPT)])
+        number = pool._sessions["a"].number
+        pool.begin(["a"], [])
+        pool.link_received(pool.links[0], [Nodes(number, 0, ()), Reject(number, "unknown")])
+        assert pool.counters.rejected_sessions == 0
+
+
+def test_a_hostile_drafter_is_dropped_and_another_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DrafterLink, "rtt_s", property(lambda link: {"d0": 0.001, "d1": 1.0}[link.name]))
+
+    async def hostile(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_bytes(encode([Welcome(1, "bad", VOCAB_SIZE, FINGERPRINT, 99, 4096, 4096)]))
+        async for _ in socket:
+            lies = tuple(NodeRecord(n, 0, n, -0.1, 1.0) for n in range(1, VOCAB_SIZE + 10))
+            await socket.send_bytes(encode([Nodes(n, 0, lies) for n in range(1, 9)]))
+        return socket
+
+    with DrafterServer(TOY) as bad, DrafterServer(TOY) as good:
+        bad.handler = hostile
+        with pool_of(bad.url, good.url) as pool:
+            wait_until(lambda: up(pool) == 2)
+            target = Target(pool, {"a": PROMPT})
+            assert pool._sessions["a"].link is pool.links[0] or pool.links[0].faults
+            wait_until(lambda: pool.links[0].faults)
+            target.run_until_accepted(30)
+
+
+def test_the_wait_for_late_drafts_is_bounded() -> None:
+    with served(late={"policy": "fixed", "max_wait_ms": 80}) as (pool, server):
+        server.engine.open.clear()
+        pool.begin([], [("a", PROMPT)])
+        drafts: list[list[int]] = [[]]
+        began_s = time.monotonic()
+        pool.redraft(["a"], drafts, LIMIT)
+        waited_s = time.monotonic() - began_s
+        assert drafts == [[]]
+        assert 0.075 <= waited_s < 1.0
+        server.engine.open.set()
+
+
+def test_the_wait_ends_when_drafts_are_there() -> None:
+    with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, _):
+        pool.begin([], [("a", PROMPT), ("b", [1])])
+        drafts: list[list[int]] = [[], []]
+        began_s = time.monotonic()
+        pool.redraft(["a", "b"], drafts, LIMIT)
+        assert time.monotonic() - began_s < 0.9
+        assert all(drafts)
+
+
+def test_nobody_waits_for_requests_that_no_drafter_serves() -> None:
+    with pool_of("http://127.0.0.1:9", late={"policy": "fixed", "max_wait_ms": 1000}) as pool:
+        pool.begin([], [("a", PROMPT)])
+        began_s = time.monotonic()
+        pool.redraft(["a"], [[]], LIMIT)
+        assert time.monotonic() - began_s < 0.5
+
+
+def test_a_lost_drafter_ends_the_wait() -> None:
+    with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, server):
+        server.engine.open.clear()
+        pool.begin([], [("a", PROMPT)])
+        wait_until(lambda: server.engine.running)
+        stopper = threading.Thread(target=server.stop)
+        began_s = time.monotonic()
+        stopper.start()
+        pool.redraft(["a"], [[]], LIMIT)
+        assert time.monotonic() - began_s < 0.95
+        stopper.join()
+
+
+def test_without_a_policy_nobody_waits() -> None:
+    with served() as (pool, server):
+        server.engine.open.clear()
+        pool.begin([], [("a", PROMPT)])
+        began_s = time.monotonic()
+        pool.redraft(["a"], [[]], LIMIT)
+        assert time.monotonic() - began_s < 0.5
+        server.engine.open.set()
+
+
+def test_sixty_four_sessions_are_handled_in_little_time() -> None:
+    with served() as (pool, _):
+        target = Target(pool, {f"r{index}": [index % VOCAB_SIZE, 1, 2] for index in range(64)})
+        times_ms = []
+        pause = threading.Event()
+        for _ in range(40):
+            drafts = target.drafts
+            rows = []
+            for name, context in target.contexts.items():
+                tokens = TOY.verify(context, drafts[name])
+                target.accepted += len(tokens) - 1
+                context += tokens
+                rows.append((name, tokens))
+            began_s = time.perf_counter()
+            lists = pool.step(rows, LIMIT)
+            pool.redraft([name for name, _ in rows], lists, LIMIT)
+            times_ms.append((time.perf_counter() - began_s) * 1000)
+            target.drafts = dict(zip(target.contexts, lists, strict=True))
+            pause.wait(0.01)
+        target.check()
+        assert target.accepted > 100
+        assert statistics.median(times_ms) < 50.0  # sanity on a busy machine, not a benchmark
+
+
+def test_the_step_time_is_measured_between_begin_and_end() -> None:
+    now = [100.0]
+    settings = Settings.model_validate({"draft_endpoints": [{"name": "a", "url": "http://127.0.0.1:9"}]})
+    pool = DraftPool(settings, fingerprint="", vocab_size=9, speculation_length=4, clock=lambda: now[0], seed=1)
+    pool.step([], 4)
+    assert pool.step_s.get(-1.0) == -1.0
+    for _ in range(3):
+        pool.step_begins()
+        now[0] += 0.25
+        pool.step([], 4)
+        now[0] += 60.0
+    assert pool.step_s.get(-1.0) == 0.25
+    pool._thread._loop.close()

@@ -1,0 +1,241 @@
+"""The route on a real server: FastAPI under uvicorn on a free port, with a toy engine in its state."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import aiohttp
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_model
+
+from vllm_wanspec.config import TOKEN_ENV
+from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
+from vllm_wanspec.drafter import routes
+from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
+
+TOY = Toy(seed=9)
+PROMPT = (4, 5, 6)
+
+
+@asynccontextmanager
+async def drafter() -> AsyncIterator[tuple[str, ToyEngine]]:
+    app = FastAPI()
+    WanspecRoutes().attach_router(app)
+    engine = ToyEngine(TOY)
+    app.state.wanspec_engine, app.state.wanspec_model = engine, draft_model()
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="critical", ws="websockets-sansio", lifespan="off")
+    server = uvicorn.Server(config)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}{PATH}", engine
+    finally:
+        server.should_exit = True
+        await running
+        listener.close()
+
+
+@asynccontextmanager
+async def connected(url: str, token: str | None = None) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    async with aiohttp.ClientSession() as http, http.ws_connect(url, headers=headers) as peer:
+        yield peer
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10.0):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+async def hello(peer: aiohttp.ClientWebSocketResponse) -> Message:
+    await peer.send_bytes(encode([Hello(1, FINGERPRINT, "test")]))
+    [answer] = decode(await peer.receive_bytes(timeout=5.0))
+    return answer
+
+
+async def nodes(peer: aiohttp.ClientWebSocketResponse, count: int) -> list[int]:
+    tokens: list[int] = []
+    while len(tokens) < count:
+        for message in decode(await peer.receive_bytes(timeout=5.0)):
+            assert isinstance(message, Nodes)
+            tokens += [node.token for node in message.nodes]
+    return tokens
+
+
+@pytest.mark.parametrize("given", [None, "wrong", "secre", "secret2"])
+def test_a_wrong_token_is_refused_with_401(monkeypatch: pytest.MonkeyPatch, given: str | None) -> None:
+    monkeypatch.setenv(TOKEN_ENV, "secret")
+
+    async def scenario() -> None:
+        async with drafter() as (url, engine):
+            with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+                async with connected(url, given):
+                    pass
+            assert caught.value.status == 401
+            assert engine.started == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("token", "given"), [("secret", "secret"), (None, None), (None, "any")])
+def test_the_right_token_and_no_token_needed(
+    monkeypatch: pytest.MonkeyPatch, token: str | None, given: str | None
+) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+    if token:
+        monkeypatch.setenv(TOKEN_ENV, token)
+
+    async def scenario() -> None:
+        async with drafter() as (url, _), connected(url, given) as peer:
+            answer = await hello(peer)
+            assert isinstance(answer, Welcome)
+            assert answer.vocab_size == VOCAB_SIZE
+
+    asyncio.run(scenario())
+
+
+def test_drafts_follow_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+
+    async def scenario() -> None:
+        async with drafter() as (url, _), connected(url) as peer:
+            await hello(peer)
+            await peer.send_bytes(encode([Open(1, PROMPT, 8, 64, 1)]))
+            line = TOY.drafted(PROMPT, 8)
+            assert await nodes(peer, 8) == line
+            await peer.send_bytes(encode([Commit(1, 3, tuple(line))]))
+            assert await nodes(peer, 8) == TOY.drafted((*PROMPT, *line), 8)
+
+    asyncio.run(scenario())
+
+
+def test_another_vocabulary_is_refused_and_the_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+
+    async def scenario() -> None:
+        async with drafter() as (url, _), connected(url) as peer:
+            await peer.send_bytes(encode([Hello(1, "other", "test")]))
+            [answer] = decode(await peer.receive_bytes(timeout=5.0))
+            assert isinstance(answer, Refuse)
+            assert answer.code == "vocabulary"
+            assert (await peer.receive(timeout=5.0)).type is aiohttp.WSMsgType.CLOSE
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("greeted", [False, True])
+@pytest.mark.parametrize("garbage", [b"\xc1", b"", encode([Commit(3, 1, (1,))]), "text"])
+def test_garbage_closes_with_1002_and_stops_the_engine(
+    monkeypatch: pytest.MonkeyPatch, greeted: bool, garbage: bytes | str
+) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+
+    async def scenario() -> None:
+        async with drafter() as (url, engine), connected(url) as peer:
+            if greeted:
+                await hello(peer)
+                await peer.send_bytes(encode([Open(1, PROMPT, 4000, 4000, 1)]))
+                await nodes(peer, 1)
+            if isinstance(garbage, bytes):
+                await peer.send_bytes(garbage)
+            else:
+                await peer.send_str(garbage)
+            message = await peer.receive(timeout=5.0)
+            while message.type is aiohttp.WSMsgType.BINARY:
+                message = await peer.receive(timeout=5.0)
+            assert message.type is aiohttp.WSMsgType.CLOSE
+            assert message.data == 1002
+            await until(lambda: engine.running == 0)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("abrupt", [False, True])
+def test_a_controller_that_goes_stops_the_engine(monkeypatch: pytest.MonkeyPatch, abrupt: bool) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+
+    async def scenario() -> None:
+        async with drafter() as (url, engine):
+            async with connected(url) as peer:
+                await hello(peer)
+                engine.open.clear()
+                await peer.send_bytes(encode([Open(n, PROMPT, 4000, 4000, 1) for n in (1, 2, 3)]))
+                await until(lambda: engine.running == 3)
+                if abrupt:
+                    transport = peer.get_extra_info("socket")
+                    assert transport is not None
+                    peer._response.connection.transport.abort()  # type: ignore[union-attr]
+            await until(lambda: engine.running == 0)
+            async with connected(url) as peer:  # and the next one is served
+                assert isinstance(await hello(peer), Welcome)
+
+    asyncio.run(scenario())
+
+
+def test_many_controllers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+
+    async def one(url: str, number: int) -> None:
+        async with connected(url) as peer:
+            await hello(peer)
+            await peer.send_bytes(encode([Open(1, (number, 1), 8, 64, 1)]))
+            assert await nodes(peer, 8) == TOY.drafted((number, 1), 8)
+
+    async def scenario() -> None:
+        async with drafter() as (url, _):
+            await asyncio.gather(*[one(url, number) for number in range(8)])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("header", "token", "good"),
+    [
+        (None, None, True),
+        ("Bearer x", None, True),
+        ("Bearer x", "", True),
+        ("Bearer x", "x", True),
+        (None, "x", False),
+        ("", "x", False),
+        ("x", "x", False),
+        ("bearer x", "x", False),
+        ("Bearer x ", "x", False),
+        ("Bearer é", "é", True),
+        ("Bearer é", "x", False),
+    ],
+)
+def test_authorized(header: str | None, token: str | None, good: bool) -> None:
+    assert authorized(header, token) is good
+
+
+def test_getting_ready_asks_the_engine_once_and_says_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[tuple[tuple[int, ...], int]] = []
+
+    class WatchedEngine(ToyEngine):
+        def __init__(self, client: object) -> None:
+            super().__init__(TOY)
+
+        async def draft(self, tokens, max_tokens):  # type: ignore[no-untyped-def]
+            warmed.append((tokens, max_tokens))
+            async for steps in super().draft(tokens, max_tokens):
+                yield steps
+
+    monkeypatch.setattr(routes, "VllmEngine", WatchedEngine)
+    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64)
+    client = SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=config),
+        get_tokenizer=lambda: SimpleNamespace(get_vocab=lambda: VOCABULARY),
+    )
+    state = SimpleNamespace()
+    asyncio.run(WanspecRoutes().init_state(client, state, None))
+    model = state.wanspec_model
+    assert (model.name, model.vocab_size, model.max_context) == ("small", VOCAB_SIZE, 1023)
+    assert model.fingerprint == FINGERPRINT
+    assert [count for _, count in warmed] == [routes.WARM_UP_TOKENS]
