@@ -31,7 +31,7 @@ class TextPlan:
     tokens recur in it, and 0 after an end-of-text that the target wrote. ``kept`` likeliest tokens are kept a position.
     """
 
-    groups: tuple[tuple[int, int], ...] = ((512, 256), (512, 256), (512, 256), (128, 1024)) * 2
+    groups: tuple[tuple[int, int], ...] = (*((512, 256),) * 3, (128, 1024), *((512, 256),) * 2)
     continuation: int = 64
     context_weight: float = 0.5
     repeated_weight: float = 0.5
@@ -42,10 +42,10 @@ class TextPlan:
 class DraftPlan(Plan):
     """How the draft is distilled: each step takes about ``tokens`` tokens of rows of one group."""
 
-    steps: int = 2200
+    steps: int = 2000
     rate: float = 3e-3
     warmup: int = 100
-    decay: int = 800
+    decay: int = 700
     tokens: int = 4096
     first_choice_weight: float = 0.5
 
@@ -148,7 +148,7 @@ def _stored(store: Path, identity: str) -> Group | None:
 
 
 def batch(groups: list[Group], plan: DraftPlan, seed: int, step: int) -> tuple[torch.Tensor, ...]:
-    """Batch number ``step``: ids [rows, length], weights [rows, length - 1], tokens and log_p [.., length - 1, kept]."""
+    """Batch number ``step``: ids [rows, length], weights [rows, length - 1], tokens and log_p [..., kept]."""
     rng = np.random.default_rng([seed, 3, step])
     group = groups[step % len(groups)]
     rows = rng.integers(0, len(group.ids), size=max(1, plan.tokens // group.ids.shape[1]))

@@ -51,8 +51,8 @@ def continuations(target: LlamaForCausalLM, prompts: list[list[int]], new_tokens
         length = max(map(len, group))
         contexts = torch.tensor([[PAD_ID] * (length - len(ids)) + ids for ids in group])
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in group])
-        for new in greedy(target, contexts, new_tokens, mask).tolist():
-            written.append(new[: new.index(END_ID)] if END_ID in new else new)
+        rows = greedy(target, contexts, new_tokens, mask).tolist()
+        written += [new[: new.index(END_ID)] if END_ID in new else new for new in rows]
         print(f"continued {len(written)}/{len(prompts)} prompts", flush=True)
     return written
 

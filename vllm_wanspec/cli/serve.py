@@ -1,6 +1,7 @@
 """``wanspec serve``: a target with remote drafts."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,7 @@ def serve(
 ) -> None:
     """Serve a target that takes remote drafts: `vllm serve` with our flags; any other `vllm serve` flag may follow."""
     require_vllm()
-    for flag in (argument.split("=")[0] for argument in context.args):
+    for flag in (re.split("[=.]", argument)[0] for argument in context.args):
         if flag in TAKEN:
             raise ConfigError(f"{flag} is set by `wanspec serve`; to give it yourself, use `vllm serve`")
     load_settings(wanspec)

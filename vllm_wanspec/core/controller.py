@@ -143,6 +143,7 @@ class ControllerSession:
         if message.seen > tree.committed_length:
             raise RemoteProtocolError(f"nodes claim commit position {message.seen} of {tree.committed_length}")
         appended = tree.append(message.nodes)
+        self._rejects = 0
         self._counters.added_nodes += appended.added
         self._counters.stale_nodes += appended.stale
         self._counters.late_drafts += appended.late

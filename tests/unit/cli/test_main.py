@@ -75,7 +75,14 @@ def test_serve_gives_vllm_our_flags(monkeypatch: pytest.MonkeyPatch, executed: l
 
 
 @pytest.mark.parametrize(
-    "flag", ["--speculative-config={}", "--additional-config", "--additional_config={}", "--speculative_config"]
+    "flag",
+    [
+        "--speculative-config={}",
+        "--speculative-config.method=ngram",
+        "--additional-config",
+        "--additional_config={}",
+        "--speculative_config",
+    ],
 )
 def test_serve_refuses_flags_that_it_sets(
     monkeypatch: pytest.MonkeyPatch,
@@ -85,7 +92,7 @@ def test_serve_refuses_flags_that_it_sets(
     flag: str,
 ) -> None:
     assert call(monkeypatch, "serve", "big", "--wanspec", str(yaml), flag) == 2
-    assert flag.split("=")[0] in capsys.readouterr().err
+    assert flag.split("=")[0].split(".")[0] in capsys.readouterr().err
     assert executed == []
 
 

@@ -192,6 +192,17 @@ def test_the_wait_after_rejects_doubles_up_to_a_limit() -> None:
     assert waits[-1] == pytest.approx(MAX_REOPEN_DELAY_S, rel=0.02)
 
 
+def test_nodes_after_a_reject_start_the_waits_over() -> None:
+    session, _ = make_session()
+    for attempt in range(1, 6):
+        open_session(session, attempt)
+        session.receive(Reject(attempt, "overloaded"), 0.0)
+    open_session(session, 6)
+    session.receive(nodes([(1, 0, 20, -0.1)], number=6), 0.0)
+    session.receive(Reject(6, "overloaded"), 0.0)
+    assert session.wants_link(2.1 * FIRST_REOPEN_DELAY_S)
+
+
 def test_close_is_final() -> None:
     session, _ = opened_session()
     assert session.close() == Close(1)
