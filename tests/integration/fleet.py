@@ -20,7 +20,7 @@ from vllm_wanspec.config import TOKEN_ENV
 MODELS_ENV = "WANSPEC_TEST_MODELS"
 MODEL_NAME = "test-target"
 TOKEN = "the-drafter-s-token"
-PACE = "25+0.1"
+PACE = "30+0.1"
 """Step time of targets with remote drafts: long enough for drafts to be in time when two cores do everything."""
 CONTEXT_LIMIT, CHUNK, BLOCKS, SPECULATIVE_TOKENS = 256, 64, 25, 4
 """Of the small target: tokens of context, tokens per prefill step, KV cache blocks of 32 tokens (one goes unused),

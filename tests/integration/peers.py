@@ -39,7 +39,11 @@ class Relay:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         headers = {"Authorization": request.headers.get("Authorization", "")}
-        async with aiohttp.ClientSession() as http, http.ws_connect(self.upstream + PATH, headers=headers) as drafter:
+        async with aiohttp.ClientSession() as http:
+            try:
+                drafter = await http.ws_connect(self.upstream + PATH, headers=headers)
+            except aiohttp.ClientError as error:
+                return web.Response(status=502, text=str(error))
             controller = web.WebSocketResponse(max_msg_size=0)
             await controller.prepare(request)
             tasks = [asyncio.create_task(self._up(controller, drafter)), asyncio.create_task(down(drafter, controller))]
@@ -49,6 +53,7 @@ class Relay:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                await drafter.close()
         return controller
 
     async def _up(self, controller: web.WebSocketResponse, drafter: aiohttp.ClientWebSocketResponse) -> None:

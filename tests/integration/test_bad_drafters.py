@@ -22,7 +22,7 @@ def complaints(log: str, drafter: str) -> list[str]:
 def test_bad_drafters_cost_one_line_each(
     small: Target, drafter: Drafter, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
-    chosen = [prompt[:LONGEST_PROMPT] for prompt in prompts][-24:]
+    chosen = [prompt[:LONGEST_PROMPT] for prompt in prompts][-32:]
     requests = [Request(prompt, 96 - 8 * (index % 5)) for index, prompt in enumerate(chosen)]
 
     async def tried_again() -> bool:

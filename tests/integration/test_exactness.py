@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 REQUESTS = 32
 AT_ONCE = 6
 LONGEST_PROMPT = 800
-SAMPLED_TOKENS = 64
+SAMPLED_TOKENS = 20
 
 
 def test_staggered_greedy_requests_are_exact(
@@ -38,11 +38,11 @@ def test_staggered_greedy_requests_are_exact(
 def test_greedy_requests_batched_with_sampled_ones_are_exact(
     wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
-    greedy = vary([prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:24])
-    sampled = [Request(request.prompt, SAMPLED_TOKENS, temperature=1.0) for request in greedy[::3]]
+    greedy = vary([prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS])
+    sampled = [Request(request.prompt, SAMPLED_TOKENS, temperature=1.0) for request in greedy[::2]]
     # Sampled requests cannot accept more drafts than they have tokens: the rest of the bound is the greedy ones'.
     sampled_tokens = SAMPLED_TOKENS * len(sampled)
-    mixed = [r for index, one in enumerate(greedy) for r in ([sampled[index // 3], one] if index % 3 == 0 else [one])]
+    mixed = [r for index, one in enumerate(greedy) for r in ([sampled[index // 2], one] if index % 2 == 0 else [one])]
 
     async def main() -> None:
         async with aiohttp.ClientSession() as http:

@@ -31,7 +31,7 @@ async def total(http: aiohttp.ClientSession, target: Target, name: str, **labels
 
 
 def test_chunked_prefill_and_preemption(small: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]) -> None:
-    requests = [Request(prompt, 96 - 8 * (index % 5)) for index, prompt in enumerate(cut(prompts, 24))]
+    requests = [Request(prompt, 96 - 8 * (index % 5)) for index, prompt in enumerate(cut(prompts, 32))]
     # Backwards, so that none of it is in cached blocks.
     longest = next(prompt[::-1] for prompt in prompts if len(prompt) > 3 * CHUNK)[: 3 * CHUNK]
 
@@ -61,7 +61,7 @@ def test_chunked_prefill_and_preemption(small: Target, plain: PlainTruth, prompt
 
 def test_requests_that_end_at_max_model_len(small: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]) -> None:
     """One that comes close to the limit must not switch drafts off for the others, nor have them verify rubbish."""
-    chosen = cut(prompts, 16, begin=4)
+    chosen = cut(prompts, 24, begin=4)
     requests = [Request(prompt, CONTEXT_LIMIT - len(prompt)) for prompt in chosen]
 
     async def main() -> None:
@@ -91,7 +91,7 @@ def test_two_choices_per_request(
     small: Target, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     """vLLM takes n = 2 only with sampling; sampling among one token is greedy, and goes the way of sampling."""
-    requests = [Request(prompt, 96) for prompt in cut(prompts, 12, begin=8)]
+    requests = [Request(prompt, 96) for prompt in cut(prompts, 16, begin=8)]
 
     async def choices(http: aiohttp.ClientSession, request: Request) -> list[Completion]:
         body = {"model": MODEL_NAME, "prompt": request.prompt, "max_tokens": request.max_tokens, "n": 2}
@@ -129,7 +129,7 @@ async def leave(http: aiohttp.ClientSession, target: Target, request: Request) -
 def test_clients_that_leave_in_mid_stream(
     small: Target, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
-    everything = cut(prompts, 28, begin=13)
+    everything = cut(prompts, 36, begin=13)
     leaving = [Request(prompt, LEAVING_TOKENS) for prompt in everything[:4]]
     staying = [Request(prompt, 96 - 8 * (index % 5)) for index, prompt in enumerate(everything[4:])]
 
@@ -158,7 +158,7 @@ def test_clients_that_leave_in_mid_stream(
 
 
 def test_requests_that_opt_out(small: Target, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]) -> None:
-    chosen = cut(prompts, 32)
+    chosen = cut(prompts, 40)
     requests = [Request(p, 96 - 8 * (i % 5), extra=OPT_OUT if i % 6 == 0 else {}) for i, p in enumerate(chosen)]
     alone = Request(prompts[0][:90], 40, extra=OPT_OUT)
 
