@@ -42,10 +42,10 @@ class TextPlan:
 class DraftPlan(Plan):
     """How the draft is distilled: each step takes about ``tokens`` tokens of rows of one group."""
 
-    steps: int = 2000
+    steps: int = 3600
     rate: float = 3e-3
     warmup: int = 100
-    decay: int = 700
+    decay: int = 1200
     tokens: int = 4096
     first_choice_weight: float = 0.5
 
