@@ -120,6 +120,7 @@ def make_groups(
     digest = hashlib.sha256((target_folder / "model.safetensors").read_bytes()).hexdigest()
     writer, labeller, started = load(target_folder).to(torch.bfloat16), load(target_folder), time.monotonic()
     cuts, groups = line_ends(stream, newline_first), []
+    work.mkdir(parents=True, exist_ok=True)
     for number, (rows, length) in enumerate(plan.groups):
         store = work / f"group{number}.npz"
         identity = json.dumps({**asdict(plan), "groups": [rows, length], "target": digest, "seed": seed})

@@ -19,6 +19,7 @@ import data
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from modelling import END_ID, PAD_ID, greedy, load, parameters, repeat_cut, stored_bytes
 from transformers import LlamaForCausalLM
 
@@ -26,7 +27,7 @@ WINDOW = 512  # tokens per loss window
 REPEAT_SPAN = 16  # tokens
 BATCH = 32  # prompts continued at a time
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, math.inf)  # nats
-SAMPLES = 4  # continuations kept as text
+SAMPLES = 8  # continuations kept as text
 
 
 @torch.inference_mode()
@@ -115,10 +116,11 @@ def by_module(names: list[str], per_prompt: list[torch.Tensor]) -> dict[str, dic
     return {name: summary(torch.cat(rows)) for name, rows in sorted(groups.items())}
 
 
-def samples(tokenizer: data.Tokenizer, records: list[dict], written: list[list[int]], cuts: list[int]) -> list[dict]:
-    """A few prompts with the continuation's text, one for each of the first prompts of evenly spaced modules."""
-    picks = range(0, len(records), len(records) // SAMPLES)
-    return [{**records[i], "continuation": tokenizer.decode(written[i][: cuts[i]])} for i in list(picks)[:SAMPLES]]
+def samples(tokenizer: data.Tokenizer, records: list[dict], written: list[list[int]]) -> list[dict]:
+    """Evenly spaced prompts with the text of their continuations, cut at the repeat."""
+    picks = list(range(0, len(records), len(records) // SAMPLES))[:SAMPLES]
+    texts = [tokenizer.decode(written[i][: repeat_cut(written[i], REPEAT_SPAN)]) for i in picks]
+    return [{**records[i], "continuation": text} for i, text in zip(picks, texts, strict=True)]
 
 
 def model_facts(folder: Path, model: LlamaForCausalLM, held_out: np.ndarray, held_out_bytes: int) -> dict:
@@ -133,6 +135,24 @@ def model_facts(folder: Path, model: LlamaForCausalLM, held_out: np.ndarray, hel
     }
 
 
+def agreement(draft: LlamaForCausalLM, prompts: list[list[int]], written: list[list[int]], names: list[str]) -> dict:
+    """Everything measured along the continuations ``written`` of ``prompts``, whose modules are ``names``."""
+    cuts = [repeat_cut(ids, REPEAT_SPAN) for ids in written]
+    per_prompt = [positions(draft, p, w[:cut]) for p, w, cut in zip(prompts, written, cuts, strict=True) if cut]
+    uncut = [positions(draft, p, w) for p, w in zip(prompts, written, strict=True) if w]
+    return {
+        "prompts": len(prompts),
+        "repeat_span_tokens": REPEAT_SPAN,
+        "tokens_before_cut": {"mean": round(sum(cuts) / len(cuts), 1), "min": min(cuts), "max": max(cuts)},
+        "never_repeat": sum(cut == len(ids) for cut, ids in zip(cuts, written, strict=True)),
+        "overall": summary(torch.cat(per_prompt)),
+        "overall_uncut": summary(torch.cat(uncut)),
+        "by_draft_entropy": by_entropy(torch.cat(per_prompt)),
+        "mean_run_of_agreement_by_limit": run_lengths(per_prompt),
+        "by_module": by_module([n for n, cut in zip(names, cuts, strict=True) if cut], per_prompt),
+    }
+
+
 def run(out: Path, new_tokens: int) -> None:
     """Measure OUT/target with OUT/draft; write OUT/evaluation.json and print the main numbers."""
     target, draft, tokenizer = load(out / "target"), load(out / "draft"), data.load_tokenizer(out / "target")
@@ -142,31 +162,17 @@ def run(out: Path, new_tokens: int) -> None:
     records = data.read_prompts(out / "prompts.jsonl")
     prompts = [tokenizer.encode(record["prompt"]).ids for record in records]
     written = continuations(target, prompts, new_tokens)
-    cuts = [repeat_cut(ids, REPEAT_SPAN) for ids in written]
-    used = [(p, w[:c]) for p, w, c in zip(prompts, written, cuts, strict=True)]
-    names = [record["module"] for record, cut in zip(records, cuts, strict=True) if cut]
-    per_prompt = [positions(draft, prompt, ids) for prompt, ids in used if ids]
-    uncut = [positions(draft, prompt, ids) for prompt, ids in zip(prompts, written, strict=True) if ids]
+    along = agreement(draft, prompts, written, [record["module"] for record in records])
     notes = out / "work" / "notes.json"
     report = {
         "python": sys.version.split()[0],
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "held_out": {"modules": [module.name for module in modules], "tokens": len(held_out), "bytes": size},
         "target": model_facts(out / "target", target, held_out, size),
         "draft": model_facts(out / "draft", draft, held_out, size),
-        "greedy": {
-            "prompts": len(prompts),
-            "new_tokens_at_most": new_tokens,
-            "repeat_span_tokens": REPEAT_SPAN,
-            "tokens_before_cut": {"mean": round(sum(cuts) / len(cuts), 1), "min": min(cuts), "max": max(cuts)},
-            "never_repeat": sum(cut == len(ids) for cut, ids in zip(cuts, written, strict=True)),
-            "overall": summary(torch.cat(per_prompt)),
-            "overall_uncut": summary(torch.cat(uncut)),
-            "by_draft_entropy": by_entropy(torch.cat(per_prompt)),
-            "mean_run_of_agreement_by_limit": run_lengths(per_prompt),
-            "by_module": by_module(names, per_prompt),
-        },
-        "samples": samples(tokenizer, records, written, cuts),
+        "greedy": {"new_tokens_at_most": new_tokens, **along},
+        "samples": samples(tokenizer, records, written),
         "training": json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else None,
     }
     data.write_json(out / "evaluation.json", report)

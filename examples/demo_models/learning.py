@@ -138,7 +138,9 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def train_target(stream: np.ndarray, plan: TargetPlan, seed: int, checkpoint: Path, compiled: bool) -> tuple:
+def train_target(
+    stream: np.ndarray, plan: TargetPlan, seed: int, checkpoint: Path, compiled: bool
+) -> tuple[LlamaForCausalLM, float]:
     """Train the target on ``stream`` [tokens]. Returns (model, seconds)."""
     model = build("target", seed)
 
