@@ -122,6 +122,9 @@ class DrafterLink:
                     unwanted = trouble.refused or trouble.fault
                     self.faults += trouble.fault
                     self._log(trouble)
+                except Exception:
+                    unwanted = True
+                    logger.exception("drafter %s: connection lost by a fault of ours", self.name)
                 if self.welcome is not None:
                     backoff_s = FIRST_BACKOFF_S
                     self.welcome = None
@@ -259,6 +262,7 @@ class LinkThread:
         """Prepare a thread for ``links``; nothing runs before `start`."""
         self._links = links
         self._loop = asyncio.new_event_loop()
+        self._task: asyncio.Task[None] | None = None
         self._thread = threading.Thread(target=self._run, name="wanspec-links", daemon=True)
 
     def start(self) -> None:
@@ -272,16 +276,20 @@ class LinkThread:
             self._thread.join(timeout_s)
 
     def _cancel(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
+        if self._task is not None:
+            self._task.cancel()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
+        self._task = self._loop.create_task(self._keep_all())
         try:
-            self._loop.run_until_complete(asyncio.gather(*(link.run() for link in self._links)))
+            self._loop.run_until_complete(self._task)
         except asyncio.CancelledError:
             logger.debug("links stopped")
-        except Exception:
-            logger.exception("links stopped by a fault of ours; requests are served without drafts")
         finally:
+            self._loop.run_until_complete(asyncio.sleep(0))  # transports that were closed need one more turn
             self._loop.close()
+
+    async def _keep_all(self) -> None:
+        """Run all links; cancelled, ends when every one of them has ended."""
+        await asyncio.gather(*(link.run() for link in self._links))

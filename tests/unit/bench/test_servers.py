@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -170,7 +170,16 @@ def test_a_signal_to_the_starter_leaves_no_server_behind(tmp_path: Path, number:
     wait_for(lambda: all(map(is_gone, pids)))
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: a test run in the background starts with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @linux_only
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_servers_and_raises_keyboard_interrupt(tmp_path: Path) -> None:
     started = []
     with pytest.raises(KeyboardInterrupt), ServerGroup(tmp_path) as group:

@@ -356,6 +356,28 @@ def test_one_bad_link_does_not_hurt_another(server: DrafterServer) -> None:
         thread.stop()
 
 
+def test_a_fault_of_ours_costs_the_connection_and_no_more(server: DrafterServer, log: LogLines) -> None:
+    class Faulty(User):
+        def link_received(self, link: DrafterLink, messages: list[Message]) -> None:
+            if self.lost == 0:
+                raise KeyError("a bug")
+            super().link_received(link, messages)
+
+    user = Faulty()
+    link = DrafterLink(DraftEndpoint(name="eu", url=server.url), FINGERPRINT, user, random.Random(1))
+    thread = LinkThread([link])
+    thread.start()
+    try:
+        wait_until(lambda: user.ready == 2)
+        link.send(Open(1, (1, 2), 8, 64, 1))
+        link.flush()
+        wait_until(lambda: user.messages)
+    finally:
+        thread.stop()
+    assert user.lost == 1
+    assert any("connection lost by a fault of ours" in line for line in log.lines())
+
+
 def test_stopping_a_thread_that_never_started_or_twice() -> None:
     link = DrafterLink(DraftEndpoint(name="a", url="http://127.0.0.1:9"), FINGERPRINT, User(), random.Random(1))
     thread = LinkThread([link])
