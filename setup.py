@@ -40,7 +40,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_wanspec", "vllm_wanspec.*"]),
     package_data={"vllm_wanspec": ["py.typed"]},
-    # The base install works without vLLM and torch: planning, simulation, WAN proxy, sidecar.
+    # The base install works without vLLM and torch.
     install_requires=[
         "aiohttp>=3.9",
         "msgpack>=1.0",

@@ -1,14 +1,13 @@
 """The exceptions this package raises on purpose.
 
 Every one derives from :class:`WanspecError`.  The class says whose fault it is, so that a
-caller can tell a bad setting from a bad peer from a bug of ours without reading the message.
+caller can tell a bad setting from a bad peer without reading the message.
 """
 
 from __future__ import annotations
 
 __all__ = [
     "ConfigError",
-    "LocalProtocolError",
     "RemoteProtocolError",
     "UnsupportedError",
     "WanspecError",
@@ -32,7 +31,3 @@ class UnsupportedError(WanspecError):
 
 class RemoteProtocolError(WanspecError):
     """The peer broke the wire protocol."""
-
-
-class LocalProtocolError(WanspecError):
-    """This side used the protocol wrongly: a bug in this package."""

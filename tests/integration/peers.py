@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,8 +80,8 @@ async def down(drafter: aiohttp.ClientWebSocketResponse, controller: web.WebSock
 
 
 @dataclass
-class BadDrafter:
-    """Counts connections; what it does with them is up to `handle`."""
+class BadDrafter(ABC):
+    """Counts connections; what it does with them is up to `serve`."""
 
     connections: int = 0
 
@@ -92,8 +93,8 @@ class BadDrafter:
         await socket.close()
         return socket
 
-    async def serve(self, socket: web.WebSocketResponse) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def serve(self, socket: web.WebSocketResponse) -> None: ...
 
 
 class OtherVocabulary(BadDrafter):

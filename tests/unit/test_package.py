@@ -9,7 +9,6 @@ import pytest
 import vllm_wanspec
 from vllm_wanspec.errors import (
     ConfigError,
-    LocalProtocolError,
     RemoteProtocolError,
     UnsupportedError,
     WanspecError,
@@ -109,5 +108,5 @@ def test_the_version_is_the_installed_one() -> None:
 
 
 def test_all_errors_have_one_base() -> None:
-    for kind in (ConfigError, UnsupportedError, RemoteProtocolError, LocalProtocolError):
+    for kind in (ConfigError, UnsupportedError, RemoteProtocolError):
         assert issubclass(kind, WanspecError)

@@ -181,9 +181,8 @@ class DrafterSession:
         tip = main_line_tip(self._tree)
         if self._running is not None:
             return self._stop() if self._exhausted(tip) else []
-        ahead = self._ahead(tip)
         slack = min(LOOKAHEAD_SLACK, self._limits.lookahead // 2)
-        if self._failed or self._exhausted(tip) or (ahead > 0 and ahead > self._limits.lookahead - slack):
+        if self._failed or self._exhausted(tip) or self._ahead(tip) > self._limits.lookahead - slack:
             return []
         self._branches += 1
         self._running, self._tip, self._fruitless = self._branches, tip, True
