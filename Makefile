@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test test-all lint install clean
+.PHONY: demo bench-hotpath bench-trees bench-width test test-all fuzz docs lint install clean
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -20,6 +20,32 @@ demo: install
 	@mkdir -p build
 	$(BIN)/wanspec demo --json build/demo.json
 	echo "make demo: $$SECONDS s"
+
+# What the serving path costs: no model, no network; needs two quiet cores.
+bench-hotpath: install
+	@$(BIN)/python -m vllm_wanspec.bench.hotpath --json build/hotpath.json
+
+# What redundancy buys, live; takes about twenty minutes and two quiet cores.
+bench-trees: install
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.bench.trees --json docs/results/trees.json --markdown docs/results/trees.md
+	echo "make bench-trees: $$SECONDS s"
+
+# A million broken, hostile and valid frames; `make test` takes 50,000 of them.
+fuzz: install
+	@WANSPEC_FUZZ_INPUTS=1000000 $(BIN)/pytest -q -s tests/unit/core/test_fuzz.py
+	echo "make fuzz: $$SECONDS s"
+
+# What running branches cost the drafter; takes about eight minutes and two quiet cores. A profile needs py-spy.
+bench-width: install
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.bench.width --json docs/results/width.json --markdown docs/results/width.md
+	echo "make bench-width: $$SECONDS s"
+
+# Docs that are made from the code; a test says when they are behind.
+docs: install
+	@$(BIN)/python -c "from pathlib import Path; from vllm_wanspec.core.states import states_markdown; \
+	Path('docs/states.md').write_text(states_markdown(), encoding='utf-8')"
 
 test: install
 	@$(CHECKS)

@@ -39,11 +39,11 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_wanspec", "vllm_wanspec.*"]),
-    package_data={"vllm_wanspec": ["py.typed"]},
+    package_data={"vllm_wanspec": ["py.typed"], "vllm_wanspec.trace": ["*.html", "*.css", "*.js"]},
     # The base install works without vLLM and torch.
     install_requires=[
         "aiohttp>=3.9",
-        "msgpack>=1.0",
+        "msgpack>=1.1",
         "numpy>=1.26",
         "prometheus-client>=0.19",
         "pydantic>=2.5",
@@ -54,6 +54,7 @@ setup(
     extras_require={
         "vllm": ["vllm>=0.26,<0.34"],
         "plots": ["matplotlib>=3.8"],
+        "profile": ["py-spy>=0.4"],
         "test": [
             "hypothesis>=6.100",
             "import-linter>=2.0",

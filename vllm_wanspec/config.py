@@ -1,6 +1,7 @@
 """The YAML file as frozen models; every error names the file, the key, the value and what would be right."""
 
 import os
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -11,9 +12,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from vllm_wanspec.errors import ConfigError
 
 CONFIG_ENV = "WANSPEC_CONFIG"
+EVENTS_ENV = "WANSPEC_EVENTS"
+WIDTH_ENV = "WANSPEC_RUNNING_BRANCHES"
 TOKEN_ENV = "WANSPEC_TOKEN"
 PROPOSER = "vllm_wanspec.RemoteProposer"
 """What ``--speculative-config`` names as ``model``."""
+MAX_ENTROPY_NATS = 100.0
 
 
 class _Section(BaseModel):
@@ -55,24 +59,59 @@ class DraftEndpoint(_Section):
         return token
 
 
-class TreeSettings(_Section):
-    """What a session asks of the drafter."""
+def _entropy(value: float) -> float:
+    if not (0.0 <= value <= MAX_ENTROPY_NATS or value == inf):
+        raise ValueError(f"must be adaptive, .inf (never branch) or 0 to {MAX_ENTROPY_NATS:g} nats")
+    return value
 
-    max_branches: int = Field(default=4, ge=1, le=64, description="most probable tokens sent at each position")
-    max_nodes: int = Field(default=512, ge=8, le=65536, description="live nodes per session")
+
+class TreeSettings(_Section):
+    """What a session asks of the drafter: how far ahead it drafts, and how wide."""
+
+    entropy_threshold_nats: Literal["adaptive"] | Annotated[float, AfterValidator(_entropy)] = 1.0
+    max_branches: int = Field(default=4, ge=1, le=64)
+    running_branches: int = Field(default=16, ge=1, le=1024)
+    branch_depth: int = Field(default=8, ge=1, le=64)
+    min_probability: float = Field(default=0.02, ge=0.0, le=1.0)
+    max_nodes: int = Field(default=512, ge=8, le=65536)
     lookahead_tokens: Literal["auto"] | Annotated[int, Field(ge=1, le=4096)] = "auto"
+
+    def overridden(self, text: str) -> "TreeSettings":
+        """These settings with some of them replaced, as a request may ask for.
+
+        Args:
+            text: Such as ``max_branches=1,entropy_threshold_nats=0.5``.
+
+        Raises:
+            ConfigError: Not such a list, an unknown key, or a value out of range.
+        """
+        values: dict[str, str] = {}
+        for item in text.split(","):
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ConfigError(f'wanspec: {item!r:.80}: expected "off" or key=value,…, as in max_branches=1')
+            values[key.strip()] = value.strip()
+        try:
+            return TreeSettings.model_validate({**self.model_dump(), **values})
+        except ValidationError as error:
+            explained = [_explain(item, TreeSettings) for item in _innermost(error.errors())]
+            raise ConfigError(f"wanspec: {'; '.join(explained)}") from error
 
 
 class LengthSettings(_Section):
     """How many tokens to verify per step: never more than ``max`` nor than vLLM's ``num_speculative_tokens``."""
 
+    policy: Literal["fixed", "marginal", "awc"] = "marginal"
     max: int = Field(default=64, ge=1, le=64)
 
 
 class LateSettings(_Section):
-    """Whether to wait for drafts: ``none``, or ``fixed``: up to ``max_wait_ms`` while a request has none."""
+    """Whether to wait for drafts about to arrive, and for how long at most.
 
-    policy: Literal["none", "fixed"] = "none"
+    ``none``; ``adaptive``: where the wait yields more than it costs; ``fixed``: always while a request has none.
+    """
+
+    policy: Literal["none", "adaptive", "fixed"] = "adaptive"
     max_wait_ms: float = Field(default=15.0, ge=0.0, le=1000.0)
 
 
@@ -91,6 +130,7 @@ class Settings(_Section):
     length: LengthSettings = LengthSettings()
     late: LateSettings = LateSettings()
     metrics: MetricsSettings | None = None
+    events: str | None = Field(default=None, min_length=1)
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -160,21 +200,30 @@ def _innermost(errors: list[Any]) -> list[Any]:
     ]
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as ``key: what is wrong``."""
-    key = ".".join(str(part) for part in error["loc"] if part not in {"constrained-int", "literal['auto']"})
+_BRANCHES_OF_UNIONS = {
+    "constrained-int",
+    "constrained-float",
+    "literal['auto']",
+    "literal['adaptive']",
+    "function-after[_entropy(), float]",
+}
+
+
+def _explain(error: Any, model: type[_Section] | None = None) -> str:
+    """One pydantic error as ``key: what is wrong``; of the whole file, or of one section."""
+    key = ".".join(str(part) for part in error["loc"] if part not in _BRANCHES_OF_UNIONS)
     value = error.get("input")
     if error["type"] == "missing":
         return f"{key}: is missing"
     if error["type"] == "extra_forbidden":
-        return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc']))}"
+        return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc'], model))}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{key}: {value!r:.80}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+def _known_keys(location: tuple[str | int, ...], section: type[_Section] | None) -> list[str]:
     """Keys allowed beside the one at ``location``."""
-    model: Any = Settings
+    model: type[_Section] = section or Settings
     sections: dict[str, type[_Section]] = {
         "draft_endpoints": DraftEndpoint,
         "tree": TreeSettings,

@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from vllm_wanspec.config import CONFIG_ENV, TOKEN_ENV, DraftEndpoint, Settings, load_settings, settings_path
+from vllm_wanspec.config import (
+    CONFIG_ENV,
+    TOKEN_ENV,
+    DraftEndpoint,
+    Settings,
+    TreeSettings,
+    load_settings,
+    settings_path,
+)
 from vllm_wanspec.errors import ConfigError
 
 ENDPOINTS = 'draft_endpoints:\n  - {name: eu, url: "http://127.0.0.1:8101"}\n'
@@ -27,8 +35,9 @@ def test_the_least_that_works(file: Path) -> None:
     settings = load(file, ENDPOINTS)
     assert [(e.name, e.url) for e in settings.draft_endpoints] == [("eu", "http://127.0.0.1:8101")]
     assert settings.tree.lookahead_tokens == "auto"
-    assert settings.late.policy == "none"
+    assert settings.late.policy == "adaptive"
     assert settings.metrics is None
+    assert settings.events is None
 
 
 def test_everything_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,16 +48,27 @@ def test_everything_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
 draft_endpoints:
   - {name: eu, url: "https://draft.example.com:8443/base/", token_env: EU_TOKEN}
   - {name: us, url: "http://10.0.0.1"}
-tree: {max_branches: 1, max_nodes: 64, lookahead_tokens: 12}
-length: {max: 5}
+tree:
+  max_branches: 1
+  max_nodes: 64
+  lookahead_tokens: 12
+  entropy_threshold_nats: 1
+  running_branches: 3
+  branch_depth: 5
+  min_probability: 0.5
+length: {max: 5, policy: awc}
 late: {policy: fixed, max_wait_ms: 2.5}
 metrics: {port: 9464}
+events: /tmp/events.jsonl
 """,
     )
     assert settings.draft_endpoints[0].url == "https://draft.example.com:8443/base"
     assert settings.draft_endpoints[0].token() == "secret"
     assert settings.tree.lookahead_tokens == 12
-    assert (settings.length.max, settings.late.max_wait_ms) == (5, 2.5)
+    assert (settings.tree.entropy_threshold_nats, settings.tree.running_branches) == (1.0, 3)
+    assert (settings.tree.branch_depth, settings.tree.min_probability) == (5, 0.5)
+    assert (settings.length.max, settings.length.policy, settings.late.max_wait_ms) == (5, "awc", 2.5)
+    assert settings.events == "/tmp/events.jsonl"
     assert settings.metrics is not None
     assert (settings.metrics.host, settings.metrics.port) == ("127.0.0.1", 9464)
 
@@ -100,11 +120,38 @@ WRONG = {
     ),
     "nodes is a word": (ENDPOINTS + "tree: {max_nodes: many}\n", ["tree.max_nodes: 'many'", "integer"]),
     "lookahead is a word": (ENDPOINTS + "tree: {lookahead_tokens: far}\n", ["tree.lookahead_tokens: 'far'", "'auto'"]),
+    "a negative threshold": (
+        ENDPOINTS + "tree: {entropy_threshold_nats: -0.5}\n",
+        ["tree.entropy_threshold_nats: -0.5", "greater than or equal to 0", "'adaptive'"],
+    ),
+    "threshold is a word": (
+        ENDPOINTS + "tree: {entropy_threshold_nats: some}\n",
+        ["tree.entropy_threshold_nats: 'some'", "'adaptive'"],
+    ),
+    "threshold is not a number": (ENDPOINTS + "tree: {entropy_threshold_nats: .nan}\n", ["threshold_nats: nan"]),
+    "running branches too many": (
+        ENDPOINTS + "tree: {running_branches: 1025}\n",
+        ["running_branches: 1025", "1024"],
+    ),
+    "no depth": (ENDPOINTS + "tree: {branch_depth: 0}\n", ["tree.branch_depth: 0", "greater than or equal to 1"]),
+    "a probability over 1": (
+        ENDPOINTS + "tree: {min_probability: 1.5}\n",
+        ["tree.min_probability: 1.5", "less than or equal to 1"],
+    ),
+    "unknown length policy": (
+        ENDPOINTS + "length: {policy: best}\n",
+        ["length.policy: 'best'", "'fixed', 'marginal' or 'awc'"],
+    ),
+    "events is no path": (ENDPOINTS + "events: 7\n", ["events: 7", "string"]),
+    "events is empty": (ENDPOINTS + "events: ''\n", ["events: ''", "at least 1 character"]),
     "lookahead too long": (ENDPOINTS + "tree: {lookahead_tokens: 5000}\n", ["tree.lookahead_tokens: 5000", "4096"]),
     "section is a list": (ENDPOINTS + "tree: [1]\n", ["tree: [1]", "TreeSettings"]),
     "section is empty": (ENDPOINTS + "tree:\n", ["tree: None", "TreeSettings"]),
     "length too long": (ENDPOINTS + "length: {max: 65}\n", ["length.max: 65", "less than or equal to 64"]),
-    "unknown policy": (ENDPOINTS + "late: {policy: always}\n", ["late.policy: 'always'", "'none' or 'fixed'"]),
+    "unknown policy": (
+        ENDPOINTS + "late: {policy: always}\n",
+        ["policy: 'always'", "'none', 'adaptive' or 'fixed'"],
+    ),
     "wait is negative": (
         ENDPOINTS + "late: {max_wait_ms: -1}\n",
         ["late.max_wait_ms: -1", "greater than or equal to 0"],
@@ -195,3 +242,62 @@ def test_no_path(given: object, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_endpoint_strips_the_last_slash() -> None:
     assert DraftEndpoint(name="a", url="https://h/x/").url == "https://h/x"
+
+
+# What one request asks for
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("max_branches=1", {"max_branches": 1}),
+        (
+            " max_branches = 2 ,entropy_threshold_nats=0.25",
+            {"max_branches": 2, "entropy_threshold_nats": 0.25},
+        ),
+        (
+            "entropy_threshold_nats=adaptive,lookahead_tokens=auto",
+            {"entropy_threshold_nats": "adaptive", "lookahead_tokens": "auto"},
+        ),
+        (
+            "lookahead_tokens=9,min_probability=0,branch_depth=3",
+            {"lookahead_tokens": 9, "min_probability": 0.0, "branch_depth": 3},
+        ),
+        ("running_branches=5,running_branches=6", {"running_branches": 6}),
+    ],
+)
+def test_settings_with_some_replaced(text: str, changes: dict[str, object]) -> None:
+    base = TreeSettings(max_nodes=99, lookahead_tokens=20, entropy_threshold_nats=1.5)
+    replaced = base.overridden(text)
+    assert replaced.model_dump() == {**base.model_dump(), **changes}
+    assert base.max_nodes == 99
+
+
+@pytest.mark.parametrize(
+    ("text", "fragments"),
+    [
+        ("", ["''", 'expected "off" or key=value']),
+        ("narrow", ["'narrow'", "as in max_branches=1"]),
+        ("max_branches=1,", ["''", "key=value"]),
+        ("max_branches=0", ["max_branches: '0'", "greater than or equal to 1"]),
+        ("max_branches=65", ["max_branches: '65'", "less than or equal to 64"]),
+        ("max_branches=", ["max_branches: ''", "integer"]),
+        ("max_branches=1.5", ["max_branches: '1.5'", "integer"]),
+        ("min_probability=2", ["min_probability: '2'", "less than or equal to 1"]),
+        ("entropy_threshold_nats=-1", ["entropy_threshold_nats: '-1'", "greater than or equal to 0", "'adaptive'"]),
+        ("lookahead_tokens=far", ["lookahead_tokens: 'far'", "'auto'"]),
+        ("max_branch=1", ["max_branch: is not a known key", "max_branches", "lookahead_tokens"]),
+        ("max_branches=0,max_nodes=1", ["max_branches: '0'", "; max_nodes: '1'"]),
+        ("x" * 500, ["x" * 70]),
+    ],
+)
+def test_what_is_wrong_with_a_request_s_settings(text: str, fragments: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TreeSettings().overridden(text)
+    message = str(caught.value)
+    assert message.startswith("wanspec: ")
+    assert len(message) < 400
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message
+    assert "pydantic" not in message

@@ -28,18 +28,25 @@ BASE = [
     "vllm_wanspec",
     "vllm_wanspec.config",
     "vllm_wanspec.errors",
+    "vllm_wanspec.eventlog",
     "vllm_wanspec.core.tree",
     "vllm_wanspec.core.messages",
+    "vllm_wanspec.core.calibration",
     "vllm_wanspec.core.controller",
     "vllm_wanspec.core.drafter",
+    "vllm_wanspec.core.events",
     "vllm_wanspec.core.expansion",
     "vllm_wanspec.core.estimates",
+    "vllm_wanspec.core.lateness",
+    "vllm_wanspec.core.length",
+    "vllm_wanspec.core.states",
     "vllm_wanspec.controller.link",
     "vllm_wanspec.controller.pool",
     "vllm_wanspec.controller.proposer",
     "vllm_wanspec.controller.hooks",
     "vllm_wanspec.drafter.service",
     "vllm_wanspec.drafter.engines",
+    "vllm_wanspec.drafter.metrics",
     "vllm_wanspec.cli.main",
     "vllm_wanspec.plugin",
 ]
@@ -67,7 +74,7 @@ def test_the_command_line_runs_without_vllm_and_torch() -> None:
 def test_the_core_brings_no_io() -> None:
     code = (
         "import sys\nbefore = set(sys.modules)\n"
-        "import vllm_wanspec.core.controller, vllm_wanspec.core.drafter, vllm_wanspec.core.messages\n"
+        "import vllm_wanspec.core.events, vllm_wanspec.core.states\n"  # and with them all others
         "print(sorted({'aiohttp', 'asyncio', 'threading', 'random', 'vllm', 'torch'} & (set(sys.modules) - before)))"
     )
     done = python(code)

@@ -10,9 +10,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from aiohttp import WSMsgType, web
 
 from vllm_wanspec.core.drafter import DraftStep
+from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.expansion import entropy_nats
-from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, vocabulary_fingerprint
-from vllm_wanspec.drafter.service import Connection, DraftModel
+from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, Limits, vocabulary_fingerprint
+from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, Connection, DraftModel, Host
 
 VOCABULARY = {f"t{index}": index for index in range(50)}
 FINGERPRINT = vocabulary_fingerprint(VOCABULARY)
@@ -108,6 +109,11 @@ class ToyEngine:
             self.running -= 1
 
 
+def limits(lookahead: int = 16, max_nodes: int = 512, **more: object) -> Limits:
+    """What a session may do; the main line alone unless told otherwise."""
+    return Limits(lookahead, max_nodes, **more)  # type: ignore[arg-type]
+
+
 def draft_model(**changes: object) -> DraftModel:
     """What the toy drafter says of itself."""
     values: dict[str, object] = {
@@ -140,13 +146,20 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class DrafterServer:
     """A drafter on 127.0.0.1, in a thread of its own; it can be stopped and started again on the same port."""
 
-    def __init__(self, toy: Toy, *, model: DraftModel | None = None, token: str | None = None) -> None:
+    def __init__(
+        self,
+        toy: Toy,
+        *,
+        model: DraftModel | None = None,
+        token: str | None = None,
+        running_branches: int = DEFAULT_RUNNING_BRANCHES,
+        sink: Sink | None = None,
+    ) -> None:
         self.engine = ToyEngine(toy)
-        self.model = model or draft_model()
+        self.host = Host(self.engine, model or draft_model(), running_branches=running_branches, sink=sink)
         self.token = token
         self.handler: Handler | None = None
         self.attempts = 0
-        self.connections: list[Connection] = []
         self.port = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -159,7 +172,7 @@ class DrafterServer:
 
     @property
     def sessions(self) -> int:
-        return sum(connection.sessions for connection in self.connections)
+        return self.host.sessions
 
     def start(self) -> "DrafterServer":
         ready = threading.Event()
@@ -214,8 +227,7 @@ class DrafterServer:
         transport = request.transport
         assert transport is not None
         self._transports.add(transport)
-        connection = Connection(self.engine, self.model, socket.send_bytes)
-        self.connections.append(connection)
+        connection = Connection(self.host, socket.send_bytes)
         writer = asyncio.create_task(connection.write())
         try:
             async for message in socket:
@@ -225,7 +237,6 @@ class DrafterServer:
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
             await connection.close()
-            self.connections.remove(connection)
             self._transports.discard(transport)
             with contextlib.suppress(ConnectionError):
                 await socket.close()

@@ -9,6 +9,7 @@ from vllm_wanspec import __version__
 from vllm_wanspec.cli.demo import demo
 from vllm_wanspec.cli.drafter import drafter
 from vllm_wanspec.cli.serve import serve
+from vllm_wanspec.cli.trace import trace
 from vllm_wanspec.cli.wan import wan
 from vllm_wanspec.errors import WanspecError
 
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.command()(demo)
 app.command(context_settings=PASS_ON)(drafter)
 app.command(context_settings=PASS_ON)(serve)
+app.command()(trace)
 app.command()(wan)
 
 

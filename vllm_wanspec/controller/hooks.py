@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import sys
+import weakref
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -42,6 +43,12 @@ LEDGER = (
         "does not hold back tokens already produced.",
         "Instance wrap: replaces the proposed lists in place, then calls the original.",
         "vLLM asks custom proposers for drafts when it schedules.",
+    ),
+    Wrap(
+        "vllm.v1.engine.core.EngineCore.post_step",
+        "Whether a step may be held back depends on what waits for the engine, which the model runner cannot see.",
+        "Class-wide wrap: remembers the engine core of this process, to look at the length of its input queue.",
+        "vLLM tells custom proposers how many requests wait.",
     ),
     Wrap(
         "GPUModelRunner.effective_drafter_max_model_len (of one runner)",
@@ -92,6 +99,7 @@ def install_in_engine(vllm_config: Any) -> None:
     """
     check(vllm_config)
     _wrap_update_states()
+    _wrap_post_step()
     repair_empty_top_k()
 
 
@@ -209,6 +217,33 @@ def _wrap_update_states() -> None:
 
     _update_states.wanspec = True  # type: ignore[attr-defined]
     runner._update_states = _update_states
+
+
+def queued_requests() -> int:
+    """Requests and aborts that wait for the engine core of this process; 0 where it runs in another one."""
+    core = _engine_core() if _engine_core is not None else None
+    queue = getattr(core, "input_queue", None)
+    return 0 if queue is None else int(queue.qsize())
+
+
+_engine_core: weakref.ReferenceType[Any] | None = None
+
+
+def _wrap_post_step() -> None:
+    core = _attribute("vllm.v1.engine.core", "EngineCore")
+    original = getattr(core, "post_step", None)
+    if original is None or hasattr(original, "wanspec"):
+        return
+
+    @functools.wraps(original)
+    def post_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _engine_core
+        if _engine_core is None or _engine_core() is not self:
+            _engine_core = weakref.ref(self)
+        return original(self, *args, **kwargs)
+
+    post_step.wanspec = True  # type: ignore[attr-defined]
+    core.post_step = post_step
 
 
 def _wrap_create_engine_config() -> None:

@@ -18,6 +18,7 @@ import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.core.estimates import Smoothed
+from vllm_wanspec.core.lateness import Turnaround
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PATH,
@@ -82,6 +83,10 @@ class DrafterLink:
         self.welcome: Welcome | None = None
         self.next_number = 1
         self.faults = 0
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self.client = ""
+        self.turnaround = Turnaround()
         self._fingerprint = fingerprint
         self._user = user
         self._rng = rng
@@ -174,7 +179,8 @@ class DrafterLink:
 
     async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
-        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, "vllm-wanspec")]):
+        self.client = f"{self._rng.getrandbits(48):012x}"
+        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, self.client)]):
             await socket.send_bytes(frame)
         try:
             messages = await self._receive(socket, GREETING_TIMEOUT_S)
@@ -189,7 +195,7 @@ class DrafterLink:
             raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")
         if answer.fingerprint != self._fingerprint:
             raise RemoteProtocolError("welcomed us with another vocabulary")
-        self._rtt_s = Smoothed()
+        self._rtt_s, self.turnaround = Smoothed(), Turnaround()
         self._rtt_s.add(time.monotonic() - began_s)
         self._outbox.clear()
         self.welcome = answer
@@ -218,6 +224,7 @@ class DrafterLink:
             self._wake.clear()
             batch = [self._outbox.popleft() for _ in range(len(self._outbox))]
             for frame in frames(batch):
+                self.sent_bytes += len(frame)
                 await socket.send_bytes(frame)
 
     async def _ping(self) -> None:
@@ -240,6 +247,7 @@ class DrafterLink:
     async def _receive(self, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> list[Message]:
         frame = await socket.receive(timeout=timeout_s)
         if frame.type is aiohttp.WSMsgType.BINARY:
+            self.received_bytes += len(frame.data)
             return decode(frame.data)
         if frame.type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED}:
             raise _Trouble(f"closed the connection ({frame.extra or 'no reason given'})")

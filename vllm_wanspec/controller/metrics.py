@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.calibration import OUTCOMES, entropy_ranges
 
 logger = logging.getLogger("vllm.wanspec.metrics")
 
@@ -27,16 +28,29 @@ class PoolCollector(Collector):
         """``wanspec_<counter>_total`` for each counter; per drafter if it is up, its round trip and its faults."""
         for name, value in self._pool.counters.items():
             yield CounterMetricFamily(f"wanspec_{name}", f"See Counters.{name}.", value=value)
+        positions = CounterMetricFamily(
+            "wanspec_positions",
+            "Committed positions at which a draft distribution was known, by its entropy in nats and by what the "
+            "target took there.",
+            labels=["entropy", "outcome"],
+        )
+        for entropy, counts in zip(entropy_ranges(), self._pool.shared.calibration.outcomes, strict=True):
+            for outcome, count in zip(OUTCOMES, counts, strict=True):
+                positions.add_metric([entropy, outcome], count)
         up = GaugeMetricFamily("wanspec_drafter_up", "Whether the drafter has welcomed us.", labels=["drafter"])
         rtt = GaugeMetricFamily("wanspec_drafter_rtt_seconds", "Smoothed round trip.", labels=["drafter"])
         faults = CounterMetricFamily(
             "wanspec_peer_faults", "Connections dropped because the drafter broke the protocol.", labels=["drafter"]
         )
+        sent = CounterMetricFamily("wanspec_sent_bytes", "Payload sent to the drafter.", labels=["drafter"])
+        received = CounterMetricFamily("wanspec_received_bytes", "Payload from the drafter.", labels=["drafter"])
         for link in self._pool.links:
+            sent.add_metric([link.name], float(link.sent_bytes))
+            received.add_metric([link.name], float(link.received_bytes))
             up.add_metric([link.name], float(link.welcome is not None))
             rtt.add_metric([link.name], link.rtt_s)
             faults.add_metric([link.name], float(link.faults))
-        yield from (up, rtt, faults)
+        yield from (positions, up, rtt, faults, sent, received)
 
 
 def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:

@@ -1,7 +1,7 @@
 """DraftPool: all requests' sessions, and the drafters that serve them.
 
 Two threads meet here under one lock. The model runner's thread opens, commits and takes drafts; the link thread
-delivers what arrived. The lock is held for a batch or for a frame, never over I/O.
+delivers what arrived. The lock is held for a batch or for a message, never over I/O.
 """
 
 import logging
@@ -10,28 +10,35 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from vllm_wanspec.config import Settings
+from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
-from vllm_wanspec.core.controller import ControllerSession, Counters
+from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
 from vllm_wanspec.core.estimates import Smoothed
+from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.expansion import lookahead_tokens
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Message, Nodes, Reject
+from vllm_wanspec.core.lateness import Pace, Wait, worthwhile_wait
+from vllm_wanspec.core.length import Payoff, Plan, StepCost, Window, length_policy
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Limits, Message, Nodes, Reject
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.pool")
 
 ASSUMED_STEP_S = 0.030
+WAIT_SLICE_S = 0.002
+"""While it holds a step back, the pool looks this often whether new requests have come."""
 
 
 class LiveSession:
-    """A request's session and the link that serves it now."""
+    """A request's session, what it asks of drafters, and the link that serves it now."""
 
-    __slots__ = ("core", "link", "number")
+    __slots__ = ("core", "expected", "link", "number", "tree")
 
-    def __init__(self, core: ControllerSession) -> None:
+    def __init__(self, core: ControllerSession, tree: TreeSettings) -> None:
         self.core = core
+        self.tree = tree
         self.link: DrafterLink | None = None
         self.number = 0
+        self.expected = 0.0
 
 
 class DraftPool:
@@ -45,6 +52,8 @@ class DraftPool:
         vocab_size: int,
         speculation_length: int,
         clock: Callable[[], float] = time.monotonic,
+        queued: Callable[[], int] | None = lambda: 0,
+        sink: Sink | None = None,
         seed: int | None = None,
     ) -> None:
         """Prepare the links; `start` connects them.
@@ -55,21 +64,36 @@ class DraftPool:
             vocab_size: Ids that the target's tokenizer really has are below this.
             speculation_length: Most tokens that vLLM verifies per step.
             clock: Seconds, monotonic.
+            queued: How many requests and aborts wait for the engine, which no step is held back for;
+                None: steps are never held back adaptively.
+            sink: Takes the event log's records.
             seed: For the jitter of back-offs.
         """
-        self.counters = Counters()
+        self.shared = Shared()
         self.step_s = Smoothed()
         self._settings = settings
+        self._policy = length_policy(settings.length.policy)
+        self._payoff = Payoff(self.shared.times)
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
         self._clock = clock
+        self._queued = queued
+        self._sink = sink
         self._arrived = threading.Condition(threading.Lock())
         self._sessions: dict[str, LiveSession] = {}
         rng = random.Random(seed)
         self.links = [DrafterLink(e, fingerprint, self, rng) for e in settings.draft_endpoints]
         self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
         self._thread = LinkThread(self.links)
-        self._began_s: float | None = None
+        self._began: tuple[float, int, int] | None = None
+        self._rows = 1
+        self._tokens_per_step = Smoothed(0.05)
+        self._tokens_per_drafted_step = Smoothed(0.05)
+
+    @property
+    def counters(self) -> Counters:
+        """What the sessions count."""
+        return self.shared.counters
 
     def start(self) -> None:
         """Connect to the drafters."""
@@ -81,21 +105,32 @@ class DraftPool:
 
     # What the model runner's thread calls.
 
-    def step_begins(self) -> None:
-        """The target begins a step; `step` ends it, and the time between is the step time t_v."""
-        self._began_s = self._clock()
+    def step_begins(self, tokens: int = 0, drafts: int = 0) -> None:
+        """The target begins a step; `step` ends it, and the time between is the step time t_v.
 
-    def begin(self, finished: Sequence[str], new: Sequence[tuple[str, Sequence[int]]]) -> None:
+        Args:
+            tokens: Tokens in the step, where all of its rows decode; 0 for a step whose time is no example.
+            drafts: How many of them are drafts.
+        """
+        self._began = (self._clock(), tokens, drafts)
+
+    def begin(
+        self,
+        finished: Sequence[str],
+        new: Sequence[tuple[str, Sequence[int]]],
+        trees: Sequence[TreeSettings | None] = (),
+    ) -> None:
         """Close finished requests' sessions, then open those of ``new`` (request id, context token ids).
 
-        Finished come first: an id can return.
+        Finished come first: an id can return. ``trees`` gives requests settings of their own.
         """
         with self._arrived:
             for request in finished:
                 self._close(request)
-            for request, context in new:
+            for index, (request, context) in enumerate(new):
                 self._close(request)
-                self._add(request, context)
+                tree = trees[index] if index < len(trees) else None
+                self._add(request, context, tree or self._settings.tree)
         self._flush()
 
     def step(self, rows: Sequence[tuple[str, Sequence[int]]], limit: int) -> list[list[int]]:
@@ -109,18 +144,17 @@ class DraftPool:
             Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
         now = self._clock()
-        if self._began_s is not None:
-            self.step_s.add(now - self._began_s)
-            self._began_s = None
+        self._measure(rows, now)
+        sessions, plan = self._sessions, self._plan(limit)
         drafts: list[list[int]] = []
         with self._arrived:
             for request, tokens in rows:
-                live = self._sessions.get(request)
+                live = sessions.get(request)
                 if live is None or not tokens:
                     drafts.append([])
                     continue
                 self._commit(live, tokens, now)
-                drafts.append(live.core.draft(limit))
+                drafts.append(self._draft(live, plan, now))
         self._flush()
         return drafts
 
@@ -132,21 +166,39 @@ class DraftPool:
             drafts: What `step` returned.
             limit: As for `step`.
         """
-        late = self._settings.late
         with self._arrived:
-            rows = [(row, self._sessions.get(request)) for row, request in enumerate(requests) if request is not None]
-            if late.policy == "fixed":
-                served = [live for _, live in rows if live is not None and live.link is not None]
-                self._arrived.wait_for(lambda: all(map(_has_draft, served)), late.max_wait_ms / 1000.0)
+            sessions = self._sessions
+            rows = [(row, sessions[r]) for row, r in enumerate(requests) if r is not None and r in sessions]
+            if self._settings.late.policy != "none":
+                dry = [live for row, live in rows if not drafts[row] and live.link is not None]
+                if dry:
+                    self._hold_back(dry, limit)
+            now, plan = self._clock(), self._plan(limit)
+            offered, expected, full = 0, 0.0, True
             for row, live in rows:
-                if live is not None:
-                    drafts[row] = live.core.draft(limit)
-                    self.counters.offered_tokens += len(drafts[row])
+                if live.core.changed:
+                    drafts[row] = self._draft(live, plan, now)
+                count = len(drafts[row])
+                offered += count
+                expected += live.expected
+                full = full and count == self._speculation_length
+            full = full and len(rows) == len(requests)
+            if offered and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
+                self.counters.unpaid_steps += 1
+                for row, _ in rows:
+                    drafts[row] = []
+                offered = 0
+            self.counters.offered_tokens += offered
 
     def length(self, request: str) -> int | None:
         """Tokens in a request's committed context; None where it has no session."""
         live = self._sessions.get(request)
         return None if live is None else live.core.length
+
+    def tree(self, request: str) -> TreeSettings | None:
+        """What a request asks of drafters; None where it has no session."""
+        live = self._sessions.get(request)
+        return None if live is None else live.tree
 
     # What the link thread calls.
 
@@ -156,18 +208,19 @@ class DraftPool:
             now = self._clock()
             for live in self._sessions.values():
                 if live.core.wants_link(now):
-                    self._open(live)
+                    self._open(live, now)
         self._flush()
 
     def link_lost(self, link: DrafterLink) -> None:
         """Move the link's sessions elsewhere, or leave them without drafts until a drafter is back."""
         with self._arrived:
+            now = self._clock()
             orphans = list(self._by_link[link].values())
             self._by_link[link] = {}
             for live in orphans:
-                live.core.link_lost()
+                live.core.link_lost(now)
                 live.link = None
-                self._open(live)
+                self._open(live, now)
             self._arrived.notify_all()
         self._flush()
 
@@ -177,11 +230,12 @@ class DraftPool:
         Raises:
             RemoteProtocolError: No correct drafter sends that; the link drops the connection.
         """
-        with self._arrived:
-            now = self._clock()
-            for message in messages:
-                if not isinstance(message, Nodes | Reject) or message.session >= link.next_number:
-                    raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
+        now = self._clock()
+        for message in messages:
+            if not isinstance(message, Nodes | Reject) or message.session >= link.next_number:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
+            # Taken anew for each message: a frame can be long, and the serving path must not wait for all of it.
+            with self._arrived:
                 live = self._by_link[link].get(message.session)
                 if live is None:
                     continue
@@ -189,24 +243,38 @@ class DraftPool:
                 if isinstance(message, Reject):
                     del self._by_link[link][message.session]
                     live.link = None
-            self._arrived.notify_all()
+                self._arrived.notify_all()
 
     # Below here the lock is held.
 
-    def _add(self, request: str, context: Sequence[int]) -> None:
-        tree = self._settings.tree
-        core = ControllerSession(context, self.counters, max_nodes=tree.max_nodes, alternatives=tree.max_branches)
-        live = self._sessions[request] = LiveSession(core)
-        self._open(live)
+    def _add(self, request: str, context: Sequence[int], tree: TreeSettings) -> None:
+        now = self._clock()
+        window = Window() if self._policy.windowed else None
+        if self._sink is None:
+            core = ControllerSession(context, self.shared, window)
+        else:
+            core = RecordedControllerSession(context, self.shared, window, key=request, sink=self._sink, now=now)
+        live = self._sessions[request] = LiveSession(core, tree)
+        self._open(live, now)
 
     def _commit(self, live: LiveSession, tokens: Sequence[int], now: float) -> None:
-        message = live.core.commit(tokens)
+        message = live.core.commit(tokens, now)
         if live.link is not None and message is not None:
             live.link.send(message)
         elif live.core.wants_link(now):
-            self._open(live)
+            self._open(live, now)
 
-    def _open(self, live: LiveSession) -> None:
+    def _plan(self, limit: int) -> Plan:
+        """The plan of all requests; with a windowed policy only the limit that theirs start from."""
+        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self._token_worth())
+
+    def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
+        if self._policy.windowed:
+            plan = self._policy.plan(plan.limit, live.core.window, 0.0)
+        tokens, live.expected = live.core.draft(plan.limit, plan.least, now)
+        return tokens
+
+    def _open(self, live: LiveSession, now: float) -> None:
         ready = [
             (link.rtt_s * (1 + len(self._by_link[link])), link, welcome)
             for link in self.links
@@ -218,28 +286,108 @@ class DraftPool:
             return
         _, link, welcome = min(ready, key=lambda item: item[0])
         number = link.next_number
+        if isinstance(live.core, RecordedControllerSession):
+            live.core.note("link", now, drafter=link.name, peer=f"{link.client}#{number}")
         message = live.core.open(
             number,
+            self._limits(live.tree, link, welcome.max_nodes),
+            now,
             vocab_size=min(self._vocab_size, welcome.vocab_size),
-            max_nodes=welcome.max_nodes,
-            lookahead=self._lookahead(link),
+            turnaround=link.turnaround,
         )
         link.next_number += 1
         live.link, live.number = link, number
         self._by_link[link][number] = live
         link.send(message)
 
-    def _lookahead(self, link: DrafterLink) -> int:
-        configured = self._settings.tree.lookahead_tokens
-        if configured != "auto":
-            return configured
-        return lookahead_tokens(link.rtt_s, self.step_s.get(ASSUMED_STEP_S), self._speculation_length)
+    def _limits(self, tree: TreeSettings, link: DrafterLink, max_nodes: int) -> Limits:
+        lookahead = tree.lookahead_tokens
+        if lookahead == "auto":
+            lookahead = lookahead_tokens(link.rtt_s, self.step_s.get(ASSUMED_STEP_S), self._speculation_length)
+        threshold = tree.entropy_threshold_nats
+        return Limits(
+            lookahead=lookahead,
+            max_nodes=min(tree.max_nodes, max_nodes),
+            max_branches=tree.max_branches,
+            running_branches=tree.running_branches,
+            branch_depth=tree.branch_depth,
+            entropy_threshold_nats=None if threshold == "adaptive" else float(threshold),
+            min_probability=tree.min_probability,
+        )
+
+    def _measure(self, rows: Sequence[tuple[str, Sequence[int]]], now: float) -> None:
+        """Learn from the step that ends now what steps cost and yield."""
+        if self._began is None:
+            return
+        began_s, tokens, drafts = self._began
+        self._began = None
+        self.step_s.add(now - began_s)
+        if not tokens:
+            return
+        self._rows = len(rows)
+        full = drafts == self._speculation_length * len(rows)
+        self.shared.times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
+        committed = sum(len(tokens) for _, tokens in rows) / max(1, len(rows))
+        self._tokens_per_step.add(committed)
+        if drafts:
+            self._tokens_per_drafted_step.add(committed)
+        if self._policy.windowed:
+            self.shared.cost = StepCost.of(self.shared.times)
+
+    def _token_worth(self) -> float:
+        """Extra step time of one token divided by the time that a token is worth to the whole batch."""
+        yield_per_s = self._rows * self._tokens_per_step.get(1.0) / self.step_s.get(ASSUMED_STEP_S)
+        return self.shared.times.token_s * yield_per_s
+
+    def _hold_back(self, dry: Sequence[LiveSession], limit: int) -> None:
+        """Wait for drafts about to arrive, as configured; gives the lock free meanwhile."""
+        late, began_s = self._settings.late, self._clock()
+        adaptive = late.policy == "adaptive"
+        if adaptive:
+            wait, waiting = self._worthwhile(dry, limit, began_s)
+        else:
+            wait, waiting = Wait(late.max_wait_ms / 1000.0, 1), dry
+        if wait is None or all(_has_drafts(live, wait.drafts) for live in waiting):
+            return
+        while not all(_has_drafts(live, wait.drafts) for live in waiting):
+            left_s = began_s + wait.seconds - self._clock()
+            if left_s <= 0.0 or (adaptive and self._queued is not None and self._queued() > 0):
+                break
+            self._arrived.wait(min(left_s, WAIT_SLICE_S))
+        ended_s = self._clock()
+        self.counters.waits += 1
+        self.counters.wait_seconds += ended_s - began_s
+        for live in waiting:
+            if isinstance(live.core, RecordedControllerSession):
+                live.core.note("wait", ended_s, waited_s=ended_s - began_s)
+
+    def _worthwhile(
+        self, dry: Sequence[LiveSession], limit: int, now: float
+    ) -> tuple[Wait | None, Sequence[LiveSession]]:
+        """The wait that pays, if any, and the sessions that it is for."""
+        if self._queued is None or self._queued() > 0:
+            return None, ()
+        max_wait_s = self._settings.late.max_wait_ms / 1000.0
+        agreement = self.shared.calibration.agreement()
+        expected = [(live, coming) for live in dry if (coming := live.core.coming(now, agreement)) is not None]
+        pace = Pace(
+            rows=self._rows,
+            step_s=self.step_s.get(ASSUMED_STEP_S),
+            tokens_per_step=self._tokens_per_step.get(1.0),
+            tokens_per_drafted_step=self._tokens_per_drafted_step.get(1.0),
+            agreement=agreement,
+            limit=limit,
+        )
+        wait = worthwhile_wait([coming for _, coming in expected], pace, now=now, max_wait_s=max_wait_s)
+        if wait is None:
+            return None, ()
+        return wait, [live for live, coming in expected if coming.at_s <= now + wait.seconds]
 
     def _close(self, request: str) -> None:
         live = self._sessions.pop(request, None)
         if live is None:
             return
-        message = live.core.close()
+        message = live.core.close(self._clock())
         if live.link is not None and message is not None:
             del self._by_link[live.link][live.number]
             live.link.send(message)
@@ -249,6 +397,6 @@ class DraftPool:
             link.flush()
 
 
-def _has_draft(live: LiveSession) -> bool:
+def _has_drafts(live: LiveSession, count: int) -> bool:
     tree = live.core.tree
-    return tree is None or bool(tree.best_path(1))
+    return tree is None or len(tree.best_path(count)) == count

@@ -8,12 +8,13 @@ import atexit
 import logging
 from typing import Any
 
-from vllm_wanspec.config import load_settings, settings_path
+from vllm_wanspec.config import Settings, TreeSettings, load_settings, settings_path
 from vllm_wanspec.controller import hooks
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.eventlog import EventLog
 
 logger = logging.getLogger("vllm.wanspec.proposer")
 
@@ -30,26 +31,32 @@ class RemoteProposer:
         """
         hooks.install_in_engine(vllm_config)
         settings = load_settings(settings_path(vllm_config.additional_config))
-        self._limit = min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
-        self._scheduled_limit = self._limit
+        limit = min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
+        pool = _start_pool(vllm_config, settings, limit) if _is_first_rank() else None
+        self._set_up(pool, settings.tree, limit)
+
+    @classmethod
+    def over(cls, pool: DraftPool, tree: TreeSettings, limit: int) -> "RemoteProposer":
+        """A proposer over a pool that has been started, for measurements without a vLLM engine.
+
+        Args:
+            pool: Serves the drafts.
+            tree: What requests ask for that say nothing else.
+            limit: Most tokens to draft per request and step.
+        """
+        proposer = cls.__new__(cls)
+        proposer._set_up(pool, tree, limit)
+        return proposer
+
+    def _set_up(self, pool: DraftPool | None, tree: TreeSettings, limit: int) -> None:
+        self.pool = pool
+        self._tree = tree
+        self._limit = self._scheduled_limit = limit
         self._runner: Any = None
         self._rows: list[str | None] = []
         self._drafts: list[list[int]] = []
         self._failed = False
-        self.pool: DraftPool | None = None
-        if not _is_first_rank():
-            return
-        vocabulary = _vocabulary(vllm_config.model_config)
-        self.pool = DraftPool(
-            settings,
-            fingerprint=vocabulary_fingerprint(vocabulary),
-            vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
-            speculation_length=self._limit,
-        )
-        self.pool.start()
-        atexit.register(self.pool.stop)
-        if settings.metrics is not None:
-            serve_metrics(self.pool, settings.metrics)
+        self._wrong_override = ""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Part of vLLM's contract; there is no model to load here."""
@@ -62,12 +69,14 @@ class RemoteProposer:
                 hooks.attach(runner, self)
             wanted = getattr(scheduler_output, "num_spec_tokens_to_schedule", None)
             self._scheduled_limit = self._limit if wanted is None else min(self._limit, wanted)
-            new = [(r.req_id, r.prompt_token_ids) for r in scheduler_output.scheduled_new_reqs if _wants_drafts(r)]
             if self.pool is None:
                 return
-            self.pool.step_begins()
-            if new or scheduler_output.finished_req_ids:
-                self.pool.begin(list(scheduler_output.finished_req_ids), new)
+            self.pool.step_begins(*_tokens_and_drafts(scheduler_output))
+            finished, new = scheduler_output.finished_req_ids, scheduler_output.scheduled_new_reqs
+            if finished or new:
+                asked = [(request, tree) for request in new if (tree := self._tree_of(request)) is not None]
+                contexts = [(request.req_id, request.prompt_token_ids) for request, _ in asked]
+                self.pool.begin(list(finished), contexts, [tree for _, tree in asked])
         except Exception as error:
             self._fail(error)
 
@@ -126,12 +135,31 @@ class RemoteProposer:
             length = int(lengths[row])
             if not sampled[row] or known is None:
                 rows.append((request, []))
+            elif known + len(sampled[row]) == length:
+                rows.append((request, sampled[row]))
             elif known < length <= known + MAX_COMMIT_TOKENS:
                 rows.append((request, contexts[row, known:length].tolist()))
             else:
-                pool.begin([request], [(request, contexts[row, :length].tolist())])
+                pool.begin([request], [(request, contexts[row, :length].tolist())], [pool.tree(request)])
                 rows.append((request, []))
         return rows
+
+    def _tree_of(self, request: Any) -> TreeSettings | None:
+        """What a new request asks of drafters; None where it opted out or cannot be drafted."""
+        if not _can_be_drafted(request):
+            return None
+        asked = (request.sampling_params.extra_args or {}).get("wanspec")
+        if asked is None:
+            return self._tree
+        if asked == "off":
+            return None
+        try:
+            return self._tree.overridden(str(asked))
+        except ConfigError as error:
+            if str(error) != self._wrong_override:
+                self._wrong_override = str(error)
+                logger.warning("vllm_xargs: %s; request %s is served as configured", error, request.req_id)
+            return self._tree
 
     def _fail(self, error: Exception) -> None:
         """A fault of ours: say so once, and serve without drafts from now on."""
@@ -141,13 +169,42 @@ class RemoteProposer:
             logger.error("remote drafting stops by a fault of its own; requests are served on", exc_info=error)
 
 
-def _wants_drafts(request: Any) -> bool:
-    """Whether a new request is one that a drafter can follow, and has not opted out."""
-    if request.prompt_token_ids is None or request.mm_features or request.prompt_embeds is not None:
-        return False
-    params = request.sampling_params
-    extra: dict[str, Any] = (params.extra_args if params is not None else None) or {}
-    return params is not None and extra.get("wanspec") != "off"
+def _can_be_drafted(request: Any) -> bool:
+    """Whether a new request is one that a drafter can follow: tokens in, tokens out."""
+    return (
+        request.prompt_token_ids is not None
+        and not request.mm_features
+        and request.prompt_embeds is None
+        and request.sampling_params is not None
+    )
+
+
+def _tokens_and_drafts(scheduler_output: Any) -> tuple[int, int]:
+    """Tokens and draft tokens of a step in which all rows decode; zeros where one is in prefill."""
+    drafts = sum(map(len, scheduler_output.scheduled_spec_decode_tokens.values()))
+    tokens = scheduler_output.total_num_scheduled_tokens
+    decoding = tokens == len(scheduler_output.num_scheduled_tokens) + drafts
+    return (tokens, drafts) if decoding and not scheduler_output.scheduled_new_reqs else (0, 0)
+
+
+def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
+    vocabulary = _vocabulary(vllm_config.model_config)
+    model = str(vllm_config.model_config.model)
+    log = EventLog(settings.events, "controller", model) if settings.events else None
+    parallel = vllm_config.parallel_config.data_parallel_size > 1
+    pool = DraftPool(
+        settings,
+        fingerprint=vocabulary_fingerprint(vocabulary),
+        vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
+        speculation_length=limit,
+        queued=None if parallel else hooks.queued_requests,
+        sink=log.record if log else None,
+    )
+    pool.start()
+    atexit.register(pool.stop)
+    if settings.metrics is not None:
+        serve_metrics(pool, settings.metrics)
+    return pool
 
 
 def _vocabulary(model_config: Any) -> dict[str, int]:

@@ -5,31 +5,44 @@ drafts for the target. It outlives links: without one it only keeps the context,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-from vllm_wanspec.core.messages import Close, Commit, Nodes, Open, Reject
-from vllm_wanspec.core.tree import DraftTree
+from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.estimates import StepTimes
+from vllm_wanspec.core.expansion import main_line_tip
+from vllm_wanspec.core.lateness import ASSUMED_GAP_S, Coming, Turnaround
+from vllm_wanspec.core.length import StepCost, Window
+from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
+from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
+from vllm_wanspec.core.tree import Committed, DraftTree
 from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
+LONGEST_GAP_S = 0.1
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
 @dataclass(slots=True)
 class Counters:
-    """What sessions count, all in plain integers; one object serves all sessions of a controller.
+    """What sessions count, all in plain numbers; one object serves all sessions of a controller.
 
     Attributes:
         steps: Verification steps in which a request with a session got tokens (its prefill not included).
         committed_tokens: Tokens that those steps yielded.
         offered_tokens: Draft tokens handed to the target.
         hits: Commits that stayed in the tree to their end.
-        misses: Commits that left it.
+        branch_hits: Those of them that left the most probable path: a branch saved the step after.
+        misses: Commits that left the tree.
         blind_steps: Commits made while an earlier one was still pending, so that nothing could be predicted.
+        received_nodes: Nodes that arrived, of use or not.
         added_nodes: Nodes that arrived in time to be live.
         late_drafts: Positions whose drafts arrived after they were committed.
+        late_hits: Those of them whose draft was right: it confirmed what was pending.
         stale_nodes: Nodes dropped on arrival because what they hang below is gone.
+        unpaid_steps: Steps whose drafts were withheld because they would have cost more than they yield.
+        waits: Steps held back for drafts about to arrive.
+        wait_seconds: Time of those waits.
         opened_sessions: Sessions opened, again after a lost link included.
         rejected_sessions: Rejects received.
         local_draft_passes: Forward passes of a draft model on the target's side.
@@ -39,41 +52,85 @@ class Counters:
     committed_tokens: int = 0
     offered_tokens: int = 0
     hits: int = 0
+    branch_hits: int = 0
     misses: int = 0
     blind_steps: int = 0
+    received_nodes: int = 0
     added_nodes: int = 0
     late_drafts: int = 0
+    late_hits: int = 0
     stale_nodes: int = 0
+    unpaid_steps: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
     opened_sessions: int = 0
     rejected_sessions: int = 0
     local_draft_passes: int = 0
 
-    def items(self) -> list[tuple[str, int]]:
+    def items(self) -> list[tuple[str, float]]:
         """Names and values."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
-class ControllerSession:
-    """One request's context and, while a drafter serves it, its copy of the draft tree."""
+@dataclass(slots=True)
+class Shared:
+    """What all sessions of a controller learn together."""
 
-    def __init__(self, context: Sequence[int], counters: Counters, *, max_nodes: int, alternatives: int) -> None:
+    counters: Counters = field(default_factory=Counters)
+    calibration: Calibration = field(default_factory=Calibration)
+    times: StepTimes = field(default_factory=StepTimes)
+    cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
+
+
+class ControllerSession:
+    """One request's context and, while a drafter serves it, its copy of the draft tree.
+
+    ``now`` is in seconds, on one clock for all sessions.
+    """
+
+    __slots__ = (
+        "_answered",
+        "_asked_s",
+        "_context",
+        "_front",
+        "_front_s",
+        "_missed_length",
+        "_number",
+        "_prompt_length",
+        "_rejects",
+        "_reopen_at",
+        "_shared",
+        "_state",
+        "_tree",
+        "_turnaround",
+        "changed",
+        "window",
+    )
+
+    def __init__(self, context: Sequence[int], shared: Shared, window: Window | None = None) -> None:
         """Start without a link.
 
         Args:
             context: Prompt token ids.
-            counters: Where to count.
-            max_nodes: Budget of live nodes.
-            alternatives: Most probable tokens asked for at each position.
+            shared: What all sessions count and learn together.
+            window: The request's adaptive window, if the length policy has one.
         """
         self._context = list(context)
         self._prompt_length = len(context)
-        self._counters = counters
-        self._max_nodes = max_nodes
-        self._alternatives = alternatives
+        self._shared = shared
+        self._state = ControllerState.UNSERVED
         self._number: int | None = None
         self._tree: DraftTree | None = None
-        self._reopen_at: float | None = 0.0
+        self._turnaround = Turnaround()
+        self._reopen_at = 0.0
         self._rejects = 0
+        self._missed_length = 0
+        self._asked_s = 0.0
+        self._answered = True
+        self._front: int | None = None
+        self._front_s = 0.0
+        self.window = window
+        self.changed = False
 
     @property
     def length(self) -> int:
@@ -85,43 +142,56 @@ class ControllerSession:
         """The copy of the draft tree; None without a link. Read only."""
         return self._tree
 
-    def wants_link(self, now: float) -> bool:
-        """Whether `open` may be called: there is no link, and no reject that still holds at ``now`` (seconds)."""
-        return self._number is None and self._reopen_at is not None and now >= self._reopen_at
+    @property
+    def state(self) -> ControllerState:
+        """What the session is doing."""
+        return self._state
 
-    def open(self, number: int, *, vocab_size: int, max_nodes: int, lookahead: int) -> Open:
-        """Begin a session numbered ``number`` on a link; the message to send.
+    def wants_link(self, now: float) -> bool:
+        """Whether `open` may be called: there is no link, and no reject that still holds."""
+        state = self._state
+        return state is ControllerState.UNSERVED or (state is ControllerState.BACKING_OFF and now >= self._reopen_at)
+
+    def open(self, number: int, limits: Limits, now: float, *, vocab_size: int, turnaround: Turnaround) -> Open:
+        """Begin a session on a link; the message to send.
 
         Args:
             number: Not used before on the link.
+            limits: What the drafter may do; its own limits are kept.
+            now: Seconds.
             vocab_size: Ids that both sides' tokenizers have are below this.
-            max_nodes: The drafter's budget of nodes per session.
-            lookahead: Tokens to draft beyond the last commit.
+            turnaround: Of the drafter; measured here.
         """
-        budget = min(self._max_nodes, max_nodes)
+        self._state = CONTROLLER_TABLE[self._state, ControllerEvent.OPEN]
         self._number = number
-        self._tree = DraftTree(len(self._context), vocab_size=vocab_size, max_nodes=budget)
-        self._counters.opened_sessions += 1
-        return Open(number, tuple(self._context), lookahead, budget, self._alternatives)
+        self._tree = DraftTree(
+            len(self._context),
+            vocab_size=vocab_size,
+            max_nodes=limits.max_nodes,
+            calibration=self._shared.calibration,
+        )
+        self._turnaround = turnaround
+        self._ask(now)
+        self._shared.counters.opened_sessions += 1
+        return Open(number, tuple(self._context), limits)
 
-    def commit(self, tokens: Sequence[int]) -> Commit | None:
+    def commit(self, tokens: Sequence[int], now: float) -> Commit | None:
         """Take what the target has verified; the message to send, if there is a link."""
-        counters = self._counters
+        counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
         if position > self._prompt_length:
             counters.steps += 1
             counters.committed_tokens += len(tokens)
-        if self._tree is None or self._number is None:
+        tree = self._tree
+        if tree is None or self._number is None:
             return None
-        blind = bool(self._tree.pending)
-        stayed = self._tree.commit(tokens)
+        blind = self._state is ControllerState.BLIND
+        committed = tree.commit(tokens)
         if blind:
             counters.blind_steps += 1
-        elif stayed == len(tokens):
-            counters.hits += 1
         else:
-            counters.misses += 1
+            self._judge(committed, len(tokens), now)
         return Commit(self._number, position, tuple(tokens))
 
     def receive(self, message: Nodes | Reject, now: float) -> None:
@@ -131,11 +201,7 @@ class ControllerSession:
             RemoteProtocolError: No correct drafter sends that.
         """
         if isinstance(message, Reject):
-            self._counters.rejected_sessions += 1
-            self.link_lost()
-            self._rejects += 1
-            delay = min(MAX_REOPEN_DELAY_S, FIRST_REOPEN_DELAY_S * 2.0 ** min(self._rejects, 10))
-            self._reopen_at = None if message.code in _PERMANENT_REJECTS else now + delay
+            self._rejected(message.code, now)
             return
         tree = self._tree
         if tree is None:
@@ -143,25 +209,117 @@ class ControllerSession:
         if message.seen > tree.committed_length:
             raise RemoteProtocolError(f"nodes claim commit position {message.seen} of {tree.committed_length}")
         appended = tree.append(message.nodes)
+        self.changed = True
         self._rejects = 0
-        self._counters.added_nodes += appended.added
-        self._counters.stale_nodes += appended.stale
-        self._counters.late_drafts += appended.late
+        counters = self._shared.counters
+        counters.received_nodes += len(message.nodes)
+        counters.added_nodes += appended.added
+        counters.stale_nodes += appended.stale
+        counters.late_drafts += appended.late
+        counters.late_hits += appended.late_hits
+        self._measure(message, tree, now)
+        if self._state is ControllerState.BLIND and not tree.pending:
+            self._state = CONTROLLER_TABLE[self._state, ControllerEvent.CATCH_UP]
 
-    def draft(self, limit: int) -> list[int]:
-        """At most ``limit`` token ids that the target may verify next; empty when there is nothing to use."""
-        if self._tree is None:
-            return []
-        return [node.token for node in self._tree.best_path(limit)]
+    def draft(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+        """What the target may verify next.
 
-    def link_lost(self) -> None:
+        Args:
+            limit: Most tokens.
+            least: See `DraftTree.best_path`.
+            now: Seconds.
+
+        Returns:
+            Token ids, none where there is nothing to use, and how many of them the target can be expected to take.
+        """
+        self.changed = False
+        if self._state is not ControllerState.SERVED or self._tree is None:
+            return [], 0.0
+        return self._tree.draft(limit, least)
+
+    def coming(self, now: float, agreement: float) -> Coming | None:
+        """When the next draft is expected, for a session that has none; None where none can be expected.
+
+        Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
+        tokens committed meanwhile are of use only if all of them agree.
+        """
+        tree = self._tree
+        if tree is None or self._number is None or tree.best_path(1):
+            return None
+        gap_s = self._turnaround.gap_s.get(ASSUMED_GAP_S)
+        behind = max(0, tree.committed_length - self._missed_length) if tree.pending else 0
+        if self._answered:
+            known = max(0, len(tree.pending))
+            return Coming(max(now, self._front_s + gap_s) + known * gap_s, agreement**known, gap_s)
+        answer_s = self._turnaround.answer_s.get(0.0)
+        if answer_s == 0.0:
+            return None
+        return Coming(max(now, self._asked_s + answer_s) + behind * gap_s, agreement**behind, gap_s)
+
+    def link_lost(self, now: float) -> None:
         """The link is gone, and the tree with it; the context stays."""
-        self._number = None
-        self._tree = None
+        if self._number is not None:
+            self._unlink(ControllerEvent.LOSE)
 
-    def close(self) -> Close | None:
+    def close(self, now: float) -> Close | None:
         """The request is over; the message to send, if there is a link."""
         number = self._number
-        self.link_lost()
-        self._reopen_at = None
+        self._unlink(ControllerEvent.CLOSE)
         return None if number is None else Close(number)
+
+    def _judge(self, committed: Committed, count: int, now: float) -> None:
+        """Count a commit that was made with a tree in step."""
+        counters = self._shared.counters
+        if committed.stayed == count:
+            counters.hits += 1
+            counters.branch_hits += committed.missed
+        else:
+            counters.misses += 1
+            self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
+            self._ask(now)
+        if committed.missed:
+            self._front = None
+        if self.window is not None:
+            self.window.observe(committed.followed, committed.missed, self._shared.cost)
+
+    def _ask(self, now: float) -> None:
+        """The drafter must begin at the present context: note when, to measure how long it takes."""
+        self._missed_length = len(self._context)
+        self._asked_s = now
+        self._answered = False
+        self._front = None
+
+    def _measure(self, message: Nodes, tree: DraftTree, now: float) -> None:
+        """Learn how fast the drafter answers and drafts."""
+        if not self._answered:
+            # What was on its way before, and echoes, which no engine has drafted, tell nothing.
+            if message.seen < self._missed_length or all(record.is_echo for record in message.nodes):
+                return
+            self._turnaround.answer_s.add(now - self._asked_s)
+            self._answered = True
+        if self._front is None:
+            self._front, self._front_s = main_line_tip(tree).id, now
+            return
+        advanced = 0
+        for record in message.nodes:
+            if record.parent == self._front:
+                self._front = record.id
+                advanced += 1
+        if advanced:
+            gap_s = (now - self._front_s) / advanced
+            if gap_s < LONGEST_GAP_S:
+                self._turnaround.gap_s.add(gap_s)
+            self._front_s = now
+
+    def _rejected(self, code: str, now: float) -> None:
+        if self._number is None:
+            return
+        self._shared.counters.rejected_sessions += 1
+        self._unlink(ControllerEvent.BAR if code in _PERMANENT_REJECTS else ControllerEvent.REJECT)
+        self._rejects += 1
+        self._reopen_at = now + min(MAX_REOPEN_DELAY_S, FIRST_REOPEN_DELAY_S * 2.0 ** min(self._rejects, 10))
+
+    def _unlink(self, event: ControllerEvent) -> None:
+        self._state = CONTROLLER_TABLE[self._state, event]
+        self._number = None
+        self._tree = None

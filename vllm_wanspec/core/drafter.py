@@ -1,15 +1,18 @@
 """DrafterSession: the draft side of one request, without I/O.
 
 It is told what the controller committed and what the draft engine produced, and answers with actions: which engine
-requests (*branches*) to start and stop, and which nodes to send. It keeps the main line drafted ahead, never further
-than the session's lookahead beyond the last commit and never over its budget of nodes.
+requests (*branches*) to start and stop, and which nodes to send. It keeps the main line drafted ahead and spends the
+other branches where the draft model is unsure, never further than the session's lookahead beyond the last commit and
+never over its budget of nodes.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, main_line_tip
+from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens, main_line_tip
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
+from vllm_wanspec.core.states import DRAFTER_TABLE, DrafterEvent, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, NodeRecord
 
 
@@ -32,9 +35,10 @@ class DraftStep:
 
 @dataclass(frozen=True, slots=True)
 class StartBranch:
-    """Ask the engine to continue ``tokens`` greedily for at most ``max_tokens`` tokens."""
+    """Ask the engine to continue ``tokens``, which end at ``node``, greedily for at most ``max_tokens`` tokens."""
 
     branch: int
+    node: int
     tokens: tuple[int, ...]
     max_tokens: int
 
@@ -49,13 +53,33 @@ class StopBranch:
 Action = StartBranch | StopBranch | Nodes | Reject
 
 
+@dataclass(slots=True)
+class _Branch:
+    """A running engine request: the node that it extends now, and how many tokens it will still give."""
+
+    number: int
+    tip: Node
+    left: int
+    fruitless: bool = True
+
+
 class DrafterSession:
     """One request's tree at the drafter.
 
-    Every method returns the actions that follow, in order. After a `Reject` the session is over.
+    Every method that takes ``now`` (seconds) returns the actions that follow, in order. After a `Reject` the session is
+    over.
     """
 
-    def __init__(self, opened: Open, *, vocab_size: int, max_context: int, max_branch_tokens: int = 256) -> None:
+    def __init__(
+        self,
+        opened: Open,
+        *,
+        vocab_size: int,
+        max_context: int,
+        max_branch_tokens: int = 256,
+        width: int | None = None,
+        calibration: Calibration | None = None,
+    ) -> None:
         """Take the session's context and limits.
 
         Args:
@@ -63,19 +87,28 @@ class DrafterSession:
             vocab_size: Ids below this may be drafted and sent.
             max_context: Longest context in tokens that the draft model takes.
             max_branch_tokens: Most tokens asked of the engine in one request.
+            width: Branches that the server allows to run at a time; None: as many as the controller asks for.
+            calibration: Shared by the sessions of a connection; None makes one.
         """
         self.number = opened.session
-        self._limits = opened
+        self.limits = opened.limits
+        self._calibration = calibration or Calibration()
         self._vocab_size = vocab_size
         self._max_context = max_context
         self._max_branch_tokens = max_branch_tokens
         self._context = list(opened.tokens)
-        self._tree = DraftTree(len(opened.tokens), vocab_size=vocab_size, max_nodes=opened.max_nodes)
+        self._tree = DraftTree(
+            len(opened.tokens),
+            vocab_size=vocab_size,
+            max_nodes=opened.limits.max_nodes,
+            calibration=self._calibration,
+        )
+        self.width = min(opened.limits.running_branches, width or opened.limits.running_branches)
         self._branches = 0
-        self._running: int | None = None
-        self._tip: Node | None = None
-        self._fruitless = True
-        self._failed = False
+        self._running: dict[int, _Branch] = {}
+        self._candidates = Candidates(opened.limits.min_probability)
+        self._dead_end: Node | None = None
+        self._state = DrafterState.NEW
 
     @property
     def tree(self) -> DraftTree:
@@ -83,90 +116,104 @@ class DrafterSession:
         return self._tree
 
     @property
-    def running(self) -> int | None:
-        """The branch that the engine is extending."""
-        return self._running
+    def running(self) -> Sequence[int]:
+        """The branches that the engine is extending."""
+        return list(self._running)
 
-    def start(self) -> list[Action]:
+    @property
+    def state(self) -> DrafterState:
+        """What the session is doing."""
+        return self._state
+
+    def start(self, now: float) -> list[Action]:
         """Begin to draft."""
         return self._steer()
 
-    def committed(self, commit: Commit) -> list[Action]:
+    def committed(self, commit: Commit, now: float) -> list[Action]:
         """Follow a commit; what it repeats is skipped, and tokens that were not drafted become nodes.
 
         A commit that begins after the known context cannot be followed: the session ends with a `Reject`.
         """
         known = self._tree.committed_length
         if commit.position > known:
-            return [*self._stop(), Reject(self.number, "gap")]
+            return self._reject("gap")
         tokens = commit.tokens[known - commit.position :]
         if any(token >= self._vocab_size for token in tokens):
-            return [*self._stop(), Reject(self.number, "vocabulary")]
+            return self._reject("vocabulary")
         self._context.extend(tokens)
         self._tree.commit(tokens)
         echoes = self._echoes()
         self._tree.append(echoes)
-        actions: list[Action] = []
-        if self._tip is not None and self._tip not in self._tree:
-            actions += self._stop()
+        impossible = [branch for branch in self._running.values() if branch.tip not in self._tree]
+        actions: list[Action] = [self._stop(branch) for branch in impossible]
+        if len(self._candidates) > 2 * self.limits.max_nodes:
+            self._candidates.forget(self._tree)
         if echoes:
             actions.append(self._nodes(echoes))
         return actions + self._steer()
 
-    def drafted(self, branch: int, steps: Iterable[DraftStep]) -> list[Action]:
+    def drafted(self, number: int, steps: Iterable[DraftStep], now: float) -> list[Action]:
         """Take tokens from the engine; those of a branch that was stopped meanwhile are ignored."""
+        branch = self._running.get(number)
+        if branch is None:
+            return []
         records: list[NodeRecord] = []
-        stops: list[Action] = []
+        actions: list[Action] = []
         for step in steps:
-            if branch != self._running:
+            if not self._take(branch, step, records):
+                actions.append(self._stop(branch))
                 break
-            if not self._take(step, records):
-                stops = self._stop()
-                break
-        if not records:
-            return stops
-        return [self._nodes(records), *stops, *self._steer()]
+        if records:
+            actions.insert(0, self._nodes(records))
+        return actions + self._steer()
 
-    def ended(self, branch: int) -> list[Action]:
+    def ended(self, number: int, now: float) -> list[Action]:
         """The engine has finished a branch (its ``max_tokens``), and more may be wanted.
 
         One that ends without a token counts as a failure: asking again at once would go on for ever.
         """
-        if branch != self._running:
+        branch = self._running.pop(number, None)
+        if branch is None:
             return []
-        if self._fruitless:
-            return self.failed()
-        self._running = self._tip = None
+        return self._reject("engine") if branch.fruitless else self._steer()
+
+    def failed(self, now: float) -> list[Action]:
+        """The engine cannot serve the session."""
+        return self._reject("engine")
+
+    def resize(self, width: int, now: float) -> list[Action]:
+        """The server allows ``width`` running branches; those that run above that run to their end."""
+        self.width = max(1, min(width, self.limits.running_branches))
         return self._steer()
 
-    def failed(self) -> list[Action]:
-        """The engine cannot serve the session."""
-        self._running = self._tip = None
-        self._failed = True
-        return [Reject(self.number, "engine")]
-
-    def close(self) -> list[Action]:
+    def close(self, now: float) -> list[Action]:
         """The controller is done with the session."""
-        return self._stop()
+        return self._end(DrafterEvent.CLOSE)
 
-    def _take(self, step: DraftStep, records: list[NodeRecord]) -> bool:
-        """Hang one engine step below the tip; False when it cannot be used any more."""
-        tip = self._tip
-        if tip is None or step.token >= self._vocab_size:
+    def _take(self, branch: _Branch, step: DraftStep, records: list[NodeRecord]) -> bool:
+        """Hang one engine step below a branch's tip; False when it cannot be used."""
+        tip, tree = branch.tip, self._tree
+        room = self.limits.max_nodes - tree.size
+        if step.token >= self._vocab_size:
+            self._dead_end = tip  # a greedy engine would give the same token again
             return False
-        room = self._limits.max_nodes - self._tree.size
-        if room < 1 or self._ahead(tip) >= self._limits.lookahead:
+        if room < 1 or self._ahead(tip) >= self.limits.lookahead:
             return False
-        others = [(t, p) for t, p in step.alternatives if t != step.token and t < self._vocab_size]
-        ranked = [(step.token, step.logprob), *others[: min(self._limits.alternatives, room) - 1]]
+        branch.left -= 1
+        branch.fruitless = False
+        others = [item for item in step.alternatives if item[0] != step.token and item[0] < self._vocab_size]
+        others = branching_tokens(others, step.entropy_nats, self.limits, self._calibration)
+        spare = max(0, room - 1 - self._reserved())
+        ranked = [(step.token, step.logprob), *others[:spare]]
         fresh = [
-            NodeRecord(self._tree.last_id + 1 + index, tip.id, token, min(logprob, 0.0), step.entropy_nats)
+            NodeRecord(tree.last_id + 1 + index, tip.id, token, min(logprob, 0.0), step.entropy_nats)
             for index, (token, logprob) in enumerate(ranked)
         ]
-        self._tree.append(fresh)
+        tree.append(fresh)
         records += fresh
-        self._tip = tip.children[step.token]
-        self._fruitless = False
+        branch.tip = tip.children[step.token]
+        for token, _ in ranked[1:]:
+            self._candidates.add(tip.children[token])
         return True
 
     def _echoes(self) -> list[NodeRecord]:
@@ -177,37 +224,88 @@ class DrafterSession:
         return [NodeRecord(first + index, parents[index], token, 0.0, 0.0) for index, token in pending]
 
     def _steer(self) -> list[Action]:
-        """Stop the branch when it has run far enough; start one when the main line is short."""
+        """Stop and start branches as the tree and the limits now want it."""
+        actions: list[Action] = []
         tip = main_line_tip(self._tree)
-        if self._running is not None:
-            return self._stop() if self._exhausted(tip) else []
-        slack = min(LOOKAHEAD_SLACK, self._limits.lookahead // 2)
-        if self._failed or self._exhausted(tip) or self._ahead(tip) > self._limits.lookahead - slack:
-            return []
+        main = next((branch for branch in self._running.values() if branch.tip is tip), None)
+        exhausted = self._exhausted(tip)
+        slack = min(LOOKAHEAD_SLACK, self.limits.lookahead // 2)
+        if main is not None and exhausted:
+            actions.append(self._stop(main))
+            main = None
+        elif main is None and not exhausted and self._ahead(tip) <= self.limits.lookahead - slack:
+            actions.append(self._start(tip, min(self._max_branch_tokens, self._max_context - tip.position)))
+            main = self._running[self._branches]
+        actions += self._branch_out(main)
+        self._state = DRAFTER_TABLE[self._state, self._what_now(exhausted)]
+        return actions
+
+    def _branch_out(self, main: _Branch | None) -> list[Action]:
+        """Start side branches, the most probable first; one place is always kept for the main line."""
+        actions: list[Action] = []
+        places = self.width - len(self._running) - (main is None)
+        if places < 1 or not len(self._candidates):
+            return actions
+        depth = self.limits.branch_depth
+        tips = {id(branch.tip) for branch in self._running.values()}
+        farthest = min(self._tree.committed_length + self.limits.lookahead, self._max_context)
+        leaves = self._candidates.take(self._tree, farthest)
+        while places > 0 and self._tree.size + self._reserved() + depth <= self.limits.max_nodes:
+            leaf = next(leaves, None)
+            if leaf is None:
+                break
+            if id(leaf) not in tips:
+                actions.append(self._start(leaf, min(depth, farthest - leaf.position)))
+                places -= 1
+        leaves.close()
+        return actions
+
+    def _start(self, node: Node, max_tokens: int) -> StartBranch:
         self._branches += 1
-        self._running, self._tip, self._fruitless = self._branches, tip, True
-        tokens = (*self._context, *self._path_to(tip))
-        return [StartBranch(self._branches, tokens, min(self._max_branch_tokens, self._max_context - len(tokens)))]
+        self._running[self._branches] = _Branch(self._branches, node, max_tokens)
+        return StartBranch(self._branches, node.id, (*self._context, *self._path_to(node)), max_tokens)
+
+    def _stop(self, branch: _Branch) -> StopBranch:
+        del self._running[branch.number]
+        return StopBranch(branch.number)
+
+    def _reject(self, code: str) -> list[Action]:
+        return [*self._end(DrafterEvent.REJECT), Reject(self.number, code)]
+
+    def _end(self, event: DrafterEvent) -> list[Action]:
+        self._state = DRAFTER_TABLE[self._state, event]
+        return [self._stop(branch) for branch in list(self._running.values())]
+
+    def _reserved(self) -> int:
+        """Nodes that the running branches and the main line up to the lookahead will still need."""
+        tip = main_line_tip(self._tree)
+        side = sum(branch.left for branch in self._running.values() if branch.tip is not tip)
+        return side + max(0, self.limits.lookahead - self._ahead(tip))
+
+    def _what_now(self, exhausted: bool) -> DrafterEvent:
+        if self._running:
+            return DrafterEvent.DRAFT
+        if exhausted and self._tree.size >= self.limits.max_nodes:
+            return DrafterEvent.FILL
+        return DrafterEvent.REST
 
     def _exhausted(self, tip: Node) -> bool:
         return (
-            self._ahead(tip) >= self._limits.lookahead
+            self._ahead(tip) >= self.limits.lookahead
+            or tip is self._dead_end
             or tip.position >= self._max_context
-            or self._tree.size >= self._limits.max_nodes
+            or self._tree.size >= self.limits.max_nodes
         )
 
     def _ahead(self, tip: Node) -> int:
         return tip.position - self._tree.committed_length
 
-    def _path_to(self, tip: Node) -> list[int]:
-        return [node.token for node in self._tree.best_path(tip.position)]
-
-    def _stop(self) -> list[Action]:
-        if self._running is None:
-            return []
-        stopped = StopBranch(self._running)
-        self._running = self._tip = None
-        return [stopped]
+    def _path_to(self, node: Node) -> list[int]:
+        path: list[int] = []
+        while node.parent is not None:
+            path.append(node.token)
+            node = node.parent
+        return path[::-1]
 
     def _nodes(self, records: Sequence[NodeRecord]) -> Nodes:
         return Nodes(self.number, self._tree.committed_length, tuple(records))

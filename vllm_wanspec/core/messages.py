@@ -7,8 +7,8 @@ bytes come in, `decode` gives valid messages or raises `RemoteProtocolError`. It
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
-from typing import Any
+from math import inf
+from typing import Any, NamedTuple, NoReturn
 
 import msgpack
 
@@ -24,10 +24,13 @@ MAX_CONTEXT_TOKENS = 1024 * 1024
 MAX_COMMIT_TOKENS = 4096
 MAX_NODES_PER_MESSAGE = 4096
 MAX_TEXT = 512
+MAX_RUNNING_BRANCHES = 1024
 _MAX_WEIGHT_SENT = 65536
 """Nodes and tokens in one frame (of 33 bytes and less), so that it stays far below `MAX_FRAME_BYTES`."""
 _MAX_ID = 2**53
 _MAX_TOKEN = 2**31 - 1
+_MAX_NATS = 2.0**127  # float32, in which they travel, has exactly this value
+_make_node = NodeRecord._make
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +68,43 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
-class Open:
-    """Begin a session with its full context; ``lookahead`` and ``max_nodes`` are its limits in tokens and nodes.
+class Limits:
+    """How far and how wide a session is drafted.
 
-    ``alternatives`` is how many of the most probable tokens the drafter sends at each position of the main line.
+    Attributes:
+        lookahead: Tokens drafted beyond the last commit.
+        max_nodes: Live nodes.
+        max_branches: Most probable tokens followed at a position, the most probable one included; 1 is the main line.
+        running_branches: Engine requests at a time, the main line's included; the drafter may allow fewer.
+        branch_depth: Tokens that a branch is extended by, its first one not counted.
+        entropy_threshold_nats: Entropy from which on a position branches; None: adapts to measured agreement.
+        min_probability: Below this an alternative is not sent, nor is a branch started whose calibrated path
+            probability, from the last commit on, is below it.
     """
 
-    session: int
-    tokens: tuple[int, ...]
     lookahead: int
     max_nodes: int
-    alternatives: int
+    max_branches: int = 1
+    running_branches: int = 1
+    branch_depth: int = 8
+    entropy_threshold_nats: float | None = 0.0
+    min_probability: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Commit:
-    """Verified tokens from absolute ``position`` on (tokens in the context before them): idempotent."""
+class Open:
+    """Begin a session with its full context."""
+
+    session: int
+    tokens: tuple[int, ...]
+    limits: Limits
+
+
+class Commit(NamedTuple):
+    """Verified tokens from absolute ``position`` on (tokens in the context before them): idempotent.
+
+    A named tuple, since it is made on the serving path.
+    """
 
     session: int
     position: int
@@ -173,9 +197,23 @@ def _weight(message: Message) -> int:
             return 1
 
 
+def to_wire(message: Message) -> list[Any]:
+    """The short array that stands for a message."""
+    return _TO_WIRE[type(message)](message)
+
+
+def from_wire(item: object) -> Message:
+    """The message that a short array stands for.
+
+    Raises:
+        RemoteProtocolError: It is not what protocol version 1 allows.
+    """
+    return _decode_one(item)
+
+
 def encode(messages: Sequence[Message]) -> bytes:
     """One frame from messages, in order."""
-    packed: bytes = msgpack.packb([_TO_WIRE[type(message)](message) for message in messages], use_single_float=True)
+    packed: bytes = msgpack.packb([to_wire(message) for message in messages], use_single_float=True)
     return packed
 
 
@@ -205,10 +243,17 @@ def _decode_one(item: object) -> Message:
     return build(*[check(value) for check, value in zip(fields, item[1:], strict=True)])
 
 
+def _shown(value: Any) -> str:
+    """A wrong value for an error's text: a list's own could be long, or too deep to be made."""
+    if isinstance(value, str | bytes):
+        value = value[:40]
+    return f"a {type(value).__name__}" if isinstance(value, list | dict) else f"{value!r:.40}"
+
+
 def _integer(low: int, high: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise RemoteProtocolError(f"{value!r:.40} is not an integer in {low}..{high}")
+            raise RemoteProtocolError(f"{_shown(value)} is not an integer in {low}..{high}")
         return value
 
     return check
@@ -216,7 +261,7 @@ def _integer(low: int, high: int) -> Callable[[Any], int]:
 
 def _text(value: Any) -> str:
     if type(value) is not str or len(value) > MAX_TEXT:
-        raise RemoteProtocolError(f"{value!r:.40} is not a text of at most {MAX_TEXT} characters")
+        raise RemoteProtocolError(f"{_shown(value)} is not a text of at most {MAX_TEXT} characters")
     return value
 
 
@@ -226,36 +271,63 @@ def _tokens(low: int, high: int) -> Callable[[Any], tuple[int, ...]]:
             raise RemoteProtocolError(f"not a list of {low} to {high} tokens")
         for token in value:
             if type(token) is not int or not 0 <= token <= _MAX_TOKEN:
-                raise RemoteProtocolError(f"{token!r:.40} is not a token id")
+                raise RemoteProtocolError(f"{_shown(token)} is not a token id")
         return tuple(value)
 
     return check
 
 
 def _nodes(value: Any) -> tuple[NodeRecord, ...]:
+    """Checked in one loop: nearly everything that a controller receives is nodes."""
     if type(value) is not list or len(value) > MAX_NODES_PER_MESSAGE:
         raise RemoteProtocolError(f"not a list of at most {MAX_NODES_PER_MESSAGE} nodes")
-    return tuple([_node(item) for item in value])
+    records = []
+    for item in value:
+        if type(item) is not list or len(item) != 5:
+            raise RemoteProtocolError("a node is not an array of five")
+        node, parent, token, logprob, entropy = item
+        if not (
+            type(node) is type(parent) is type(token) is int
+            and type(logprob) is type(entropy) is float
+            and 0 <= parent < node <= _MAX_ID
+            and 0 <= token <= _MAX_TOKEN
+            and -_MAX_NATS <= logprob <= 0.0 <= entropy <= _MAX_NATS
+        ):
+            _refuse_node(item)
+        records.append(_make_node(item))
+    return tuple(records)
 
 
-def _node(item: Any) -> NodeRecord:
-    if type(item) is not list or len(item) != 5:
-        raise RemoteProtocolError("a node is not an array of five")
+def _refuse_node(item: list[Any]) -> NoReturn:
     node, parent, token, logprob, entropy = item
-    if type(node) is not int or type(parent) is not int or type(token) is not int:
+    if not type(node) is type(parent) is type(token) is int:
         raise RemoteProtocolError("a node's id, parent or token is not an integer")
-    if not (0 < node <= _MAX_ID and 0 <= parent < node and 0 <= token <= _MAX_TOKEN):
-        raise RemoteProtocolError(f"node {node} below {parent} with token {token} is out of range")
-    if type(logprob) is not float or type(entropy) is not float:
+    if not type(logprob) is type(entropy) is float:
         raise RemoteProtocolError(f"node {node} has a log-probability or entropy that is not a float")
-    if not (isfinite(logprob) and logprob <= 0.0 and isfinite(entropy) and entropy >= 0.0):
-        raise RemoteProtocolError(f"node {node} has log-probability {logprob}, entropy {entropy}")
-    return NodeRecord(node, parent, token, logprob, entropy)
+    if not (0 <= parent < node <= _MAX_ID and 0 <= token <= _MAX_TOKEN):
+        raise RemoteProtocolError(f"node {node} below {parent} with token {token} is out of range")
+    raise RemoteProtocolError(f"node {node} has log-probability {logprob}, entropy {entropy}")
+
+
+def _probability(value: Any) -> float:
+    if type(value) is not float or not 0.0 <= value <= 1.0:
+        raise RemoteProtocolError(f"{_shown(value)} is not a probability")
+    return value
+
+
+def _threshold(value: Any) -> float | None:
+    if value is not None and (type(value) is not float or not (0.0 <= value <= _MAX_NATS or value == inf)):
+        raise RemoteProtocolError(f"{_shown(value)} is not an entropy")
+    return value
+
+
+def _build_open(session: int, tokens: tuple[int, ...], *limits: Any) -> Open:
+    return Open(session, tokens, Limits(*limits))
 
 
 def _reject_code(value: Any) -> str:
     if type(value) is not str or value not in REJECT_CODES:
-        raise RemoteProtocolError(f"{value!r:.40} is not a reject code")
+        raise RemoteProtocolError(f"{_shown(value)} is not a reject code")
     return value
 
 
@@ -266,7 +338,20 @@ _FROM_WIRE: dict[int, tuple[tuple[Callable[[Any], Any], ...], Callable[..., Mess
     1: ((_integer(0, 2**16), _text, _text), Hello),
     2: ((_integer(0, 2**16), _text, _COUNT, _text, _COUNT, _COUNT, _COUNT), Welcome),
     3: ((_text, _text), Refuse),
-    4: ((_ID, _tokens(1, MAX_CONTEXT_TOKENS), _COUNT, _COUNT, _integer(1, 64)), Open),
+    4: (
+        (
+            _ID,
+            _tokens(1, MAX_CONTEXT_TOKENS),
+            _COUNT,
+            _COUNT,
+            _integer(1, 64),
+            _integer(1, MAX_RUNNING_BRANCHES),
+            _integer(1, 4096),
+            _threshold,
+            _probability,
+        ),
+        _build_open,
+    ),
     5: ((_ID, _ID, _tokens(1, MAX_COMMIT_TOKENS)), Commit),
     6: ((_ID, _ID, _nodes), Nodes),
     7: ((_ID,), Close),
@@ -275,13 +360,18 @@ _FROM_WIRE: dict[int, tuple[tuple[Callable[[Any], Any], ...], Callable[..., Mess
     10: ((_ID,), Pong),
 }
 
+
+def _limits_to_wire(limits: Limits) -> list[Any]:
+    return [getattr(limits, field) for field in Limits.__slots__]
+
+
 _TO_WIRE: dict[type[Message], Callable[[Any], list[Any]]] = {
     Hello: lambda m: [1, m.version, m.fingerprint, m.client],
     Welcome: lambda m: [2, m.version, m.model, m.vocab_size, m.fingerprint, m.max_sessions, m.max_nodes, m.max_context],
     Refuse: lambda m: [3, m.code[:MAX_TEXT], m.reason[:MAX_TEXT]],
-    Open: lambda m: [4, m.session, m.tokens, m.lookahead, m.max_nodes, m.alternatives],
+    Open: lambda m: [4, m.session, m.tokens, *_limits_to_wire(m.limits)],
     Commit: lambda m: [5, m.session, m.position, m.tokens],
-    Nodes: lambda m: [6, m.session, m.seen, [(n.id, n.parent, n.token, n.logprob, n.entropy_nats) for n in m.nodes]],
+    Nodes: lambda m: [6, m.session, m.seen, m.nodes],
     Close: lambda m: [7, m.session],
     Reject: lambda m: [8, m.session, m.code],
     Ping: lambda m: [9, m.sent_us],

@@ -7,14 +7,16 @@ arrive. This module knows no messages and no engine; it only keeps the tree cons
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import log
+from typing import NamedTuple, NoReturn
 
+from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.errors import RemoteProtocolError
 
 ROOT_ID = 0
 
 
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
+class NodeRecord(NamedTuple):
     """A node as it travels: one drafted token and where it hangs.
 
     Attributes:
@@ -40,13 +42,24 @@ class NodeRecord:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A live node of a tree; ``position`` is the length of the context that ends with it."""
+    """A live node of a tree.
+
+    Attributes:
+        position: Length of the context that ends with this node.
+        reach: Logarithm of the calibrated probability that the target's text comes by here, counted from the context
+            that the session opened with. Comparisons between live nodes hold whatever is committed meanwhile.
+        bucket: The range of `Calibration` that the token belongs to.
+        best: The most probable child.
+    """
 
     id: int
     token: int
     position: int
     logprob: float
     entropy_nats: float
+    parent: "Node | None" = None
+    reach: float = 0.0
+    bucket: int = 0
     children: dict[int, "Node"] = field(default_factory=dict)
     best: "Node | None" = None
 
@@ -55,35 +68,57 @@ class Node:
 class Appended:
     """What became of appended nodes: ``added`` live ones, ``stale`` dropped ones, and ``late`` positions.
 
-    A position is late whose drafts (one, or several alternatives) arrived after it was committed, right or wrong.
-    Nodes below a wrong path that was dropped are stale, not late: no arrival could have made them of use.
+    A position is late whose drafts (one, or several alternatives) arrived after it was committed, right or wrong;
+    ``late_hits`` of them were right. Nodes below a wrong path that was dropped are stale, not late: no arrival could
+    have made them of use.
     """
 
     added: int
     stale: int
     late: int
+    late_hits: int
+
+
+class Committed(NamedTuple):
+    """How committed tokens went through the tree.
+
+    Attributes:
+        stayed: How many of them, counted from the first, were in the tree; the others are pending.
+        followed: How many of those, counted from the first, were the most probable child.
+        missed: Whether a most probable child was there and the target took another token.
+    """
+
+    stayed: int
+    followed: int
+    missed: bool
 
 
 class DraftTree:
     """Nodes below the committed context of one session.
 
-    The *cursor* is the node that equals the committed context; it is the root of what is kept, and everything that
-    is not below it has been dropped. Committed tokens that the tree does not hold (yet) wait as *pending*.
+    The *cursor* is the node that equals the committed context. Committed tokens that the tree does not hold (yet) wait
+    as *pending*. What a commit rules out is dropped by `prune`, which every `append` does first: a commit itself only
+    moves the cursor, since it is on the serving path.
     """
 
-    def __init__(self, context_length: int, *, vocab_size: int, max_nodes: int) -> None:
+    def __init__(
+        self, context_length: int, *, vocab_size: int, max_nodes: int, calibration: Calibration | None = None
+    ) -> None:
         """Start with a context of ``context_length`` tokens and no draft.
 
         Args:
             context_length: Tokens in the context that the session opened with.
             vocab_size: Token ids are below this.
             max_nodes: Bound on live nodes below the cursor.
+            calibration: Learns from commits, and says how probable nodes really are; None makes one.
         """
         self._vocab_size = vocab_size
         self._max_nodes = max_nodes
+        self._calibration = calibration or Calibration()
         self._cursor = Node(ROOT_ID, -1, context_length, 0.0, 0.0)
         self._nodes: dict[int, Node] = {ROOT_ID: self._cursor}
         self._pending: deque[int] = deque()
+        self._walked: list[tuple[Node, int]] = []
         self._last_id = ROOT_ID
 
     @property
@@ -103,7 +138,7 @@ class DraftTree:
 
     @property
     def size(self) -> int:
-        """Live nodes below the cursor."""
+        """Nodes below the cursor, and those that wait to be pruned."""
         return len(self._nodes) - 1
 
     @property
@@ -115,7 +150,7 @@ class DraftTree:
         return self._nodes.get(node.id) is node
 
     def append(self, records: Iterable[NodeRecord]) -> Appended:
-        """Add drafted nodes in the order in which they were drafted.
+        """Prune, then add drafted nodes in the order in which they were drafted.
 
         Nodes below something that was dropped meanwhile are stale: they were in flight, and nobody is to blame.
 
@@ -123,48 +158,72 @@ class DraftTree:
             RemoteProtocolError: A record that no correct drafter sends: an id that does not rise, a parent that was
                 never sent, a token outside the vocabulary, a repeated child, over the budget.
         """
-        added = stale = late = 0
+        self.prune()
+        nodes, pending = self._nodes, self._pending
+        added = stale = late = late_hits = 0
         late_parent = -1
         for record in records:
-            self._check(record)
-            self._last_id = record.id
-            parent = self._nodes.get(record.parent)
-            confirms = bool(self._pending)
-            if parent is not None and confirms and not record.is_echo and record.parent != late_parent:
-                late_parent = record.parent
+            number, parent_id, token, _, _ = record
+            if not (0 <= parent_id <= self._last_id < number and 0 <= token < self._vocab_size):
+                self._refuse(record)
+            self._last_id = number
+            parent = nodes.get(parent_id)
+            if parent is not None and pending and parent_id != late_parent and not record.is_echo:
+                late_parent = parent_id
                 late += 1
-            if parent is None or (confirms and record.token != self._pending[0]):
+            if parent is None or (pending and token != pending[0]):
                 stale += 1
                 continue
-            if record.token in parent.children:
-                raise RemoteProtocolError(f"node {record.id} repeats token {record.token} below node {record.parent}")
-            if not confirms and self.size >= self._max_nodes:
-                raise RemoteProtocolError(f"node {record.id} is over the budget of {self._max_nodes} nodes")
-            node = self._attach(parent, record)
-            if confirms:
-                self._pending.popleft()
-                self._descend(node)
+            if token in parent.children:
+                raise RemoteProtocolError(f"node {number} repeats token {token} below node {parent_id}")
+            if pending:
+                node = self._attach(parent, record)
+                pending.popleft()
+                late_hits += not record.is_echo
+                del nodes[parent_id]
+                self._cursor, node.parent = node, None
+            elif len(nodes) > self._max_nodes:
+                raise RemoteProtocolError(f"node {number} is over the budget of {self._max_nodes} nodes")
             else:
+                self._attach(parent, record)
                 added += 1
-        return Appended(added, stale, late)
+        return Appended(added, stale, late, late_hits)
 
-    def commit(self, tokens: Iterable[int]) -> int:
-        """Move the cursor along verified tokens; what they rule out is dropped.
-
-        Returns:
-            How many of the tokens stayed in the tree, counted from the first; the others are pending.
-        """
-        stayed = 0
+    def commit(self, tokens: Iterable[int]) -> Committed:
+        """Move the cursor along verified tokens; in time proportional to their number."""
+        stayed = followed = 0
+        missed = False
+        cursor, pending = self._cursor, self._pending
         for token in tokens:
-            child = None if self._pending else self._cursor.children.get(token)
-            if child is None:
-                if not self._pending:
-                    self._clear()
-                self._pending.append(token)
-            else:
-                self._descend(child)
-                stayed += 1
-        return stayed
+            if not pending:
+                self._walked.append((cursor, token))
+                best = cursor.best
+                child = cursor.children.get(token)
+                if child is best and child is not None:
+                    followed += not missed
+                else:
+                    missed = missed or best is not None
+                if child is not None:
+                    cursor = child
+                    stayed += 1
+                    continue
+            pending.append(token)
+        self._cursor = cursor
+        return Committed(stayed, followed, missed)
+
+    def prune(self) -> None:
+        """Drop what commits have ruled out, and learn from what they took."""
+        for node, token in self._walked:
+            self._learn(node, token)
+            kept = node.children.get(token)
+            for child in node.children.values():
+                if child is not kept:
+                    self._drop(child)
+            node.children, node.best = {}, None
+            if kept is not None:
+                del self._nodes[node.id]
+                kept.parent = None
+        self._walked.clear()
 
     def best_path(self, limit: int) -> list[Node]:
         """The most probable continuation, at most ``limit`` nodes; empty while commits are pending."""
@@ -175,36 +234,63 @@ class DraftTree:
             node = node.best
         return path
 
-    def _check(self, record: NodeRecord) -> None:
+    def draft(self, limit: int, least: float = 0.0) -> tuple[list[int], float]:
+        """Tokens of the most probable continuation, for verification.
+
+        Args:
+            limit: Most tokens.
+            least: The draft ends where the calibrated probability that the target takes all of it falls below this.
+
+        Returns:
+            The tokens, and how many of them the target can be expected to take.
+        """
+        tokens: list[int] = []
+        node = None if self._pending else self._cursor.best
+        probability, chance, expected = self._calibration.probability, 1.0, 0.0
+        while node is not None and limit > 0:
+            chance *= probability[node.bucket]
+            if chance < least:
+                break
+            expected += chance
+            tokens.append(node.token)
+            node = node.best
+            limit -= 1
+        return tokens, expected
+
+    def _refuse(self, record: NodeRecord) -> NoReturn:
         if record.id <= self._last_id:
             raise RemoteProtocolError(f"node id {record.id} does not rise above {self._last_id}")
         if not 0 <= record.parent <= self._last_id:
             raise RemoteProtocolError(f"node {record.id} hangs below node {record.parent}, which was never sent")
-        if not 0 <= record.token < self._vocab_size:
-            raise RemoteProtocolError(f"node {record.id} has token {record.token}, outside 0..{self._vocab_size - 1}")
+        raise RemoteProtocolError(f"node {record.id} has token {record.token}, outside 0..{self._vocab_size - 1}")
 
     def _attach(self, parent: Node, record: NodeRecord) -> Node:
-        node = Node(record.id, record.token, parent.position + 1, record.logprob, record.entropy_nats)
-        parent.children[record.token] = node
-        if parent.best is None or node.logprob > parent.best.logprob:
+        number, _, token, logprob, entropy_nats = record
+        best = parent.best is None or logprob > parent.best.logprob
+        bucket = self._calibration.bucket(logprob, best=best)
+        reach = parent.reach + (log(self._calibration.probability[bucket]) if logprob or entropy_nats else 0.0)
+        node = Node(number, token, parent.position + 1, logprob, entropy_nats, parent, reach, bucket)
+        parent.children[token] = node
+        if best:
             parent.best = node
-        self._nodes[record.id] = node
+        self._nodes[number] = node
         return node
 
-    def _descend(self, child: Node) -> None:
-        """Make a child of the cursor the cursor, and drop its siblings and the old cursor."""
-        old = self._cursor
-        for sibling in old.children.values():
-            if sibling is not child:
-                self._drop(sibling)
-        del self._nodes[old.id]
-        self._cursor = child
-
-    def _clear(self) -> None:
-        for child in self._cursor.children.values():
-            self._drop(child)
-        self._cursor.children = {}
-        self._cursor.best = None
+    def _learn(self, node: Node, token: int) -> None:
+        """Tell the calibration what the target took where a distribution was known."""
+        best = node.best
+        if best is None:
+            return
+        for child in node.children.values():
+            self._calibration.saw(child.bucket, child.token == token)
+        taken = node.children.get(token)
+        if taken is best:
+            outcome = 0
+        elif taken is None:
+            outcome = 3
+        else:
+            outcome = 1 if taken.children else 2
+        self._calibration.saw_outcome(best.entropy_nats, outcome)
 
     def _drop(self, top: Node) -> None:
         doomed = [top]
@@ -212,3 +298,4 @@ class DraftTree:
             node = doomed.pop()
             del self._nodes[node.id]
             doomed.extend(node.children.values())
+            node.children, node.best, node.parent = {}, None, None

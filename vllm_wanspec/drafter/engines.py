@@ -2,12 +2,14 @@
 
 import itertools
 from collections.abc import AsyncGenerator
+from operator import itemgetter
 from typing import Any, Protocol
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.expansion import entropy_nats
 
 TOP_K = 8
+_LOGPROB = itemgetter(1)
 
 
 class DraftEngine(Protocol):
@@ -29,7 +31,7 @@ class VllmEngine:
 
     async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         """Stream the greedy continuation; see `DraftEngine`."""
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
@@ -41,7 +43,8 @@ class VllmEngine:
             ignore_eos=True,
             output_kind=RequestOutputKind.DELTA,
         )
-        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        # In vLLM's own form, "type" included: any other goes through a thread pool first, at every start.
+        prompt = {"type": "token", "prompt_token_ids": list(tokens)}
         async for output in self._client.generate(prompt, params, f"wanspec-{next(self._ids)}"):
             completion = output.outputs[0]
             if completion.token_ids:
@@ -52,7 +55,9 @@ def _step(completion: Any, index: int) -> DraftStep:
     """One position of a vLLM completion with flat log-probabilities."""
     flat = completion.logprobs
     begin, end = flat.start_indices[index], flat.end_indices[index]
-    ranked = dict(zip(flat.token_ids[begin:end], flat.logprobs[begin:end], strict=True))
     token = completion.token_ids[index]
-    others = sorted(((t, p) for t, p in ranked.items() if t != token), key=lambda item: -item[1])
-    return DraftStep(token, ranked[token], entropy_nats(ranked.values()), tuple(others))
+    # vLLM puts the sampled token first, and then once more in its place among the ranked ones.
+    ranked = zip(flat.token_ids[begin + 1 : end], flat.logprobs[begin + 1 : end], strict=True)
+    others = sorted((item for item in ranked if item[0] != token), key=_LOGPROB, reverse=True)
+    logprob = flat.logprobs[begin]
+    return DraftStep(token, logprob, entropy_nats([logprob, *map(_LOGPROB, others)]), tuple(others))

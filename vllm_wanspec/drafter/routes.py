@@ -8,13 +8,16 @@ from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse
 
-from vllm_wanspec.config import TOKEN_ENV
+from vllm_wanspec.config import EVENTS_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.drafter.engines import VllmEngine
-from vllm_wanspec.drafter.service import Connection, DraftModel
-from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.drafter.metrics import HostCollector
+from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, Connection, DraftModel, Host
+from vllm_wanspec.errors import ConfigError, RemoteProtocolError
+from vllm_wanspec.eventlog import EventLog
 
 logger = logging.getLogger("vllm.wanspec.drafter")
 
@@ -37,13 +40,17 @@ class WanspecRoutes:
         engine = VllmEngine(engine_client)
         config = engine_client.vllm_config.model_config
         vocabulary = engine_client.get_tokenizer().get_vocab()
-        state.wanspec_engine = engine
-        state.wanspec_model = DraftModel(
+        places = running_branches(os.environ.get(WIDTH_ENV), engine_client.vllm_config.scheduler_config.max_num_seqs)
+        events = os.environ.get(EVENTS_ENV)
+        log = EventLog(events, "drafter", str(config.model)) if events else None
+        model = DraftModel(
             name=str(config.model),
             fingerprint=vocabulary_fingerprint(vocabulary),
             vocab_size=min(max(vocabulary.values()) + 1, config.get_vocab_size()),
             max_context=config.max_model_len - 1,
         )
+        state.wanspec_host = Host(engine, model, running_branches=places, sink=log.record if log else None)
+        REGISTRY.register(HostCollector(state.wanspec_host))
         async for _ in engine.draft((0,), WARM_UP_TOKENS):
             pass
         logger.info("drafter ready: %s, longest context %d tokens", config.model, config.max_model_len - 1)
@@ -57,7 +64,7 @@ async def serve_controller(websocket: WebSocket) -> None:
         return
     await websocket.accept()
     state = websocket.app.state
-    connection = Connection(state.wanspec_engine, state.wanspec_model, websocket.send_bytes)
+    connection = Connection(state.wanspec_host, websocket.send_bytes)
     reader = asyncio.create_task(_read(websocket, connection))
     writer = asyncio.create_task(connection.write())
     try:
@@ -80,6 +87,17 @@ async def serve_controller(websocket: WebSocket) -> None:
 def authorized(header: str | None, token: str | None) -> bool:
     """Whether an Authorization header carries the token; without a token everybody is welcome."""
     return not token or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
+
+
+def running_branches(asked: str | None, max_num_seqs: int) -> int:
+    """Places for running branches: as asked, or the default; never more than vLLM runs at a time.
+
+    Raises:
+        ConfigError: ``asked`` is not a positive integer.
+    """
+    if asked is not None and not (asked.isdecimal() and int(asked) > 0):
+        raise ConfigError(f"{WIDTH_ENV}: {asked!r} is not a number of branches, as in 64")
+    return min(int(asked or DEFAULT_RUNNING_BRANCHES), max_num_seqs)
 
 
 async def _read(websocket: WebSocket, connection: Connection) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from aiohttp import WSMsgType, web
 from conftest import LogLines
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, limits, wait_until
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
@@ -76,7 +76,7 @@ def test_it_connects_and_messages_go_both_ways(server: DrafterServer, log: LogLi
     with running(server.url) as (link, user):
         wait_until(lambda: user.ready)
         assert link.welcome == Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)
-        for message in (Open(1, (1, 2), 8, 64, 1), Commit(1, 2, (3,)), Close(1), Open(2, (1, 2), 8, 64, 1)):
+        for message in (Open(1, (1, 2), limits(8, 64)), Commit(1, 2, (3,)), Close(1), Open(2, (1, 2), limits(8, 64))):
             link.send(message)
         link.flush()
         wait_until(lambda: sum(len(m.nodes) for m in user.messages if isinstance(m, Nodes) and m.session == 2) == 8)
@@ -98,7 +98,7 @@ def test_nothing_is_sent_before_flush_and_order_is_kept(server: DrafterServer) -
     with running(server.url) as (link, user):
         wait_until(lambda: user.ready)
         for number in range(1, 201):
-            link.send(Open(number, (number % VOCAB_SIZE, 2), 2, 64, 1))
+            link.send(Open(number, (number % VOCAB_SIZE, 2), limits(2, 64)))
         link.flush()
         wait_until(lambda: len({m.session for m in user.messages if isinstance(m, Nodes)}) == 200)
 
@@ -319,7 +319,7 @@ def test_killed_and_back(server: DrafterServer, log: LogLines) -> None:
         link.send(Commit(77, 1, (1,)))  # would be a fault on the next connection
         server.start()
         wait_until(lambda: user.ready == 2)
-        link.send(Open(1, (1, 2), 4, 64, 1))
+        link.send(Open(1, (1, 2), limits(4, 64)))
         link.flush()
         wait_until(lambda: user.messages)
     # What is said first depends on how the connection ended; then it is unreachable, and nothing is repeated.
@@ -332,7 +332,7 @@ def test_a_user_that_finds_a_fault_drops_the_connection(server: DrafterServer, l
     with running(server.url) as (link, user):
         wait_until(lambda: user.ready)
         user.complaint = "node 3 has token 99"
-        link.send(Open(1, (1, 2), 4, 64, 1))
+        link.send(Open(1, (1, 2), limits(4, 64)))
         link.flush()
         wait_until(lambda: user.lost)
         assert link.faults == 1
@@ -369,7 +369,7 @@ def test_a_fault_of_ours_costs_the_connection_and_no_more(server: DrafterServer,
     thread.start()
     try:
         wait_until(lambda: user.ready == 2)
-        link.send(Open(1, (1, 2), 8, 64, 1))
+        link.send(Open(1, (1, 2), limits(8, 64)))
         link.flush()
         wait_until(lambda: user.messages)
     finally:

@@ -11,15 +11,17 @@ from prometheus_client import CollectorRegistry, generate_latest
 from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller import metrics
 from vllm_wanspec.controller.metrics import PoolCollector, serve_metrics
-from vllm_wanspec.core.controller import Counters
+from vllm_wanspec.core.calibration import OUTCOMES, entropy_ranges
+from vllm_wanspec.core.controller import Counters, Shared
 
 
 def fake_pool() -> SimpleNamespace:
     links = [
-        SimpleNamespace(name="eu", welcome=object(), rtt_s=0.02, faults=2),
-        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, faults=3),
+        SimpleNamespace(name="eu", welcome=object(), rtt_s=0.02, faults=2, sent_bytes=1000, received_bytes=5000),
+        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, faults=3, sent_bytes=0, received_bytes=7),
     ]
-    return SimpleNamespace(counters=Counters(hits=7), links=links)
+    shared = Shared(counters=Counters(hits=7))
+    return SimpleNamespace(counters=shared.counters, shared=shared, links=links)
 
 
 def text(pool: SimpleNamespace) -> str:
@@ -37,6 +39,25 @@ def test_counters_and_drafters() -> None:
     assert 'wanspec_drafter_up{drafter="eu"} 1.0' in lines
     assert 'wanspec_drafter_up{drafter="us"} 0.0' in lines
     assert 'wanspec_drafter_rtt_seconds{drafter="eu"} 0.02' in lines
+    assert 'wanspec_sent_bytes_total{drafter="eu"} 1000.0' in lines
+    assert 'wanspec_received_bytes_total{drafter="eu"} 5000.0' in lines
+    assert 'wanspec_received_bytes_total{drafter="us"} 7.0' in lines
+
+
+def test_what_became_of_positions_by_entropy() -> None:
+    pool = fake_pool()
+    calibration = pool.shared.calibration
+    for entropy, outcome, count in ((0.1, 0, 5), (0.7, 1, 3), (0.7, 2, 2), (99.0, 3, 4)):
+        for _ in range(count):
+            calibration.saw_outcome(entropy, outcome)
+    lines = text(pool).splitlines()
+    assert 'wanspec_positions_total{entropy="0-0.25",outcome="agreed"} 5.0' in lines
+    assert 'wanspec_positions_total{entropy="0.5-1",outcome="branch"} 3.0' in lines
+    assert 'wanspec_positions_total{entropy="0.5-1",outcome="leaf"} 2.0' in lines
+    assert 'wanspec_positions_total{entropy="4-inf",outcome="outside"} 4.0' in lines
+    positions = [line for line in lines if line.startswith("wanspec_positions_total")]
+    assert len(positions) == len(list(entropy_ranges())) * len(OUTCOMES)
+    assert sum(float(line.split()[-1]) for line in positions) == 14.0
 
 
 def test_every_counter_has_a_metric_that_follows_it() -> None:

@@ -1,97 +1,21 @@
-"""DraftPool with real drafters on sockets: drafts, failover, waiting, and what an overload or a bad peer costs."""
+"""DraftPool with real drafters on sockets: drafts, failover, and what an overload or a bad peer costs."""
 
 import statistics
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from aiohttp import web
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, wait_until
+from pools import LIMIT, PROMPT, TOY, Target, peek, pool_of, served, up
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, wait_until
 
-from vllm_wanspec.config import DraftEndpoint, Settings
+from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
-from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.messages import Close, Nodes, Reject, Welcome, encode
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
-TOY = Toy(seed=4)
-LIMIT = 4
-PROMPT = [9, 8, 7]
-
-
-@contextmanager
-def pool_of(*urls: str, **sections: object) -> Iterator[DraftPool]:
-    endpoints = [DraftEndpoint(name=f"d{index}", url=url) for index, url in enumerate(urls)]
-    settings = Settings.model_validate({"draft_endpoints": endpoints, **sections})
-    pool = DraftPool(settings, fingerprint=FINGERPRINT, vocab_size=VOCAB_SIZE, speculation_length=LIMIT, seed=1)
-    pool.start()
-    try:
-        yield pool
-    finally:
-        pool.stop()
-
-
-@contextmanager
-def served(toy: Toy = TOY, **sections: object) -> Iterator[tuple[DraftPool, DrafterServer]]:
-    with DrafterServer(toy) as server, pool_of(server.url, **sections) as pool:
-        wait_until(lambda: up(pool))
-        yield pool, server
-
-
-def up(pool: DraftPool) -> int:
-    return sum(link.welcome is not None for link in pool.links)
-
-
-def peek(pool: DraftPool, request: str, limit: int = LIMIT) -> list[int]:
-    """What would be handed out now."""
-    with pool._arrived:
-        return pool._sessions[request].core.draft(limit)
-
-
-class Target:
-    """The engine's side of one batch: verifies drafts and keeps the contexts."""
-
-    def __init__(self, pool: DraftPool, requests: dict[str, list[int]]) -> None:
-        self.pool = pool
-        self.contexts = {name: list(prompt) for name, prompt in requests.items()}
-        self.starts = {name: len(prompt) for name, prompt in requests.items()}
-        self.drafts: dict[str, list[int]] = {name: [] for name in requests}
-        self.accepted = 0
-        pool.begin([], list(requests.items()))
-
-    def step(self) -> None:
-        rows = []
-        for name, context in self.contexts.items():
-            draft = self.drafts[name]
-            assert len(draft) <= LIMIT
-            assert draft == TOY.drafted(context, len(draft))
-            tokens = TOY.verify(context, draft)
-            self.accepted += len(tokens) - 1
-            context += tokens
-            rows.append((name, tokens))
-        drafts = self.pool.step(rows, LIMIT)
-        self.pool.redraft([name for name, _ in rows], drafts, LIMIT)
-        self.drafts = dict(zip(self.contexts, drafts, strict=True))
-
-    def run_until_accepted(self, count: int) -> None:
-        """Steps at a pace that a drafter can follow, until so many more drafts were accepted."""
-        wanted = self.accepted + count
-        end = time.monotonic() + 20.0
-        pause = threading.Event()
-        while self.accepted < wanted:
-            assert time.monotonic() < end, f"{self.accepted} of {wanted} accepted; {self.pool.counters}"
-            self.step()
-            pause.wait(0.003)
-        self.check()
-
-    def check(self) -> None:
-        for name, context in self.contexts.items():
-            start = self.starts[name]
-            assert context[start:] == TOY.continuation(context[:start], len(context) - start)
 
 
 def test_drafts_arrive_and_are_right() -> None:
@@ -165,6 +89,43 @@ def test_length_max_bounds_the_lookahead() -> None:
     with served(tree={"lookahead_tokens": 3}) as (pool, _):
         pool.begin([], [("a", PROMPT)])
         wait_until(lambda: len(peek(pool, "a", 50)) == 3)
+
+
+def test_a_request_s_own_settings_reach_the_drafter() -> None:
+    with served(tree={"max_branches": 3, "entropy_threshold_nats": "adaptive"}) as (pool, server):
+        own = TreeSettings(lookahead_tokens=5, max_branches=1, entropy_threshold_nats=0.25, max_nodes=64)
+        pool.begin([], [("own", PROMPT), ("usual", PROMPT)], [own, None])
+        wait_until(lambda: server.sessions == 2)
+        [connection] = server.host.connections
+        first, second = (session.limits for _, session in sorted(connection._sessions.items()))
+        assert (first.lookahead, first.max_branches, first.max_nodes) == (5, 1, 64)
+        assert first.entropy_threshold_nats == 0.25
+        assert (second.max_branches, second.entropy_threshold_nats) == (3, None)
+        assert pool.tree("own") is own
+        assert pool.tree("ghost") is None
+
+
+def test_each_connection_has_a_name_of_its_own_and_is_measured_anew() -> None:
+    with served() as (pool, server):
+        [link] = pool.links
+        target = Target(pool, {"a": PROMPT})
+        target.run_until_accepted(10)
+        first, turnaround = link.client, link.turnaround
+        sent, received = link.sent_bytes, link.received_bytes
+        assert sent > 0
+        assert received > 0
+        assert turnaround.answer_s.get(-1.0) >= 0.0
+        [connection] = server.host.connections
+        assert connection._client == first  # by which the drafter's event log names the session
+        server.stop()
+        wait_until(lambda: up(pool) == 0)
+        server.start()
+        wait_until(lambda: up(pool) == 1)
+        target.run_until_accepted(5)
+        assert link.client != first
+        assert link.turnaround is not turnaround
+        assert link.sent_bytes > sent
+        assert link.received_bytes > received
 
 
 def test_without_a_drafter_everything_goes_on() -> None:
@@ -307,60 +268,6 @@ def test_a_hostile_drafter_is_dropped_and_another_serves(monkeypatch: pytest.Mon
             target.run_until_accepted(30)
 
 
-def test_the_wait_for_late_drafts_is_bounded() -> None:
-    with served(late={"policy": "fixed", "max_wait_ms": 80}) as (pool, server):
-        server.engine.open.clear()
-        pool.begin([], [("a", PROMPT)])
-        drafts: list[list[int]] = [[]]
-        began_s = time.monotonic()
-        pool.redraft(["a"], drafts, LIMIT)
-        waited_s = time.monotonic() - began_s
-        assert drafts == [[]]
-        assert 0.075 <= waited_s < 1.0
-        server.engine.open.set()
-
-
-def test_the_wait_ends_when_drafts_are_there() -> None:
-    with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, _):
-        pool.begin([], [("a", PROMPT), ("b", [1])])
-        drafts: list[list[int]] = [[], []]
-        began_s = time.monotonic()
-        pool.redraft(["a", "b"], drafts, LIMIT)
-        assert time.monotonic() - began_s < 0.9
-        assert all(drafts)
-
-
-def test_nobody_waits_for_requests_that_no_drafter_serves() -> None:
-    with pool_of("http://127.0.0.1:9", late={"policy": "fixed", "max_wait_ms": 1000}) as pool:
-        pool.begin([], [("a", PROMPT)])
-        began_s = time.monotonic()
-        pool.redraft(["a"], [[]], LIMIT)
-        assert time.monotonic() - began_s < 0.5
-
-
-def test_a_lost_drafter_ends_the_wait() -> None:
-    with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, server):
-        server.engine.open.clear()
-        pool.begin([], [("a", PROMPT)])
-        wait_until(lambda: server.engine.running)
-        stopper = threading.Thread(target=server.stop)
-        began_s = time.monotonic()
-        stopper.start()
-        pool.redraft(["a"], [[]], LIMIT)
-        assert time.monotonic() - began_s < 0.95
-        stopper.join()
-
-
-def test_without_a_policy_nobody_waits() -> None:
-    with served() as (pool, server):
-        server.engine.open.clear()
-        pool.begin([], [("a", PROMPT)])
-        began_s = time.monotonic()
-        pool.redraft(["a"], [[]], LIMIT)
-        assert time.monotonic() - began_s < 0.5
-        server.engine.open.set()
-
-
 def test_sixty_four_sessions_are_handled_in_little_time() -> None:
     with served() as (pool, _):
         target = Target(pool, {f"r{index}": [index % VOCAB_SIZE, 1, 2] for index in range(64)})
@@ -383,18 +290,3 @@ def test_sixty_four_sessions_are_handled_in_little_time() -> None:
         target.check()
         assert target.accepted > 100
         assert statistics.median(times_ms) < 50.0  # sanity on a busy machine, not a benchmark
-
-
-def test_the_step_time_is_measured_between_begin_and_end() -> None:
-    now = [100.0]
-    settings = Settings.model_validate({"draft_endpoints": [{"name": "a", "url": "http://127.0.0.1:9"}]})
-    pool = DraftPool(settings, fingerprint="", vocab_size=9, speculation_length=4, clock=lambda: now[0], seed=1)
-    pool.step([], 4)
-    assert pool.step_s.get(-1.0) == -1.0
-    for _ in range(3):
-        pool.step_begins()
-        now[0] += 0.25
-        pool.step([], 4)
-        now[0] += 60.0
-    assert pool.step_s.get(-1.0) == 0.25
-    pool._thread._loop.close()

@@ -1,33 +1,49 @@
-"""ControllerSession: what it counts, when it opens, and what it accepts."""
+"""ControllerSession: what it counts, when it opens, what it accepts, and what it measures of its drafter."""
 
 from itertools import pairwise
 
 import pytest
+from toys import limits
 
-from vllm_wanspec.core.controller import FIRST_REOPEN_DELAY_S, MAX_REOPEN_DELAY_S, ControllerSession, Counters
+from vllm_wanspec.core.controller import (
+    FIRST_REOPEN_DELAY_S,
+    MAX_REOPEN_DELAY_S,
+    ControllerSession,
+    Counters,
+    Shared,
+)
+from vllm_wanspec.core.lateness import ASSUMED_GAP_S, Coming, Turnaround
+from vllm_wanspec.core.length import Window
 from vllm_wanspec.core.messages import REJECT_CODES, Close, Commit, Nodes, Open, Reject
+from vllm_wanspec.core.states import ControllerState
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROMPT = [10, 11, 12, 13]
+LIMITS = limits(16, 64, max_branches=4)
 
 
 def make_session(prompt: list[int] = PROMPT) -> tuple[ControllerSession, Counters]:
-    counters = Counters()
-    return ControllerSession(prompt, counters, max_nodes=64, alternatives=4), counters
+    shared = Shared()
+    return ControllerSession(prompt, shared), shared.counters
 
 
-def open_session(session: ControllerSession, number: int = 1, **changes: int) -> Open:
-    limits = {"vocab_size": 100, "max_nodes": 1000, "lookahead": 16, **changes}
-    return session.open(number, **limits)
+def open_session(
+    session: ControllerSession, number: int = 1, *, now: float = 0.0, turnaround: Turnaround | None = None
+) -> Open:
+    return session.open(number, LIMITS, now, vocab_size=100, turnaround=turnaround or Turnaround())
 
 
 def opened_session() -> tuple[ControllerSession, Counters]:
     session, counters = make_session()
     open_session(session)
-    session.commit([20])  # the token of the prefill
+    session.commit([20], 0.0)  # the token of the prefill
     session.receive(nodes([(1, 0, 20, -0.1), (2, 1, 30, -0.1), (3, 2, 31, -0.1), (4, 1, 40, -2.0)]), 0.0)
     return session, counters
+
+
+def draft(session: ControllerSession, limit: int = 8) -> list[int]:
+    return session.draft(limit, 0.0, 0.0)[0]
 
 
 def nodes(items: list[tuple[int, int, int, float]], seen: int = len(PROMPT), number: int = 1) -> Nodes:
@@ -35,96 +51,96 @@ def nodes(items: list[tuple[int, int, int, float]], seen: int = len(PROMPT), num
     return Nodes(number, seen, tuple(records))
 
 
-def test_open_carries_the_context_and_the_smaller_budget() -> None:
+def test_open_carries_the_context_and_the_limits() -> None:
     session, counters = make_session()
     assert session.wants_link(0.0)
-    assert open_session(session, 3) == Open(3, tuple(PROMPT), 16, 64, 4)
+    assert open_session(session, 3) == Open(3, tuple(PROMPT), LIMITS)
     assert not session.wants_link(0.0)
     assert counters.opened_sessions == 1
-    again, _ = make_session()
-    opened = open_session(again, max_nodes=32)
-    assert opened.max_nodes == 32
 
 
 def test_without_a_link_there_are_no_drafts_and_nothing_to_send() -> None:
     session, counters = make_session()
-    assert session.draft(8) == []
-    assert session.commit([20]) is None
-    assert session.commit([21, 22]) is None
-    assert session.close() is None
+    assert draft(session) == []
+    assert session.commit([20], 0.0) is None
+    assert session.commit([21, 22], 0.0) is None
+    assert session.close(0.0) is None
     assert session.length == len(PROMPT) + 3
     assert (counters.steps, counters.committed_tokens, counters.hits, counters.misses) == (1, 2, 0, 0)
 
 
 def test_the_prefill_s_token_is_no_step() -> None:
     session, counters = make_session()
-    session.commit([20])
+    session.commit([20], 0.0)
     assert (counters.steps, counters.committed_tokens) == (0, 0)
-    session.commit([21, 22, 23])
+    session.commit([21, 22, 23], 0.0)
     assert (counters.steps, counters.committed_tokens) == (1, 3)
 
 
 def test_commit_gives_its_absolute_position() -> None:
     session, _ = make_session()
     open_session(session, 5)
-    assert session.commit([20]) == Commit(5, 4, (20,))
-    assert session.commit([21, 22]) == Commit(5, 5, (21, 22))
+    assert session.commit([20], 0.0) == Commit(5, 4, (20,))
+    assert session.commit([21, 22], 0.0) == Commit(5, 5, (21, 22))
 
 
 def test_drafts_are_the_best_path_and_obey_the_limit() -> None:
     session, counters = opened_session()
-    assert session.draft(8) == [30, 31]
-    assert session.draft(1) == [30]
-    assert session.draft(0) == []
+    assert draft(session) == [30, 31]
+    assert draft(session, 1) == [30]
+    assert draft(session, 0) == []
     assert counters.offered_tokens == 0  # counted where drafts are handed out
 
 
-def test_a_hit_in_the_main_line_and_one_in_a_branch() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "hits", "branch_hits", "next_draft"),
+    [([30], 1, 0, [31]), ([30, 31], 1, 0, []), ([40], 1, 1, [])],
+)
+def test_hits_in_the_main_line_and_in_a_branch(
+    tokens: list[int], hits: int, branch_hits: int, next_draft: list[int]
+) -> None:
     session, counters = opened_session()
-    before = (counters.hits, counters.misses)
-    session.commit([30])
-    assert (counters.hits, counters.misses) == (before[0] + 1, before[1])
-    assert session.draft(8) == [31]
-    session, counters = opened_session()
-    before = (counters.hits, counters.misses)
-    session.commit([40])
-    assert (counters.hits, counters.misses) == (before[0] + 1, before[1])
-    assert session.draft(8) == []
+    before = (counters.hits, counters.branch_hits, counters.misses)
+    session.commit(tokens, 0.0)
+    assert (counters.hits, counters.branch_hits, counters.misses) == (before[0] + hits, branch_hits, before[2])
+    assert draft(session) == next_draft
+    assert session.state is ControllerState.SERVED
 
 
 @pytest.mark.parametrize("tokens", [[50], [30, 50], [30, 31, 32]])
 def test_a_commit_that_leaves_the_tree_is_a_miss(tokens: list[int]) -> None:
     session, counters = opened_session()
     before = (counters.hits, counters.misses)
-    session.commit(tokens)
+    session.commit(tokens, 0.0)
     assert (counters.hits, counters.misses) == (before[0], before[1] + 1)
-    assert session.draft(8) == []
+    assert draft(session) == []
 
 
 def test_commits_while_one_is_pending_are_blind() -> None:
     session, counters = opened_session()
-    session.commit([50])
+    session.commit([50], 0.0)
     before = (counters.hits, counters.misses, counters.blind_steps)
-    session.commit([51])
-    session.commit([52])
+    session.commit([51], 0.0)
+    session.commit([52], 0.0)
     assert (counters.hits, counters.misses, counters.blind_steps) == (before[0], before[1], before[2] + 2)
 
 
 def test_late_stale_and_added_nodes_are_told_apart() -> None:
     session, counters = make_session()
     open_session(session)
-    session.commit([20])
-    session.commit([21])
+    session.commit([20], 0.0)
+    session.commit([21], 0.0)
     arrived = nodes([(1, 0, 20, -0.1), (2, 0, 25, -2.0), (3, 1, 21, -0.1), (4, 3, 22, -0.1), (5, 2, 26, -0.1)])
     session.receive(arrived, 0.0)
     assert (counters.added_nodes, counters.stale_nodes, counters.late_drafts) == (1, 2, 2)
-    assert session.draft(8) == [22]
+    assert (counters.received_nodes, counters.late_hits) == (5, 2)
+    assert draft(session) == [22]
 
 
 def test_echoes_are_neither_late_nor_added() -> None:
     session, counters = make_session()
     open_session(session)
-    session.commit([20])
+    session.commit([20], 0.0)
     session.receive(nodes([(1, 0, 20, 0.0)], seen=5), 0.0)
     assert (counters.added_nodes, counters.stale_nodes, counters.late_drafts) == (0, 0, 0)
     assert session.tree is not None
@@ -146,23 +162,23 @@ def test_broken_trees_are_the_peer_s_fault() -> None:
 
 def test_nodes_after_the_link_is_lost_are_ignored() -> None:
     session, counters = opened_session()
-    session.link_lost()
+    session.link_lost(0.0)
     added = counters.added_nodes
     session.receive(nodes([(5, 4, 41, -0.1)]), 0.0)
-    assert session.draft(8) == []
+    assert draft(session) == []
     assert counters.added_nodes == added
 
 
 def test_a_session_opens_again_with_the_full_context() -> None:
     session, counters = opened_session()
-    session.commit([30, 31])
-    session.link_lost()
+    session.commit([30, 31], 0.0)
+    session.link_lost(0.0)
     assert session.tree is None
     assert session.wants_link(0.0)
-    session.commit([32])
-    assert open_session(session, 2) == Open(2, (*PROMPT, 20, 30, 31, 32), 16, 64, 4)
+    session.commit([32], 0.0)
+    assert open_session(session, 2) == Open(2, (*PROMPT, 20, 30, 31, 32), LIMITS)
     session.receive(nodes([(1, 0, 33, -0.1)], seen=8, number=2), 0.0)
-    assert session.draft(8) == [33]
+    assert draft(session) == [33]
     assert counters.opened_sessions == 2
 
 
@@ -171,7 +187,7 @@ def test_reject_codes(code: str) -> None:
     session, counters = opened_session()
     session.receive(Reject(1, code), 100.0)
     assert session.tree is None
-    assert session.draft(8) == []
+    assert draft(session) == []
     assert not session.wants_link(100.0)
     assert session.wants_link(1e9) == (code not in {"too_long", "vocabulary"})
     assert counters.rejected_sessions == 1
@@ -205,10 +221,10 @@ def test_nodes_after_a_reject_start_the_waits_over() -> None:
 
 def test_close_is_final() -> None:
     session, _ = opened_session()
-    assert session.close() == Close(1)
-    assert session.close() is None
+    assert session.close(0.0) == Close(1)
+    assert session.close(0.0) is None
     assert not session.wants_link(1e9)
-    assert session.draft(8) == []
+    assert draft(session) == []
 
 
 def test_counters_are_listed_by_name() -> None:
@@ -216,4 +232,127 @@ def test_counters_are_listed_by_name() -> None:
     listed = dict(counters.items())
     assert listed["hits"] == 3
     assert listed["local_draft_passes"] == 0
-    assert all(isinstance(value, int) for value in listed.values())
+    assert all(isinstance(value, int | float) for value in listed.values())
+
+
+# Late drafts
+
+
+def test_late_drafts_that_were_wrong_are_no_hits() -> None:
+    session, counters = make_session()
+    open_session(session)
+    session.commit([20], 0.0)
+    session.receive(nodes([(1, 0, 25, -0.1)]), 0.0)
+    assert (counters.late_drafts, counters.late_hits) == (1, 0)
+    assert session.state is ControllerState.BLIND
+
+
+def test_a_session_says_whether_its_tree_has_changed_since_its_last_draft() -> None:
+    session, _ = make_session()
+    open_session(session)
+    assert not session.changed
+    session.receive(nodes([(1, 0, 20, -0.1)]), 0.0)
+    assert session.changed
+    assert draft(session) == [20]
+    assert not session.changed
+    session.commit([20], 0.0)
+    assert not session.changed
+
+
+def test_a_draft_says_how_much_of_it_is_expected() -> None:
+    session, _ = opened_session()
+    tokens, expected = session.draft(8, 0.0, 0.0)
+    assert tokens == [30, 31]
+    assert 1.0 < expected < 2.0
+    assert session.draft(8, 0.99, 0.0) == ([], 0.0)
+
+
+# When the next draft is expected
+
+
+def test_after_opening_nothing_is_expected_until_an_answer_has_been_timed() -> None:
+    turnaround = Turnaround()
+    session, _ = make_session()
+    assert session.coming(0.0, 0.8) is None  # no link
+    open_session(session, now=1.0, turnaround=turnaround)
+    assert session.coming(1.0, 0.8) is None
+    session.receive(nodes([(1, 0, 20, -0.1)]), 1.25)
+    assert turnaround.answer_s.get(-1.0) == pytest.approx(0.25)
+    assert session.coming(1.3, 0.8) is None  # it has a draft
+    other, _ = make_session()
+    open_session(other, now=5.0, turnaround=turnaround)
+    assert other.coming(5.1, 0.8) == Coming(pytest.approx(5.25), 1.0, ASSUMED_GAP_S)
+    assert other.coming(6.0, 0.8) == Coming(6.0, 1.0, ASSUMED_GAP_S)  # overdue: at any moment
+
+
+def test_a_miss_is_answered_by_drafts_not_by_the_echo() -> None:
+    turnaround = Turnaround()
+    session, _ = make_session()
+    open_session(session, turnaround=turnaround)
+    session.receive(nodes([(1, 0, 20, -0.1)]), 0.1)
+    session.commit([50], 1.0)
+    session.receive(nodes([(2, 1, 30, -0.1)]), 1.01)  # was on its way
+    session.receive(nodes([(3, 0, 50, 0.0)], seen=5), 1.02)
+    assert turnaround.answer_s.get(0.0) == pytest.approx(0.1)
+    assert session.coming(1.02, 0.8) == Coming(pytest.approx(1.1), 1.0, ASSUMED_GAP_S)
+    assert turnaround.gap_s.get(-1.0) == -1.0
+    session.receive(nodes([(4, 3, 51, -0.1)], seen=5), 1.05)
+    assert 0.05 < turnaround.answer_s.get(0.0) < 0.1  # 50 ms after the commit, smoothed
+
+
+def test_drafts_that_meet_committed_tokens_must_agree_with_all_of_them() -> None:
+    turnaround = Turnaround()
+    turnaround.gap_s.add(0.01)
+    turnaround.answer_s.add(0.1)
+    session, _ = make_session()
+    open_session(session, now=1.0, turnaround=turnaround)
+    session.commit([20], 1.03)
+    assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13), 1.0, 0.01)
+    session.commit([21, 22], 1.06)  # the drafter does not know these when it answers
+    assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13 + 2 * 0.01), pytest.approx(0.8**2), 0.01)
+    session.receive(nodes([(1, 0, 20, 0.0), (2, 1, 21, -0.1)], seen=5), 1.12)
+    assert session.coming(1.12, 0.8) == Coming(pytest.approx(1.12 + 2 * 0.01), pytest.approx(0.8), 0.01)
+
+
+def test_a_line_that_was_used_up_goes_on_one_gap_later() -> None:
+    turnaround = Turnaround()
+    session, _ = make_session()
+    open_session(session, turnaround=turnaround)
+    for number in range(1, 5):
+        session.receive(nodes([(number, number - 1, 20 + number, -0.1)]), 1.0 + 0.02 * number)
+    assert turnaround.gap_s.get(-1.0) == pytest.approx(0.02)
+    session.commit([21, 22, 23, 24], 1.09)
+    assert session.coming(1.09, 0.8) == Coming(pytest.approx(1.1), 1.0, pytest.approx(0.02))
+    session.commit([25], 1.095)  # the one that was coming
+    assert session.state is ControllerState.BLIND
+
+
+def test_side_branches_and_pauses_are_no_gaps() -> None:
+    turnaround = Turnaround()
+    session, _ = make_session()
+    open_session(session, turnaround=turnaround)
+    session.receive(nodes([(1, 0, 21, -0.1), (2, 0, 31, -2.0)]), 1.0)
+    session.receive(nodes([(3, 2, 32, -0.1)]), 1.001)
+    assert turnaround.gap_s.get(-1.0) == -1.0
+    session.receive(nodes([(4, 1, 22, -0.1), (5, 4, 23, -0.1)]), 1.03)
+    assert turnaround.gap_s.get(-1.0) == pytest.approx(0.015)
+    session.receive(nodes([(6, 5, 24, -0.1)]), 9.0)  # it had rested
+    assert turnaround.gap_s.get(-1.0) == pytest.approx(0.015)
+
+
+# The adaptive window
+
+
+def test_a_window_observes_every_commit_that_could_be_predicted() -> None:
+    class Watching(Window):
+        def observe(self, followed: int, missed: bool, cost: object) -> None:
+            seen.append((followed, missed))
+
+    seen: list[tuple[int, bool]] = []
+    session = ControllerSession(PROMPT, Shared(), Watching())
+    open_session(session)
+    session.receive(nodes([(1, 0, 20, -0.1), (2, 1, 30, -0.1), (3, 2, 31, -0.1), (4, 1, 40, -2.0)]), 0.0)
+    session.commit([20], 0.0)
+    session.commit([30, 99], 0.0)
+    session.commit([7], 0.0)  # blind
+    assert seen == [(1, False), (1, True)]

@@ -1,4 +1,4 @@
-"""Entropy from a distribution's head, the automatic lookahead, and the tip of the main line."""
+"""Entropy from a distribution's head, the automatic lookahead, where to branch, and the order of candidates."""
 
 import math
 from itertools import pairwise
@@ -6,8 +6,18 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from toys import limits
+from tree_checks import CONTEXT, make_tree, reachable, record
 
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, entropy_nats, lookahead_tokens, main_line_tip
+from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.expansion import (
+    LOOKAHEAD_SLACK,
+    Candidates,
+    branching_tokens,
+    entropy_nats,
+    lookahead_tokens,
+    main_line_tip,
+)
 from vllm_wanspec.core.tree import DraftTree, NodeRecord
 
 distributions = st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=20).map(
@@ -71,3 +81,122 @@ def test_the_tip_follows_the_most_probable_children() -> None:
     assert main_line_tip(tree).id == 1
     tree.commit([2])
     assert main_line_tip(tree).id == 3
+
+
+# Where to branch
+
+ALTERNATIVES = [(8, math.log(0.25)), (7, math.log(0.125)), (6, math.log(0.0625)), (5, math.log(0.01))]
+
+
+@pytest.mark.parametrize(
+    ("entropy", "settings", "expected"),
+    [
+        (1.0, {"max_branches": 4}, [8, 7, 6]),
+        (1.0, {"max_branches": 99}, [8, 7, 6, 5]),
+        (1.0, {"max_branches": 2}, [8]),
+        (1.0, {"max_branches": 1}, []),
+        (1.0, {"max_branches": 9, "entropy_threshold_nats": 1.0}, [8, 7, 6, 5]),
+        (0.99, {"max_branches": 9, "entropy_threshold_nats": 1.0}, []),
+        (99.0, {"max_branches": 9, "entropy_threshold_nats": math.inf}, []),
+        (0.0, {"max_branches": 9, "entropy_threshold_nats": 0.0}, [8, 7, 6, 5]),
+        (1.0, {"max_branches": 9, "min_probability": 0.0624}, [8, 7, 6]),
+        (1.0, {"max_branches": 9, "min_probability": 0.0626}, [8, 7]),
+        (1.0, {"max_branches": 9, "min_probability": 1.0}, []),
+    ],
+)
+def test_which_alternatives_become_candidates(entropy: float, settings: dict, expected: list[int]) -> None:
+    tokens = branching_tokens(ALTERNATIVES, entropy, limits(**settings), Calibration())
+    assert [token for token, _ in tokens] == expected
+    assert tokens == ALTERNATIVES[: len(expected)]
+
+
+def test_an_adaptive_threshold_is_the_calibration_s() -> None:
+    calibration = Calibration()
+    adaptive = limits(max_branches=4, entropy_threshold_nats=None)
+    for _ in range(100):
+        calibration.saw_outcome(0.3, 3)
+    assert calibration.entropy_threshold_nats() == 0.25
+    assert branching_tokens(ALTERNATIVES, 0.25, adaptive, calibration)
+    assert not branching_tokens(ALTERNATIVES, 0.24, adaptive, calibration)
+    fixed = limits(max_branches=4, entropy_threshold_nats=0.1)
+    assert branching_tokens(ALTERNATIVES, 0.24, fixed, calibration)
+
+
+# Candidates
+
+
+def leaves(tree: DraftTree, *ids: int, least: float = 0.0) -> Candidates:
+    candidates = Candidates(least)
+    for number in ids:
+        candidates.add(reachable(tree)[number])
+    return candidates
+
+
+def uncertain_tree() -> DraftTree:
+    """Leaves 3 (0.4 x 0.3), 4 (0.3) and 5 (0.4 x 0.08) beside the main line 1, 2."""
+    tree = make_tree()
+    tree.append([record(1, 0, 1, math.log(0.4)), record(4, 0, 4, math.log(0.3))])
+    tree.append([record(5, 1, 2, math.log(0.5)), record(6, 1, 3, math.log(0.3)), record(7, 1, 5, math.log(0.08))])
+    return tree
+
+
+@pytest.mark.parametrize("order", [(4, 6, 7), (7, 6, 4), (6, 7, 4)])
+def test_candidates_come_in_the_order_of_path_probability(order: tuple[int, ...]) -> None:
+    tree = uncertain_tree()
+    assert [node.id for node in leaves(tree, *order).take(tree, CONTEXT + 9)] == [4, 6, 7]
+
+
+def test_what_is_not_taken_stays() -> None:
+    tree = uncertain_tree()
+    candidates = leaves(tree, 4, 6, 7)
+    taking = candidates.take(tree, CONTEXT + 9)
+    assert next(taking).id == 4
+    taking.close()
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [6, 7]
+    assert len(candidates) == 0
+
+
+def test_leaves_that_are_too_far_wait_without_holding_up_the_others() -> None:
+    tree = uncertain_tree()
+    candidates = leaves(tree, 4, 6, 7)
+    assert [node.id for node in candidates.take(tree, CONTEXT + 2)] == [4]
+    assert [node.id for node in candidates.take(tree, CONTEXT + 1)] == []
+    assert [node.id for node in candidates.take(tree, CONTEXT + 3)] == [6, 7]
+
+
+def test_what_is_gone_extended_or_committed_is_no_candidate() -> None:
+    tree = uncertain_tree()
+    candidates = leaves(tree, 4, 6, 7)
+    tree.append([record(8, 6, 1)])
+    tree.commit([1])
+    tree.prune()
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [7]
+    tree.commit([5])
+    candidates.add(tree.cursor)
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == []
+
+
+def test_improbable_paths_wait_for_commits() -> None:
+    tree = make_tree()
+    parent = 0
+    for number in range(1, 8):
+        tree.append([record(number, parent, number, math.log(0.45))])
+        parent = number
+    tree.append([record(8, 7, 8, math.log(0.5)), record(9, 7, 9, math.log(0.3))])
+    candidates = leaves(tree, 9, least=0.01)
+    assert math.exp(reachable(tree)[9].reach) < 0.005
+    assert [node.id for node in candidates.take(tree, CONTEXT + 99)] == []
+    tree.commit([1, 2, 3, 4])
+    tree.prune()
+    assert [node.id for node in candidates.take(tree, CONTEXT + 99)] == [9]
+
+
+def test_forgetting_frees_what_was_dropped_and_keeps_the_order() -> None:
+    tree = uncertain_tree()
+    candidates = leaves(tree, 4, 6, 7)
+    tree.commit([1])
+    tree.prune()
+    assert len(candidates) == 3
+    candidates.forget(tree)
+    assert len(candidates) == 2
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [6, 7]

@@ -1,204 +1,13 @@
-"""DraftTree against a naive model that keeps whole paths, and its rules one by one."""
+"""DraftTree's rules one by one; against a naive model in test_tree_model."""
 
-import contextlib
+import math
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tree_checks import CONTEXT, chain, check_consistent, make_tree, reachable, record
 
-from vllm_wanspec.core.tree import ROOT_ID, DraftTree, Node, NodeRecord
+from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.tree import Appended, Committed, NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
-
-VOCAB_SIZE = 5
-CONTEXT = 10
-
-
-def make_tree(max_nodes: int = 1000, vocab_size: int = 100) -> DraftTree:
-    return DraftTree(CONTEXT, vocab_size=vocab_size, max_nodes=max_nodes)
-
-
-def record(node: int, parent: int, token: int, logprob: float = -1.0, entropy: float = 1.0) -> NodeRecord:
-    return NodeRecord(node, parent, token, logprob, entropy)
-
-
-def chain(tree: DraftTree, tokens: list[int], parent: int = ROOT_ID, logprob: float = -1.0) -> list[int]:
-    ids = []
-    for token in tokens:
-        parent_id = ids[-1] if ids else parent
-        node = record(tree.last_id + 1, parent_id, token, logprob)
-        tree.append([node])
-        ids.append(node.id)
-    return ids
-
-
-def reachable(tree: DraftTree) -> dict[int, Node]:
-    """Every node below the cursor, the cursor included, by walking."""
-    found: dict[int, Node] = {}
-    todo = [tree.cursor]
-    while todo:
-        node = todo.pop()
-        assert node.id not in found
-        found[node.id] = node
-        todo.extend(node.children.values())
-    return found
-
-
-def check_consistent(tree: DraftTree) -> None:
-    """What must hold at any time, whatever happened."""
-    live = reachable(tree)
-    assert live == tree._nodes
-    assert tree.size == len(live) - 1
-    assert tree.committed_length == tree.cursor.position + len(tree.pending)
-    for node in live.values():
-        assert node in tree
-        assert all(child.position == node.position + 1 and child.token == t for t, child in node.children.items())
-        best = max(node.children.values(), key=lambda child: child.logprob, default=None)
-        assert (node.best is None) == (best is None)
-        assert best is None or (node.best is not None and node.best.logprob == best.logprob)
-    if tree.pending:
-        assert tree.size == 0
-
-
-class NaiveTree:
-    """The same tree with no cleverness: every node ever sent with its whole path, and the list of committed tokens."""
-
-    def __init__(self, max_nodes: int) -> None:
-        self.committed: list[int] = []
-        self.paths: dict[int, tuple[int, ...]] = {ROOT_ID: ()}
-        self.logprobs: dict[int, float] = {ROOT_ID: 0.0}
-        self.alive: set[int] = {ROOT_ID}
-        self.max_nodes = max_nodes
-
-    def possible(self, path: tuple[int, ...]) -> bool:
-        """Whether a path neither contradicts what is committed nor ends before the cursor."""
-        common = min(len(path), len(self.committed))
-        return list(path[:common]) == self.committed[:common]
-
-    @property
-    def cursor(self) -> int:
-        """The deepest live node on the committed path."""
-        on_path = [n for n in self.alive if list(self.paths[n]) == self.committed[: len(self.paths[n])]]
-        return max(on_path, key=lambda n: len(self.paths[n]))
-
-    @property
-    def pending(self) -> list[int]:
-        return self.committed[len(self.paths[self.cursor]) :]
-
-    def prune(self) -> None:
-        cursor = self.cursor
-        depth = len(self.paths[cursor])
-        below = self.paths[cursor]
-        self.alive = {n for n in self.alive if self.possible(self.paths[n]) and self.paths[n][:depth] == below}
-
-    def append(self, new: NodeRecord) -> tuple[int, int, int]:
-        path = (*self.paths[new.parent], new.token)
-        self.paths[new.id] = path
-        self.logprobs[new.id] = new.logprob
-        if new.parent not in self.alive:
-            return (0, 1, 0)
-        if not self.possible(path):
-            return (0, 1, int(not new.is_echo))
-        late = bool(self.pending)
-        self.alive.add(new.id)
-        self.prune()
-        return (0, 0, int(not new.is_echo)) if late else (1, 0, 0)
-
-    def commit(self, tokens: list[int]) -> int:
-        stayed = 0
-        for token in tokens:
-            known = not self.pending
-            self.committed.append(token)
-            self.prune()
-            stayed += known and not self.pending
-        return stayed
-
-    @property
-    def size(self) -> int:
-        return len(self.alive) - 1
-
-    def best_path(self, limit: int) -> list[int]:
-        if self.pending:
-            return []
-        path = [self.cursor]
-        while len(path) <= limit:
-            here = self.paths[path[-1]]
-            children = [n for n in self.alive if self.paths[n][:-1] == here and len(self.paths[n]) == len(here) + 1]
-            if not children:
-                break
-            path.append(max(children, key=lambda n: (self.logprobs[n], -n)))
-        return path[1:]
-
-
-logprobs = st.sampled_from([-0.1, -0.5, -1.0, -3.0])
-operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("append"), st.integers(0, 10), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
-        st.tuples(st.just("extend"), st.integers(0, 3), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
-        st.tuples(st.just("commit"), st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4)),
-        st.tuples(st.just("follow"), st.integers(1, 4)),
-    ),
-    max_size=60,
-)
-
-
-@settings(max_examples=400, deadline=None)
-@given(operations, st.integers(3, 30))
-def test_tree_agrees_with_a_naive_model(script: list[tuple], max_nodes: int) -> None:
-    tree = DraftTree(CONTEXT, vocab_size=VOCAB_SIZE, max_nodes=max_nodes)
-    naive = NaiveTree(max_nodes)
-    for operation in script:
-        if operation[0] == "commit":
-            assert tree.commit(operation[1]) == naive.commit(operation[1])
-        elif operation[0] == "follow":
-            tokens = [node.token for node in tree.best_path(operation[1])]
-            assert tree.commit(tokens) == naive.commit(tokens) == len(tokens)
-        else:
-            _, choice, token, logprob, echo = operation
-            if operation[0] == "append":
-                parent = max(0, tree.last_id - choice)
-            else:
-                live = sorted(reachable(tree))
-                parent = live[-1 - choice % len(live)]
-            new = record(tree.last_id + 1, parent, token, 0.0 if echo else logprob, 0.0 if echo else 1.0)
-            repeated = parent in naive.alive and any(
-                naive.paths[n] == (*naive.paths[parent], token) for n in naive.alive
-            )
-            full = not naive.pending and parent in naive.alive and naive.size >= max_nodes
-            if repeated or full:
-                with pytest.raises(RemoteProtocolError):
-                    tree.append([new])
-                return
-            assert _as_tuple(tree, new) == naive.append(new)
-        check_consistent(tree)
-        assert tree.size == naive.size <= max_nodes
-        assert tree.cursor.id == naive.cursor
-        assert list(tree.pending) == naive.pending
-        assert tree.committed_length == CONTEXT + len(naive.committed)
-        assert [node.id for node in tree.best_path(6)] == naive.best_path(6)
-        assert set(tree._nodes) == naive.alive
-
-
-def _as_tuple(tree: DraftTree, new: NodeRecord) -> tuple[int, int, int]:
-    appended = tree.append([new])
-    return appended.added, appended.stale, appended.late
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(-2, 40), st.integers(-2, 40), st.integers(-2, 8)), max_size=40),
-    st.lists(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=3), max_size=10),
-)
-def test_only_remote_protocol_errors_come_from_any_records(
-    items: list[tuple[int, int, int]], commits: list[list[int]]
-) -> None:
-    tree = DraftTree(CONTEXT, vocab_size=VOCAB_SIZE, max_nodes=8)
-    for index, (node, parent, token) in enumerate(items):
-        with contextlib.suppress(RemoteProtocolError):
-            tree.append([record(node, parent, token)])
-        if index < len(commits):
-            tree.commit(commits[index])
-        check_consistent(tree)
-        assert tree.size <= 8
 
 
 def test_new_tree_is_empty() -> None:
@@ -229,17 +38,18 @@ def test_best_path_takes_the_most_probable_child_each_time_and_obeys_the_limit()
 def test_commit_in_a_branch_re_roots_and_keeps_what_is_below() -> None:
     tree = make_tree()
     tree.append([record(1, 0, 7, -0.1), record(2, 0, 8, -3.0), record(3, 2, 9, -0.1), record(4, 1, 6, -0.1)])
-    assert tree.commit([8]) == 1
+    assert tree.commit([8]) == Committed(1, 0, True)
     assert [n.token for n in tree.best_path(9)] == [9]
-    assert tree.size == 1
     assert not tree.pending
     check_consistent(tree)
+    assert tree.size == 1
 
 
 def test_commit_that_leaves_the_tree_drops_all_and_waits() -> None:
     tree = make_tree()
     ids = chain(tree, [1, 2, 3])
-    assert tree.commit([1, 9, 4]) == 1
+    assert tree.commit([1, 9, 4]) == Committed(1, 1, True)
+    tree.prune()
     assert list(tree.pending) == [9, 4]
     assert (tree.size, tree.committed_length, tree.cursor.id) == (0, CONTEXT + 3, ids[0])
     assert tree.best_path(8) == []
@@ -247,9 +57,9 @@ def test_commit_that_leaves_the_tree_drops_all_and_waits() -> None:
 
 def test_late_drafts_that_agree_confirm_pending_commits() -> None:
     tree = make_tree()
-    assert tree.commit([1, 2]) == 0
+    assert tree.commit([1, 2]) == Committed(0, 0, False)
     appended = tree.append([record(1, 0, 1), record(2, 1, 2), record(3, 2, 3)])
-    assert (appended.added, appended.stale, appended.late) == (1, 0, 2)
+    assert (appended.added, appended.stale, appended.late, appended.late_hits) == (1, 0, 2, 2)
     assert [n.token for n in tree.best_path(8)] == [3]
     assert tree.cursor.id == 2
     assert not tree.pending
@@ -259,7 +69,7 @@ def test_children_of_the_cursor_that_contradict_a_pending_commit_are_dropped_at_
     tree = make_tree()
     tree.commit([1])
     appended = tree.append([record(1, 0, 5), record(2, 1, 6), record(3, 0, 1), record(4, 3, 2)])
-    assert (appended.added, appended.stale, appended.late) == (1, 2, 1)
+    assert (appended.added, appended.stale, appended.late, appended.late_hits) == (1, 2, 1, 1)
     assert [n.token for n in tree.best_path(8)] == [2]
 
 
@@ -269,7 +79,7 @@ def test_alternatives_of_one_position_are_late_once(right: int | None) -> None:
     tree.commit([7, 8])
     tokens = [7 if index == right else 20 + index for index in range(3)]
     appended = tree.append(record(index + 1, 0, token) for index, token in enumerate(tokens))
-    assert (appended.added, appended.late) == (0, 1)
+    assert (appended.added, appended.late, appended.late_hits) == (0, 1, int(right is not None))
     assert appended.stale == (3 if right is None else 2)
     assert list(tree.pending) == ([7, 8] if right is None else [8])
 
@@ -278,7 +88,7 @@ def test_echoes_confirm_without_being_counted_as_late() -> None:
     tree = make_tree()
     tree.commit([1, 2])
     appended = tree.append([record(1, 0, 1, 0.0, 0.0), record(2, 1, 2, 0.0, 0.0)])
-    assert (appended.added, appended.stale, appended.late) == (0, 0, 0)
+    assert appended == Appended(0, 0, 0, 0)
     assert not tree.pending
 
 
@@ -293,7 +103,7 @@ def test_nodes_below_something_pruned_are_stale_not_a_fault() -> None:
 def test_a_commit_of_no_tokens_changes_nothing() -> None:
     tree = make_tree()
     chain(tree, [1, 2])
-    assert tree.commit([]) == 0
+    assert tree.commit([]) == Committed(0, 0, False)
     assert tree.size == 2
 
 
@@ -354,6 +164,7 @@ def test_memory_stays_bounded_over_a_long_session() -> None:
         tree.append([record(first + 2, first, 30), record(first + 3, first + 1, 31)])
         tree.commit([step % 7 if step % 3 else 20])
         tree.commit([30 if step % 3 else 31])
+        assert len(tree._nodes) <= 5
         check_consistent(tree)
         assert len(tree._nodes) == 1
     assert tree.last_id == 12000
@@ -372,8 +183,8 @@ def test_a_very_deep_tree_can_be_dropped() -> None:
     tree.append(record(index, index - 1, index % 100) for index in range(1, 65537))
     assert len(tree.best_path(10**6)) == 65536
     tree.commit([99])
-    assert tree.size == 0
     check_consistent(tree)
+    assert tree.size == 0
 
 
 def test_a_node_is_in_the_tree_only_while_it_is_live() -> None:
@@ -383,5 +194,112 @@ def test_a_node_is_in_the_tree_only_while_it_is_live() -> None:
     assert first in tree
     assert second in tree
     tree.commit([1])
+    tree.prune()
     assert first in tree
     assert second not in tree
+
+
+# Pruning is late: a commit only moves the cursor
+
+
+def test_a_commit_changes_what_is_drafted_at_once_and_the_next_append_frees_the_rest() -> None:
+    tree = make_tree()
+    tree.append([record(1, 0, 7, -0.1), record(2, 0, 8, -3.0), record(3, 2, 9, -0.1), record(4, 1, 6, -0.1)])
+    tree.commit([8])
+    assert [n.token for n in tree.best_path(9)] == [9]
+    assert tree.draft(9)[0] == [9]
+    assert tree.size == 4  # nothing is freed on the serving path
+    assert tree.append([]) == Appended(0, 0, 0, 0)
+    assert tree.size == 1
+
+
+def test_nodes_below_what_waits_to_be_pruned_are_stale() -> None:
+    tree = make_tree()
+    tree.append([record(1, 0, 1), record(2, 0, 2)])
+    tree.commit([2])
+    assert tree.append([record(3, 1, 3), record(4, 2, 4)]) == Appended(1, 1, 0, 0)
+
+
+def test_what_waits_to_be_pruned_takes_no_room() -> None:
+    tree = make_tree(max_nodes=3)
+    chain(tree, [1, 2, 3])
+    tree.commit([1, 2, 3])
+    assert tree.append([record(4, 3, 4), record(5, 4, 5), record(6, 5, 6)]) == Appended(3, 0, 0, 0)
+
+
+def test_several_commits_before_one_pruning() -> None:
+    tree = make_tree()
+    ids = chain(tree, [1, 2, 3, 4, 5])
+    tree.append([record(6, ids[2], 9, -3.0), record(7, 6, 8, -1.0)])
+    assert [tree.commit([t]) for t in (1, 2)] == [Committed(1, 1, False)] * 2
+    assert tree.commit([3, 9]) == Committed(2, 1, True)
+    assert tree.commit([8, 50]) == Committed(1, 1, False)  # the tree ended there: nothing was missed
+    assert tree.commit([51]) == Committed(0, 0, False)
+    check_consistent(tree)
+    assert (tree.cursor.id, list(tree.pending), tree.size) == (7, [50, 51], 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        ([1, 2, 3], Committed(3, 3, False)),
+        ([1, 2, 3, 4], Committed(3, 3, False)),
+        ([1, 5], Committed(2, 1, True)),
+        ([1, 5, 6], Committed(3, 1, True)),  # after a miss nothing counts as followed
+        ([1, 9], Committed(1, 1, True)),
+        ([9, 1], Committed(0, 0, True)),
+    ],
+)
+def test_what_a_commit_says_of_itself(tokens: list[int], expected: Committed) -> None:
+    tree = make_tree()
+    tree.append([record(1, 0, 1), record(2, 1, 2), record(3, 2, 3), record(4, 1, 5, -3.0), record(5, 4, 6)])
+    assert tree.commit(tokens) == expected
+
+
+# How probable nodes are
+
+
+def test_reach_is_the_calibrated_probability_of_the_path() -> None:
+    calibration = Calibration()
+    tree = make_tree(calibration=calibration)
+    tree.append([record(1, 0, 1, math.log(0.5)), record(2, 1, 2, math.log(0.25)), record(3, 1, 3, math.log(0.02))])
+    p = calibration.probability
+    best, second, third = reachable(tree)[1], reachable(tree)[2], reachable(tree)[3]
+    assert best.reach == pytest.approx(math.log(p[best.bucket]))
+    assert second.reach == pytest.approx(math.log(p[best.bucket] * p[second.bucket]))
+    assert third.reach < second.reach < best.reach < 0.0
+    assert best.bucket != calibration.bucket(math.log(0.5), best=False)
+
+
+def test_reach_compares_nodes_of_different_ages() -> None:
+    tree = make_tree()
+    tree.append([record(1, 0, 1, math.log(0.6)), record(2, 0, 2, math.log(0.05)), record(3, 1, 3, math.log(0.5))])
+    tree.append([record(4, 3, 4, math.log(0.5)), record(5, 4, 5, math.log(0.5))])
+    order = sorted(reachable(tree).values(), key=lambda node: -node.reach)
+    assert [node.id for node in order] == [0, 1, 3, 4, 5, 2]
+    tree.commit([1])
+    tree.prune()
+    assert [n.id for n in sorted(reachable(tree).values(), key=lambda node: -node.reach)] == [1, 3, 4, 5]
+
+
+def test_an_echo_is_certain() -> None:
+    tree = make_tree()
+    tree.append([record(1, 0, 1, math.log(0.5))])
+    tree.commit([9])
+    tree.append([NodeRecord(2, 0, 9, 0.0, 0.0)])
+    assert tree.cursor.reach == 0.0
+
+
+def test_a_draft_ends_where_the_target_is_unlikely_to_follow() -> None:
+    calibration = Calibration()
+    tree = make_tree(calibration=calibration)
+    chain(tree, [1, 2, 3, 4, 5], logprob=math.log(0.65))
+    p = calibration.probability[calibration.bucket(math.log(0.65), best=True)]
+    assert tree.draft(9) == ([1, 2, 3, 4, 5], pytest.approx(sum(p**n for n in range(1, 6))))
+    assert tree.draft(9, p**3 - 1e-9) == ([1, 2, 3], pytest.approx(p + p**2 + p**3))
+    assert tree.draft(9, p**3 + 1e-9)[0] == [1, 2]
+    assert tree.draft(2)[0] == [1, 2]
+    assert tree.draft(0) == ([], 0.0)
+    assert tree.draft(9, 1.0) == ([], 0.0)
+    tree.commit([9])
+    assert tree.draft(9) == ([], 0.0)

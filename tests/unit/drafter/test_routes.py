@@ -1,21 +1,26 @@
 """The route on a real server: FastAPI under uvicorn on a free port, with a toy engine in its state."""
 
 import asyncio
+import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import aiohttp
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_model
+from prometheus_client import CollectorRegistry, generate_latest
+from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_model, limits, wait_until
 
-from vllm_wanspec.config import TOKEN_ENV
+from vllm_wanspec.config import EVENTS_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
 from vllm_wanspec.drafter import routes
-from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
+from vllm_wanspec.drafter.routes import WanspecRoutes, authorized, running_branches
+from vllm_wanspec.drafter.service import Host
+from vllm_wanspec.errors import ConfigError
 
 TOY = Toy(seed=9)
 PROMPT = (4, 5, 6)
@@ -26,7 +31,7 @@ async def drafter() -> AsyncIterator[tuple[str, ToyEngine]]:
     app = FastAPI()
     WanspecRoutes().attach_router(app)
     engine = ToyEngine(TOY)
-    app.state.wanspec_engine, app.state.wanspec_model = engine, draft_model()
+    app.state.wanspec_host = Host(engine, draft_model())
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="critical", ws="websockets-sansio", lifespan="off")
@@ -107,7 +112,7 @@ def test_drafts_follow_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with drafter() as (url, _), connected(url) as peer:
             await hello(peer)
-            await peer.send_bytes(encode([Open(1, PROMPT, 8, 64, 1)]))
+            await peer.send_bytes(encode([Open(1, PROMPT, limits(8))]))
             line = TOY.drafted(PROMPT, 8)
             assert await nodes(peer, 8) == line
             await peer.send_bytes(encode([Commit(1, 3, tuple(line))]))
@@ -141,7 +146,7 @@ def test_garbage_closes_with_1002_and_stops_the_engine(
         async with drafter() as (url, engine), connected(url) as peer:
             if greeted:
                 await hello(peer)
-                await peer.send_bytes(encode([Open(1, PROMPT, 4000, 4000, 1)]))
+                await peer.send_bytes(encode([Open(1, PROMPT, limits(4000, 4000))]))
                 await nodes(peer, 1)
             if isinstance(garbage, bytes):
                 await peer.send_bytes(garbage)
@@ -166,7 +171,7 @@ def test_a_controller_that_goes_stops_the_engine(monkeypatch: pytest.MonkeyPatch
             async with connected(url) as peer:
                 await hello(peer)
                 engine.open.clear()
-                await peer.send_bytes(encode([Open(n, PROMPT, 4000, 4000, 1) for n in (1, 2, 3)]))
+                await peer.send_bytes(encode([Open(n, PROMPT, limits(4000, 4000)) for n in (1, 2, 3)]))
                 await until(lambda: engine.running == 3)
                 if abrupt:
                     transport = peer.get_extra_info("socket")
@@ -185,7 +190,7 @@ def test_many_controllers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     async def one(url: str, number: int) -> None:
         async with connected(url) as peer:
             await hello(peer)
-            await peer.send_bytes(encode([Open(1, (number, 1), 8, 64, 1)]))
+            await peer.send_bytes(encode([Open(1, (number, 1), limits(8))]))
             assert await nodes(peer, 8) == TOY.drafted((number, 1), 8)
 
     async def scenario() -> None:
@@ -215,7 +220,36 @@ def test_authorized(header: str | None, token: str | None, good: bool) -> None:
     assert authorized(header, token) is good
 
 
-def test_getting_ready_asks_the_engine_once_and_says_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def client(max_num_seqs: int = 100) -> SimpleNamespace:
+    """An engine client, as far as the routes look."""
+    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64)
+    scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
+    return SimpleNamespace(
+        vllm_config=SimpleNamespace(model_config=config, scheduler_config=scheduler),
+        get_tokenizer=lambda: SimpleNamespace(get_vocab=lambda: VOCABULARY),
+    )
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
+    for name in (WIDTH_ENV, EVENTS_ENV):
+        monkeypatch.delenv(name, raising=False)
+    registry = CollectorRegistry()
+    monkeypatch.setattr(routes, "REGISTRY", registry)
+    return registry
+
+
+def made_ready(max_num_seqs: int = 100) -> Host:
+    state = SimpleNamespace()
+    asyncio.run(WanspecRoutes().init_state(client(max_num_seqs), state, None))
+    host = state.wanspec_host
+    assert isinstance(host, Host)
+    return host
+
+
+def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
+) -> None:
     warmed: list[tuple[tuple[int, ...], int]] = []
 
     class WatchedEngine(ToyEngine):
@@ -228,14 +262,51 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(monkeypatch:
                 yield steps
 
     monkeypatch.setattr(routes, "VllmEngine", WatchedEngine)
-    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64)
-    client = SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=config),
-        get_tokenizer=lambda: SimpleNamespace(get_vocab=lambda: VOCABULARY),
-    )
-    state = SimpleNamespace()
-    asyncio.run(WanspecRoutes().init_state(client, state, None))
-    model = state.wanspec_model
+    model = made_ready().model
     assert (model.name, model.vocab_size, model.max_context) == ("small", VOCAB_SIZE, 1023)
     assert model.fingerprint == FINGERPRINT
     assert [count for _, count in warmed] == [routes.WARM_UP_TOKENS]
+    assert b"wanspec_running_branches 0.0" in generate_latest(registry)  # beside vLLM's own metrics
+
+
+@pytest.mark.parametrize(
+    ("asked", "max_num_seqs", "width"),
+    [(None, 100, routes.DEFAULT_RUNNING_BRANCHES), (None, 4, 4), ("12", 100, 12), ("12", 4, 4), ("1", 4, 1)],
+)
+def test_places_for_running_branches(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, asked: str | None, max_num_seqs: int, width: int
+) -> None:
+    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    if asked is not None:
+        monkeypatch.setenv(WIDTH_ENV, asked)
+    assert made_ready(max_num_seqs).width() == width
+
+
+@pytest.mark.parametrize("asked", ["0", "-3", "many", "", "1.5", " 4"])
+def test_a_wrong_number_of_running_branches(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, asked: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        running_branches(asked, 100)
+    assert str(caught.value) == f"{WIDTH_ENV}: {asked!r} is not a number of branches, as in 64"
+    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    monkeypatch.setenv(WIDTH_ENV, asked)
+    with pytest.raises(ConfigError, match=WIDTH_ENV):
+        made_ready()
+
+
+def test_events_are_recorded_where_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    assert made_ready().sink is None
+    registry.unregister(next(iter(registry._collector_to_names)))
+    path = tmp_path / "drafter.jsonl"
+    monkeypatch.setenv(EVENTS_ENV, str(path))
+    sink = made_ready().sink
+    assert sink is not None
+    sink({"call": "x"})
+    wait_until(lambda: path.exists() and path.read_text(encoding="utf-8").count("\n") == 2)
+    header, record = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert (header["side"], header["name"], record) == ("drafter", "small", {"call": "x"})
+    sink.__self__.close()  # type: ignore[attr-defined]

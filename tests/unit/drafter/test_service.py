@@ -1,11 +1,11 @@
 """The session host without a transport: frames in, frames out, a toy engine between."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import suppress
+from collections.abc import AsyncGenerator
 
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, Toy, ToyEngine, draft_model
+from host_peer import PROMPT, TOY, Peer, opened, with_peer
+from toys import FINGERPRINT, VOCAB_SIZE, ToyEngine, draft_model
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
@@ -20,82 +20,9 @@ from vllm_wanspec.core.messages import (
     Refuse,
     Reject,
     Welcome,
-    decode,
-    encode,
 )
 from vllm_wanspec.drafter import service
-from vllm_wanspec.drafter.engines import DraftEngine
-from vllm_wanspec.drafter.service import Connection, DraftModel
 from vllm_wanspec.errors import RemoteProtocolError
-
-TOY = Toy(seed=5)
-PROMPT = (1, 2, 3)
-
-
-class Peer:
-    """The controller's end of a connection."""
-
-    def __init__(self, engine: DraftEngine | None = None, model: DraftModel | None = None) -> None:
-        self.engine = engine or ToyEngine(TOY)
-        self.received: list[Message] = []
-        self.frames = 0
-        self.reading = asyncio.Event()
-        self.reading.set()
-        self.connection = Connection(self.engine, model or draft_model(), self._send)
-        self.writer = asyncio.create_task(self.connection.write())
-
-    async def _send(self, frame: bytes) -> None:
-        await self.reading.wait()
-        self.frames += 1
-        self.received += decode(frame)
-
-    async def say(self, *messages: Message) -> bool:
-        return await self.connection.receive(encode(messages))
-
-    async def greet(self) -> None:
-        assert await self.say(Hello(1, FINGERPRINT, "test"))
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(5.0):
-            while not condition():
-                await asyncio.sleep(0)
-
-    async def settled(self) -> None:
-        """Until nothing more comes: the engine rests and the outbox is empty."""
-        await self.until(lambda: self.connection.running == 0 and not self.connection._outbox)
-        for _ in range(5):
-            await asyncio.sleep(0)
-
-    def tokens(self, session: int) -> list[int]:
-        return [n.token for m in self.received if isinstance(m, Nodes) and m.session == session for n in m.nodes]
-
-    async def end(self) -> None:
-        self.writer.cancel()
-        with suppress(asyncio.CancelledError):
-            await self.writer
-        await self.connection.close()
-
-
-def with_peer(
-    scenario: Callable[[Peer], Coroutine[None, None, None]],
-    engine: DraftEngine | None = None,
-    model: DraftModel | None = None,
-) -> None:
-    async def main() -> None:
-        peer = Peer(engine, model)
-        try:
-            await scenario(peer)
-        finally:
-            await peer.end()
-        assert peer.connection.running == 0
-        assert peer.connection.sessions == 0
-        assert getattr(peer.engine, "running", 0) == 0
-
-    asyncio.run(main())
-
-
-def opened(number: int, lookahead: int = 8, alternatives: int = 1, tokens: tuple[int, ...] = PROMPT) -> Open:
-    return Open(number, tokens, lookahead, 64, alternatives)
 
 
 def test_welcome() -> None:
@@ -230,7 +157,7 @@ def test_rejects_at_commit_end_the_session(commit: Commit, code: str) -> None:
     [
         [opened(1), opened(1)],
         [opened(5), opened(4)],
-        [Open(1, PROMPT, 8, 5000, 1)],
+        [opened(1, max_nodes=5000)],
         [Commit(1, 3, (1,))],
         [Welcome(1, "m", 1, "f", 1, 1, 1)],
         [Nodes(1, 3, ())],

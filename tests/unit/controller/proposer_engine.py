@@ -1,0 +1,164 @@
+"""A played model runner that drives a RemoteProposer through whole steps, as vLLM does."""
+
+import atexit
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from toys import VOCAB_SIZE, VOCABULARY, Toy, wait_until
+
+from vllm_wanspec.controller import hooks, proposer
+from vllm_wanspec.controller.proposer import RemoteProposer
+
+TOY = Toy(seed=6)
+MAX_LEN = 6000
+K = 4
+
+
+def new_request(name: str, prompt: list[int] | None, **changes: Any) -> SimpleNamespace:
+    """What the scheduler says of a new request, as far as we look."""
+    values = {
+        "req_id": name,
+        "prompt_token_ids": prompt,
+        "mm_features": [],
+        "prompt_embeds": None,
+        "sampling_params": SimpleNamespace(extra_args=None),
+        **changes,
+    }
+    return SimpleNamespace(**values)
+
+
+class Runner:
+    """A model runner: rows, contexts, and the drafts that the scheduler would take."""
+
+    def __init__(self) -> None:
+        self.input_batch = SimpleNamespace(req_ids=[])
+        self.contexts = np.zeros((8, MAX_LEN), dtype=np.int32)
+        self.lengths = np.zeros(8, dtype=np.int32)
+        self.effective_drafter_max_model_len = 100
+        self._draft_token_ids: Any = None
+
+    def take_draft_token_ids(self) -> Any:
+        return self._draft_token_ids
+
+
+class Engine:
+    """Drives a proposer through whole steps, and verifies what it drafts."""
+
+    def __init__(self, remote: RemoteProposer) -> None:
+        self.remote = remote
+        self.runner = Runner()
+        self.contexts: dict[str, list[int]] = {}
+        self.prompts: dict[str, int] = {}
+        self.drafts: dict[str, list[int]] = {}
+        self.accepted: dict[str, int] = {}
+        self.finished: list[str] = []
+        self.new: list[SimpleNamespace] = []
+        self.limit: int | None = None
+
+    def add(self, name: str, prompt: list[int], **changes: Any) -> None:
+        self.new.append(new_request(name, prompt, **changes))
+        self.contexts[name] = list(prompt)
+        self.prompts[name] = len(prompt)
+        self.drafts[name] = []
+        self.accepted[name] = 0
+
+    def remove(self, name: str) -> None:
+        del self.contexts[name]
+        self.finished.append(name)
+
+    def step(self, prefill: tuple[str, ...] = ()) -> list[list[int]]:
+        drafts = {name: self.drafts[name] for name in self.contexts if self.drafts[name]}
+        scheduled = {name: 1 + len(self.drafts[name]) for name in self.contexts}
+        for request in self.new:
+            scheduled[request.req_id] = len(request.prompt_token_ids or ())
+        output = SimpleNamespace(
+            scheduled_new_reqs=self.new,
+            finished_req_ids=set(self.finished),
+            num_spec_tokens_to_schedule=self.limit,
+            scheduled_spec_decode_tokens=drafts,
+            num_scheduled_tokens=scheduled,
+            total_num_scheduled_tokens=sum(scheduled.values()),
+        )
+        self.new, self.finished = [], []
+        self.remote.begin_step(self.runner, output)
+        sampled = []
+        self.runner.input_batch.req_ids = list(self.contexts)
+        for row, (name, context) in enumerate(self.contexts.items()):
+            draft = self.drafts[name]
+            assert draft == TOY.drafted(context, len(draft))
+            tokens = [] if name in prefill else TOY.verify(context, draft)
+            self.accepted[name] += max(0, len(tokens) - 1)
+            context += tokens
+            sampled.append(tokens)
+            self.runner.contexts[row, : len(context)] = context
+            self.runner.lengths[row] = len(context)
+        return self.propose(sampled)
+
+    def propose(self, sampled: list[list[int]]) -> list[list[int]]:
+        proposed = self.remote.propose(sampled, self.runner.lengths, self.runner.contexts)
+        assert len(proposed) == len(sampled)
+        self.runner._draft_token_ids = proposed
+        taken = self.runner.take_draft_token_ids()
+        assert taken is proposed  # replaced in place
+        for draft in taken:
+            assert type(draft) is list
+            assert len(draft) <= K
+            assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in draft)
+        self.drafts = dict(zip(self.contexts, taken, strict=True))
+        return taken
+
+    def run_until_accepted(self, name: str, count: int) -> None:
+        wanted, end, pause = self.accepted[name] + count, time.monotonic() + 20.0, threading.Event()
+        while self.accepted[name] < wanted:
+            assert time.monotonic() < end, self.accepted
+            self.step()
+            pause.wait(0.003)
+        for key, context in self.contexts.items():
+            start = self.prompts[key]
+            assert context[start:] == TOY.continuation(context[:start], len(context) - start)
+
+
+def stub_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's part: the vocabulary, the rank, and the probes."""
+    monkeypatch.setattr(proposer, "_vocabulary", lambda config: VOCABULARY)
+    monkeypatch.setattr(proposer, "_is_first_rank", lambda: True)
+    monkeypatch.setattr(hooks, "install_in_engine", lambda config: None)
+
+
+def vllm_config(
+    tmp_path: Path, url: str, *, speculative: int = K, more: str = "", parallel: int = 1
+) -> SimpleNamespace:
+    path = tmp_path / "wanspec.yaml"
+    path.write_text(f'draft_endpoints: [{{name: eu, url: "{url}"}}]\n{more}', encoding="utf-8")
+    return SimpleNamespace(
+        additional_config={"wanspec": str(path)},
+        speculative_config=SimpleNamespace(num_speculative_tokens=speculative),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 64, model="big"),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=parallel),
+    )
+
+
+@contextmanager
+def running(config: SimpleNamespace) -> Iterator[Engine]:
+    """An engine whose proposer is connected."""
+    remote = RemoteProposer(config)
+    assert remote.pool is not None
+    pool = remote.pool
+    atexit.unregister(pool.stop)
+    try:
+        wait_until(lambda: pool.links[0].welcome is not None)
+        remote.load_model(object())
+        yield Engine(remote)
+    finally:
+        pool.stop()
+
+
+def pool_of(engine: Engine) -> Any:
+    return engine.remote.pool

@@ -1,0 +1,128 @@
+"""Whether DraftPool hands out drafts at all, and what it measures of the target's steps, in played time."""
+
+import pytest
+from pool_world import World
+from pools import LIMIT
+
+from vllm_wanspec.config import Settings
+from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.length import PROBE_STEPS
+
+
+def running_well(names: str) -> World:
+    world = World(names=names, policy="none")
+    world.run_well()
+    return world
+
+
+# Whether drafts are handed out
+
+
+def without_drafts() -> World:
+    """A world that has seen some steps before the first draft came."""
+    world = World(policy="none")
+    for _ in range(8):
+        world.step({"a": [world.length["a"]]}, step_s=0.02)  # the last ones used all up that was drafted at first
+    return world
+
+
+def test_a_useless_drafter_costs_a_step_now_and_then() -> None:
+    world = without_drafts()
+    offered = []
+    drafts: list[list[int]] = [[]]
+    for _ in range(6 * PROBE_STEPS):
+        count = len(drafts[0])
+        offered.append(count)
+        here = world.length["a"]
+        drafts = world.step({"a": [here]}, drafts=count, step_s=0.03 if count else 0.02)
+        world.arrive("a", LIMIT, echo=here, wrong=True)
+        world.redraft(drafts)
+    with_drafts = [index for index, count in enumerate(offered) if count]
+    assert sum(count > 0 for count in offered[PROBE_STEPS:]) <= 6
+    assert len(with_drafts) >= 4  # it goes on probing
+    counters = world.pool.counters
+    assert counters.unpaid_steps >= 4 * PROBE_STEPS
+    assert counters.offered_tokens == sum(offered) + len(drafts[0])
+
+
+def test_a_drafter_that_gets_better_is_used_again() -> None:
+    world = without_drafts()
+    drafts: list[list[int]] = [[]]
+    for good in (False, True):
+        for _ in range(3 * PROBE_STEPS):
+            count = len(drafts[0])
+            here = world.length["a"]
+            tokens = list(range(here, here + 1 + (count if good else 0)))
+            drafts = world.step({"a": tokens}, drafts=count, step_s=0.024 if count else 0.02)
+            missed = world.pending("a")
+            world.arrive("a", LIMIT if missed else len(tokens), echo=tokens[-1] if missed else None, wrong=not good)
+            world.redraft(drafts)
+        assert bool(drafts[0]) is good
+
+
+def test_steps_without_drafts_do_not_count_as_unpaid() -> None:
+    world = running_well("a")
+    for _ in range(50):
+        drafts = world.miss("a")
+        world.redraft(drafts)
+    assert world.pool.counters.unpaid_steps == 0
+
+
+def test_only_sessions_whose_trees_have_changed_are_drafted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = running_well("abc")
+    drafts = world.miss("a")
+    before = [list(draft) for draft in drafts]
+    calls: list[ControllerSession] = []
+    draft = ControllerSession.draft
+
+    def watched(self: ControllerSession, *args: float) -> tuple[list[int], float]:
+        calls.append(self)
+        return draft(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ControllerSession, "draft", watched)
+    world.arrive("b", 3)
+    world.redraft(drafts)
+    assert calls == [world.pool._sessions["b"].core]
+    assert drafts[0] == before[0] == []
+    assert drafts[2] == before[2]
+    calls.clear()
+    world.redraft(drafts)
+    assert calls == []
+
+
+# What steps cost
+
+
+def test_the_step_time_is_measured_between_begin_and_end() -> None:
+    now = [100.0]
+    settings = Settings.model_validate({"draft_endpoints": [{"name": "a", "url": "http://127.0.0.1:9"}]})
+    pool = DraftPool(settings, fingerprint="", vocab_size=9, speculation_length=4, clock=lambda: now[0], seed=1)
+    pool.step([], 4)
+    assert pool.step_s.get(-1.0) == -1.0
+    for _ in range(3):
+        pool.step_begins()
+        now[0] += 0.25
+        pool.step([], 4)
+        now[0] += 60.0
+    assert pool.step_s.get(-1.0) == 0.25
+    pool._thread._loop.close()
+
+
+def test_steps_with_and_without_drafts_are_timed_apart() -> None:
+    world = World(policy="none")
+    for _ in range(8):
+        world.step({"a": [world.length["a"]]}, step_s=0.02)
+        world.step({"a": [world.length["a"]]}, drafts=2, step_s=0.025)
+        world.step({"a": [world.length["a"]]}, drafts=LIMIT, step_s=0.022)
+    times = world.pool.shared.times
+    assert (times.plain.at(1), times.drafted.at(3), times.full.at(5)) == pytest.approx((0.02, 0.025, 0.022))
+
+
+def test_steps_that_are_no_example_are_not_timed() -> None:
+    world = World(policy="none")
+    world.pool.step_begins(0, 0)
+    world.now += 5.0
+    world.pool.step([("a", [3])], LIMIT)
+    times = world.pool.shared.times
+    assert (times.plain.samples, times.drafted.samples, times.full.samples) == (0.0, 0.0, 0.0)

@@ -1,0 +1,157 @@
+"""What always holds for a controller's session, a drafter's session and a tree, whatever happened before."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from toys import VOCAB_SIZE
+
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.drafter import DrafterSession, StartBranch
+from vllm_wanspec.core.expansion import main_line_tip
+from vllm_wanspec.core.messages import Nodes
+from vllm_wanspec.core.states import CONTROLLER_TABLE, DRAFTER_TABLE, ControllerState, DrafterState
+from vllm_wanspec.core.tree import DraftTree, Node
+
+CONTROLLER_CHANGES = {(before, after) for (before, _), after in CONTROLLER_TABLE.items()}
+DRAFTER_CHANGES = {(before, after) for (before, _), after in DRAFTER_TABLE.items()}
+
+
+@contextmanager
+def controller_call(session: ControllerSession) -> Iterator[None]:
+    """A call of a controller's session: its state changes as the table allows, and says what is the case."""
+    before = session.state
+    yield
+    after = session.state
+    assert after is before or (before, after) in CONTROLLER_CHANGES, (before, after)
+    tree = session.tree
+    served = ControllerState.BLIND if tree is not None and tree.pending else ControllerState.SERVED
+    assert after is served if tree is not None else after not in (ControllerState.SERVED, ControllerState.BLIND)
+
+
+def check_controller(session: ControllerSession, max_nodes: int, length: int) -> None:
+    assert session.length == length
+    tree = session.tree
+    if tree is not None:
+        assert tree.committed_length == length
+        live = check_tree(tree)
+        assert live <= max_nodes
+        assert all(node.token < VOCAB_SIZE for node in tree._nodes.values())
+        assert len(tree._walked) <= 2 * max_nodes + 1  # what lazy pruning may leave behind
+
+
+class DrafterWatch:
+    """Follows one drafter's session from call to call."""
+
+    def __init__(self, session: DrafterSession) -> None:
+        self._state = session.state
+        self._last_id = 0
+        self._seen = -1
+        self._drafted = 0
+        self._sides = 0
+
+    def sent(self, session: DrafterSession, message: Nodes) -> None:
+        """Nodes go out: ids rise, none is beyond the lookahead, and few are drafted between two commits."""
+        assert message.nodes
+        assert message.seen >= self._seen
+        if message.seen > self._seen:
+            self._seen, self._drafted = message.seen, 0
+        farthest = session.tree.committed_length + session.limits.lookahead
+        for record in message.nodes:
+            assert record.id > self._last_id
+            self._last_id = record.id
+            self._drafted += not record.is_echo
+            node = session.tree._nodes.get(record.id)
+            assert node is None or node.position <= farthest
+        # All that is drafted between two commits is alive at once, so this bounds what one commit can set in flight.
+        assert self._drafted <= session.limits.max_nodes
+
+    def after(self, session: DrafterSession, branches: Sequence[int]) -> bool:
+        """After a call: how many branches run, and the state; whether the session has just used up its budget."""
+        running = session.running
+        assert running == list(branches)
+        limits, tree = session.limits, session.tree
+        tip = main_line_tip(tree)
+        sides = sum(branch.tip is not tip for branch in session._running.values())
+        assert len(running) <= sides + 1
+        # After its share has shrunk, a session may keep the side branches that ran, but start none.
+        assert sides <= max(session.width - 1, self._sides)
+        assert sides == 0 or limits.max_branches > 1
+        self._sides = sides
+        before, self._state = self._state, session.state
+        assert self._state is before or (before, self._state) in DRAFTER_CHANGES
+        assert tree.size <= limits.max_nodes
+        assert self._state is _facts(session)
+        return self._state is DrafterState.FULL and before is not DrafterState.FULL
+
+
+def _facts(session: DrafterSession) -> DrafterState:
+    if session.state in (DrafterState.ENDED, DrafterState.NEW):
+        assert not session.running
+        return session.state
+    if session.running:
+        return DrafterState.DRAFTING
+    return DrafterState.FULL if session.tree.size >= session.limits.max_nodes else DrafterState.RESTING
+
+
+def check_start(session: DrafterSession, start: StartBranch, max_context: int) -> None:
+    """An engine request is asked for where the tree says, and no longer than it can be of use."""
+    assert start.max_tokens >= 1
+    assert len(start.tokens) + start.max_tokens <= max_context
+    known = len(session._context)
+    assert list(start.tokens[:known]) == session._context
+    node = session.tree._nodes[start.node]
+    assert not node.children
+    assert node.position == len(start.tokens)
+    branch = session._running.get(start.branch)
+    if branch is not None and node is not main_line_tip(session.tree):
+        assert start.max_tokens <= session.limits.branch_depth
+        assert node.position + start.max_tokens <= session.tree.committed_length + session.limits.lookahead
+
+
+def check_drafter(session: DrafterSession) -> None:
+    tree, limits = session.tree, session.limits
+    assert check_tree(tree) == tree.size <= limits.max_nodes  # the drafter's own is pruned by every commit
+    assert not tree.pending
+    assert tree.committed_length == len(session._context)
+    assert len(session._candidates) <= 3 * limits.max_nodes
+    assert all(branch.tip in tree for branch in session._running.values())
+
+
+def check_tree(tree: DraftTree) -> int:
+    """The tree holds exactly what hangs together, and knows each node's place; the number of live nodes."""
+    top = tree._walked[0][0] if tree._walked else tree.cursor
+    assert top.parent is None
+    found, todo, live = 0, [top], 0
+    while todo:
+        node = todo.pop()
+        found += 1
+        assert tree._nodes.get(node.id) is node
+        children = node.children
+        if not children:
+            assert node.best is None
+            continue
+        best = max(children.values(), key=lambda child: child.logprob)
+        assert node.best is not None
+        assert node.best.logprob == best.logprob
+        for token, child in children.items():
+            assert child.parent is node
+            assert child.token == token
+            assert node.id < child.id <= tree.last_id
+            assert child.position == node.position + 1
+            todo.append(child)
+    assert found == len(tree._nodes) == tree.size + 1
+    todo = [tree.cursor]
+    while todo:
+        live += 1
+        todo.extend(todo.pop().children.values())
+    return live - 1
+
+
+def shape(top: Node) -> list[tuple[int, int, int, int]]:
+    """All nodes from one on: id, token, position, and the id of what each hangs below."""
+    found, todo = [], [(top, -1)]
+    while todo:
+        node, parent = todo.pop()
+        found.append((node.id, node.token, node.position, parent))
+        todo.extend((child, node.id) for child in node.children.values())
+    return sorted(found)

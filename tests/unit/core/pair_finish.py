@@ -1,0 +1,86 @@
+"""How every history of the pair ends: at rest both sides agree, and after that drafts are of use again."""
+
+from pair import PROMPTS, Request, World
+from pair_checks import shape
+
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK
+from vllm_wanspec.core.states import ControllerState, DrafterState
+
+TRIES = 40
+"""Steps with a draft at hand until one must have been accepted: the toys agree in half of them or more."""
+
+
+def finish(world: World) -> None:
+    """Calm the network, wait until both sides agree, and see that drafts come and are accepted."""
+    for request in world.requests:
+        request.preempted = False
+    if world.poisoned:
+        world.disconnect()
+    world.up.delay = world.down.delay = 1
+    world.up.jitter = world.down.jitter = 0
+    world.burst = 12
+    check_quiet(world)
+    before = [request.accepted for request in world.requests]
+    for _ in range(TRIES):
+        stuck = [r for r, count in zip(world.requests, before, strict=True) if r.accepted == count]
+        if not any(has_room(world, request) for request in stuck):
+            break
+        world.step()
+        world.settle()
+    else:
+        raise AssertionError("no draft is accepted any more")
+    check_quiet(world)
+    for request in world.requests:
+        prompt = PROMPTS[request.index]
+        count = len(request.context) - len(prompt)
+        assert request.context == [*prompt, *world.toy.continuation(prompt, count)]
+
+
+def has_room(world: World, request: Request) -> bool:
+    """Whether a drafter can still be of use to a request."""
+    return not world.is_over(request) and len(request.context) < world.setup.max_context
+
+
+def check_quiet(world: World) -> None:
+    """After quiescence both trees are the same, and drafts are there, unless the context is over."""
+    world.settle()
+    world.check()
+    for request in world.requests:
+        if request.session.tree is None:
+            assert world.is_over(request)
+            continue
+        _check_agreement(world, request, request.session)
+
+
+def _check_agreement(world: World, request: Request, session: ControllerSession) -> None:
+    assert world.drafter is not None
+    assert request.number is not None
+    drafter = world.drafter.sessions[request.number]
+    tree, own = session.tree, drafter.tree
+    assert tree is not None
+    assert session.state is ControllerState.SERVED
+    assert drafter.state in (DrafterState.RESTING, DrafterState.FULL)
+    assert shape(tree.cursor) == shape(own.cursor)
+    assert tree.committed_length == own.committed_length == len(request.context)
+    _check_best(world, request)
+    limits = world.limits
+    room = min(limits.lookahead, world.setup.max_context - len(request.context))
+    draft, _ = session.draft(limits.lookahead, 0.0, world.now_s)
+    assert draft == world.toy.drafted(request.context, len(draft))
+    assert len(draft) <= max(0, room)
+    if room > 0:
+        slack = min(LOOKAHEAD_SLACK, limits.lookahead // 2)
+        assert draft
+        assert drafter.state is DrafterState.FULL or len(draft) > min(room, limits.lookahead - slack) - 1
+
+
+def _check_best(world: World, request: Request) -> None:
+    """On the side branches as on the main line, the best child is what the draft model itself would say."""
+    assert request.session.tree is not None
+    todo = [(request.session.tree.cursor, list(request.context))]
+    while todo:
+        node, context = todo.pop()
+        if node.best is not None:
+            assert node.best.token == world.toy.draft(context)
+        todo.extend((child, [*context, token]) for token, child in node.children.items())

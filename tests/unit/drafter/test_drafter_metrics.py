@@ -1,0 +1,63 @@
+"""The drafter's metrics, and the counts behind them."""
+
+import pytest
+from host_peer import TOY, Peer, opened, with_peer
+from prometheus_client import CollectorRegistry, generate_latest
+from toys import ToyEngine, draft_model
+
+from vllm_wanspec.core.messages import Close
+from vllm_wanspec.drafter.metrics import HostCollector
+from vllm_wanspec.drafter.service import Host
+
+
+def metrics(host: Host) -> dict[str, float]:
+    registry = CollectorRegistry()
+    registry.register(HostCollector(host))
+    lines = generate_latest(registry).decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
+
+
+def test_what_a_host_that_rests_says() -> None:
+    assert metrics(Host(ToyEngine(TOY), draft_model())) == {
+        "wanspec_sessions": 0.0,
+        "wanspec_running_branches": 0.0,
+        "wanspec_drafted_tokens_total": 0.0,
+        "wanspec_branches_started_total": 0.0,
+        "wanspec_branch_seconds_total": 0.0,
+    }
+
+
+def test_they_follow_what_happens() -> None:
+    async def scenario(peer: Peer) -> None:
+        engine = peer.engine
+        assert isinstance(engine, ToyEngine)
+        await peer.greet()
+        engine.open.clear()
+        await peer.say(opened(1), opened(2))
+        await peer.until(lambda: engine.running == 2)
+        now = metrics(peer.host)
+        assert (now["wanspec_sessions"], now["wanspec_running_branches"]) == (2.0, 2.0)
+        engine.open.set()
+        await peer.settled()
+        await peer.say(Close(1))
+        now = metrics(peer.host)
+        assert (now["wanspec_sessions"], now["wanspec_running_branches"]) == (1.0, 0.0)
+        # Eight tokens each, as far as the lookahead goes; what the engine gives beyond them counts as drafted too.
+        assert now["wanspec_drafted_tokens_total"] >= 16.0
+        assert now["wanspec_branches_started_total"] == engine.started == 2.0
+
+    with_peer(scenario)
+
+
+def test_the_mean_number_of_running_branches_is_the_growth_of_their_time() -> None:
+    now = [100.0]
+    host = Host(ToyEngine(TOY), draft_model(), clock=lambda: now[0])
+    for change, seconds, total in ((1, 2.0, 2.0), (1, 3.0, 8.0), (1, 1.0, 11.0), (-1, 4.0, 19.0), (-1, 0.5, 19.5)):
+        host.count_running(change)
+        now[0] += seconds
+        assert host.branch_seconds == pytest.approx(total)
+    host.count_running(-1)
+    now[0] += 1000.0
+    assert host.branch_seconds == pytest.approx(19.5)
+    assert host.running == 0
+    assert host.branches_started == 3

@@ -1,0 +1,261 @@
+"""``make bench-trees``: what redundancy buys, live, with the demo models across an emulated WAN.
+
+``python -m vllm_wanspec.bench.trees --help`` lists the settings.  One target serves all arms: an arm is a set of tree
+settings that its requests ask for.  To try others::
+
+    python -m vllm_wanspec.bench.trees --prompts 16 --arms "main-line=max_branches=1; wide=running_branches=64"
+
+The drafter's own limit of running branches, ``WANSPEC_RUNNING_BRANCHES``, applies to all arms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.client import ClientError
+from vllm_wanspec.bench.demo_setup import PORTS_NEEDED, DemoPlan, find_models
+from vllm_wanspec.bench.demo_view import starting
+from vllm_wanspec.bench.pacing import Pacing
+from vllm_wanspec.bench.servers import ServerGroup, free_ports
+from vllm_wanspec.bench.trees_measure import Measurement
+from vllm_wanspec.bench.trees_report import print_report, write_json, write_markdown
+from vllm_wanspec.bench.trees_result import TreesResult
+from vllm_wanspec.bench.trees_setup import (
+    DEFAULT_ARMS,
+    MAIN_LINE,
+    TreesOptions,
+    parse_arms,
+    plan_trees,
+    read_prompts,
+)
+from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+
+__all__ = ["Outputs", "main", "run_trees"]
+
+START_DEADLINE_S = 300.0
+DYING_S = 3.0
+DRAFTER = "drafter"
+INTERRUPTED = 128 + signal.SIGINT
+LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the results go besides the console; None writes nothing, and keeps logs only after a failure."""
+
+    json_path: Path | None = None
+    markdown_path: Path | None = None
+    log_dir: Path | None = None
+
+
+def run_trees(options: TreesOptions, outputs: Outputs, console: Console) -> TreesResult:
+    """Run the bench; report and write what it found, also where something ends it early.
+
+    Args:
+        options: What to measure.
+        outputs: Where the results go.
+        console: Where to show progress and report.
+
+    Raises:
+        ConfigError: Models, prompts or a path are missing or wrong.
+        UnsupportedError: No vLLM that could be started.
+        WanspecError: A server or a request failed.
+    """
+    began_s = time.monotonic()
+    models = find_models(options.models)
+    prompts = read_prompts(models.prompts, options.prompts)
+    for option, path in (("--json", outputs.json_path), ("--markdown", outputs.markdown_path)):
+        _check_path(option, path)
+    problem = machine.missing_vllm()
+    if problem:
+        raise UnsupportedError(problem)
+    with _folder(outputs.log_dir, console) as folder:
+        plan = plan_trees(options, models, free_ports(PORTS_NEEDED), folder)
+        measurement = Measurement(plan, options, prompts, console)
+        ended_by: str | None = "the run was interrupted"
+        try:
+            _measure(measurement, plan, folder, console)
+            ended_by = None
+        except WanspecError as error:
+            ended_by = str(error).partition("\n")[0]
+            raise
+        finally:
+            result = _result(measurement, options, time.monotonic() - began_s, ended_by)
+            if result.rows:
+                _publish(result, outputs, console)
+    return result
+
+
+def _measure(measurement: Measurement, plan: DemoPlan, folder: Path, console: Console) -> None:
+    """Start the servers, measure, and stop them, whatever happens."""
+    with ServerGroup(folder) as group:
+        servers = {spec.name: group.start(spec) for spec in plan.specs}
+        with starting(console, list(servers.values())) as view:
+            group.wait_ready(servers.values(), START_DEADLINE_S, on_ready=view.ready)
+        try:
+            asyncio.run(measurement.run(servers[DRAFTER], servers[plan.wanspec]))
+        except ClientError:
+            # A dying server explains a failed request better than the request does.
+            group.check_alive(within_s=DYING_S)
+            raise
+        group.check_alive()
+        console.print("stopping the servers", style="dim")
+
+
+def _result(measurement: Measurement, options: TreesOptions, seconds: float, ended_by: str | None) -> TreesResult:
+    return TreesResult(
+        options=options,
+        references=measurement.references,
+        rows=measurement.rows,
+        differences=measurement.differences,
+        paced=measurement.paced(),
+        seconds=seconds,
+        ended_by=ended_by,
+    )
+
+
+def _publish(result: TreesResult, outputs: Outputs, console: Console) -> None:
+    print_report(result, console)
+    if outputs.json_path is not None:
+        write_json(result, outputs.json_path)
+    if outputs.markdown_path is not None:
+        write_markdown(result, outputs.markdown_path)
+
+
+def _check_path(option: str, path: Path | None) -> None:
+    """Find out before the long run that its result could not be written."""
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None, console: Console) -> Iterator[Path]:
+    """Yield a folder for logs and statistics: the given one, or a temporary one that only a failure keeps."""
+    if given is not None:
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--keep-log: cannot create {given}: {error.strerror}") from error
+        yield given.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="wanspec-trees-"))
+    keep = False
+    try:
+        yield folder
+    except Exception:
+        keep = True
+        console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
+        raise
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(
+    rtt_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Emulated round trip to the drafter, ms.")] = 30.0,
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts.", show_default="all")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="How often each prompt goes through each arm.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=24, max=512, help="Tokens to generate per prompt.")] = 128,
+    speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")] = 8,
+    arms: Annotated[
+        str,
+        typer.Option(
+            metavar="ARMS",
+            help='What to compare: "name=key=value,key=value; name2=…" with keys of the tree section; "name=off" is '
+            'plain decoding, "name=" is as configured.',
+        ),
+    ] = DEFAULT_ARMS,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARM", help="The arm to divide by.", show_default=f"{MAIN_LINE} if there is one, else the first"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the arms' order and of the intervals.")] = 0,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
+        ),
+    ] = None,
+    target_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
+    ] = "35+0.1",
+    draft_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
+    ] = "5+0.02",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
+    markdown_file: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write tables here, and a plot beside it (.png)."),
+    ] = None,
+    keep_log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Fail unless trees buy what they have to.")] = False,
+) -> None:
+    """Measure what drafting more than the most probable path buys, per entropy threshold.
+
+    Exit status: 0 when the figures are valid and all outputs right, 1 when not or when something failed, 2 when this
+    machine lacks something or an option is wrong, 130 after Ctrl-C.
+    """
+    with _one_line_errors():
+        compared = parse_arms(arms)
+        names = [arm.name for arm in compared]
+        options = TreesOptions(
+            arms=compared,
+            baseline=baseline or (MAIN_LINE if MAIN_LINE in names else names[0]),
+            rtt_ms=rtt_ms,
+            prompts=prompts,
+            max_tokens=max_tokens,
+            repeats=repeat,
+            speculative_tokens=speculative_tokens,
+            seed=seed,
+            models=models,
+            target_pace=Pacing.parse(target_pace, "--target-pace"),
+            draft_pace=Pacing.parse(draft_pace, "--draft-pace"),
+        )
+        result = run_trees(options, Outputs(json_file, markdown_file, keep_log), _console())
+    if not result.is_valid or result.errors or (check and not result.held):
+        raise typer.Exit(1)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """Turn whatever ends the bench into one line and an exit status."""
+    try:
+        yield
+    except (ConfigError, UnsupportedError) as error:
+        raise _failed(str(error), 2) from None
+    except WanspecError as error:
+        raise _failed(str(error), 1) from None
+    except KeyboardInterrupt:
+        raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
+
+
+def _failed(message: str, status: int) -> typer.Exit:
+    typer.echo(f"bench-trees: {message}", err=True)
+    return typer.Exit(status)
+
+
+if __name__ == "__main__":
+    typer.run(main)
