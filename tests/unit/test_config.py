@@ -122,11 +122,15 @@ WRONG = {
     "lookahead is a word": (ENDPOINTS + "tree: {lookahead_tokens: far}\n", ["tree.lookahead_tokens: 'far'", "'auto'"]),
     "a negative threshold": (
         ENDPOINTS + "tree: {entropy_threshold_nats: -0.5}\n",
-        ["tree.entropy_threshold_nats: -0.5", "greater than or equal to 0", "'adaptive'"],
+        ["tree.entropy_threshold_nats: -0.5", "must be adaptive, .inf (never branch) or 0 to 100 nats"],
     ),
     "threshold is a word": (
         ENDPOINTS + "tree: {entropy_threshold_nats: some}\n",
         ["tree.entropy_threshold_nats: 'some'", "'adaptive'"],
+    ),
+    "a threshold that is far too high": (
+        ENDPOINTS + "tree: {entropy_threshold_nats: 101}\n",
+        ["tree.entropy_threshold_nats: 101", "0 to 100 nats"],
     ),
     "threshold is not a number": (ENDPOINTS + "tree: {entropy_threshold_nats: .nan}\n", ["threshold_nats: nan"]),
     "running branches too many": (
@@ -263,6 +267,7 @@ def test_an_endpoint_strips_the_last_slash() -> None:
             "lookahead_tokens=9,min_probability=0,branch_depth=3",
             {"lookahead_tokens": 9, "min_probability": 0.0, "branch_depth": 3},
         ),
+        ("entropy_threshold_nats=inf", {"entropy_threshold_nats": float("inf")}),
         ("running_branches=5,running_branches=6", {"running_branches": 6}),
     ],
 )
@@ -284,7 +289,7 @@ def test_settings_with_some_replaced(text: str, changes: dict[str, object]) -> N
         ("max_branches=", ["max_branches: ''", "integer"]),
         ("max_branches=1.5", ["max_branches: '1.5'", "integer"]),
         ("min_probability=2", ["min_probability: '2'", "less than or equal to 1"]),
-        ("entropy_threshold_nats=-1", ["entropy_threshold_nats: '-1'", "greater than or equal to 0", "'adaptive'"]),
+        ("entropy_threshold_nats=-1", ["entropy_threshold_nats: '-1'", "or 0 to 100 nats"]),
         ("lookahead_tokens=far", ["lookahead_tokens: 'far'", "'auto'"]),
         ("max_branch=1", ["max_branch: is not a known key", "max_branches", "lookahead_tokens"]),
         ("max_branches=0,max_nodes=1", ["max_branches: '0'", "; max_nodes: '1'"]),

@@ -7,13 +7,8 @@ prompts, compares, and stops everything, whatever happens.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
-import tempfile
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
@@ -35,8 +30,9 @@ from vllm_wanspec.bench.demo_setup import (
 )
 from vllm_wanspec.bench.demo_view import ArmView, starting
 from vllm_wanspec.bench.pacing import STATS_INTERVAL_S
+from vllm_wanspec.bench.running import check_output, log_folder
 from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, free_ports
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.errors import UnsupportedError
 
 __all__ = ["Measurement", "read_counters", "run_demo"]
 
@@ -72,11 +68,11 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     began_s = time.monotonic()
     models = find_models(options.models)
     prompts = choose_prompts(models.prompts, options.prompts)
-    _check_json_path(options.json_path)
+    check_output("--json", options.json_path)
     problem = machine.missing_vllm()
     if problem:
         raise UnsupportedError(problem)
-    with _folder(options.log_dir, console) as folder:
+    with log_folder(options.log_dir, "--logs", console) as folder:
         plan = plan_servers(options, models, free_ports(PORTS_NEEDED), folder)
         with ServerGroup(folder) as group:
             measurement = _start_and_measure(group, plan, options, prompts, console)
@@ -237,33 +233,3 @@ async def _samples(http: aiohttp.ClientSession, url: str) -> list[tuple[str, dic
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise ClientError(f"{url}: cannot read metrics: {error or type(error).__name__}") from error
     return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
-
-
-def _check_json_path(path: Path | None) -> None:
-    """Find out before the long run that its result could not be written."""
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ConfigError(f"--json: cannot write {path}: it is a folder, or its folder does not exist")
-
-
-@contextlib.contextmanager
-def _folder(given: Path | None, console: Console) -> Iterator[Path]:
-    """Yield a folder for logs and statistics: the given one, or a temporary one that only a failure keeps."""
-    if given is not None:
-        try:
-            given.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--logs: cannot create {given}: {error.strerror}") from error
-        yield given.resolve()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="wanspec-demo-"))
-    try:
-        yield folder
-    except Exception as error:
-        if not isinstance(error, WanspecError):
-            (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
-        console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
-        raise
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)

@@ -136,10 +136,16 @@ class DrafterClient:
             await asyncio.gather(reader, return_exceptions=True)
             await socket.close()
 
-    async def open(self, context: Sequence[int], limits: Limits, rng: Random) -> Stream:
-        """Open a session whose commits are drawn with ``rng``."""
+    async def open(
+        self,
+        context: Sequence[int],
+        limits: Limits,
+        rng: Random,
+        watch: Callable[[Nodes, float], None] | None = None,
+    ) -> Stream:
+        """Open a session whose commits are drawn with ``rng``; ``watch`` is told of nodes and when they came."""
         self._last_number += 1
-        stream = Stream(self, self._last_number, context, rng)
+        stream = Stream(self, self._last_number, context, rng, watch)
         self._streams[self._last_number] = stream
         await self.send(stream.opening(limits, self.welcome))
         return stream
@@ -176,8 +182,16 @@ class DrafterClient:
 class Stream:
     """One session that is committed from outside."""
 
-    def __init__(self, client: DrafterClient, number: int, context: Sequence[int], rng: Random) -> None:
+    def __init__(
+        self,
+        client: DrafterClient,
+        number: int,
+        context: Sequence[int],
+        rng: Random,
+        watch: Callable[[Nodes, float], None] | None = None,
+    ) -> None:
         """Begin with a context; `DrafterClient.open` does."""
+        self._watch = watch
         self._client = client
         self._number = number
         self._session = ControllerSession(context, Shared())
@@ -213,6 +227,8 @@ class Stream:
             ClientError: It has rejected the session.
             RemoteProtocolError: No correct drafter sends that.
         """
+        if self._watch is not None and isinstance(message, Nodes):
+            self._watch(message, now)
         self._session.receive(message, now)
         if isinstance(message, Reject):
             raise ClientError(f"session {self._number} rejected: {message.code}")

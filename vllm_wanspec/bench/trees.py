@@ -11,13 +11,8 @@ The drafter's own limit of running branches, ``WANSPEC_RUNNING_BRANCHES``, appli
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import shutil
-import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +25,7 @@ from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import PORTS_NEEDED, DemoPlan, find_models
 from vllm_wanspec.bench.demo_view import starting
 from vllm_wanspec.bench.pacing import Pacing
+from vllm_wanspec.bench.running import check_output, log_folder, one_line_errors
 from vllm_wanspec.bench.servers import ServerGroup, free_ports
 from vllm_wanspec.bench.trees_measure import Measurement
 from vllm_wanspec.bench.trees_report import print_report, write_json, write_markdown
@@ -42,14 +38,13 @@ from vllm_wanspec.bench.trees_setup import (
     plan_trees,
     read_prompts,
 )
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.errors import UnsupportedError, WanspecError
 
 __all__ = ["Outputs", "main", "run_trees"]
 
 START_DEADLINE_S = 300.0
 DYING_S = 3.0
 DRAFTER = "drafter"
-INTERRUPTED = 128 + signal.SIGINT
 LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
 
 
@@ -79,11 +74,11 @@ def run_trees(options: TreesOptions, outputs: Outputs, console: Console) -> Tree
     models = find_models(options.models)
     prompts = read_prompts(models.prompts, options.prompts)
     for option, path in (("--json", outputs.json_path), ("--markdown", outputs.markdown_path)):
-        _check_path(option, path)
+        check_output(option, path)
     problem = machine.missing_vllm()
     if problem:
         raise UnsupportedError(problem)
-    with _folder(outputs.log_dir, console) as folder:
+    with log_folder(outputs.log_dir, "--keep-log", console) as folder:
         plan = plan_trees(options, models, free_ports(PORTS_NEEDED), folder)
         measurement = Measurement(plan, options, prompts, console)
         ended_by: str | None = "the run was interrupted"
@@ -136,35 +131,6 @@ def _publish(result: TreesResult, outputs: Outputs, console: Console) -> None:
         write_markdown(result, outputs.markdown_path)
 
 
-def _check_path(option: str, path: Path | None) -> None:
-    """Find out before the long run that its result could not be written."""
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
-
-
-@contextlib.contextmanager
-def _folder(given: Path | None, console: Console) -> Iterator[Path]:
-    """Yield a folder for logs and statistics: the given one, or a temporary one that only a failure keeps."""
-    if given is not None:
-        try:
-            given.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--keep-log: cannot create {given}: {error.strerror}") from error
-        yield given.resolve()
-        return
-    folder = Path(tempfile.mkdtemp(prefix="wanspec-trees-"))
-    keep = False
-    try:
-        yield folder
-    except Exception:
-        keep = True
-        console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
-        raise
-    finally:
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def main(
     rtt_ms: Annotated[float, typer.Option(min=0, max=10_000, help="Emulated round trip to the drafter, ms.")] = 30.0,
     prompts: Annotated[int | None, typer.Option(min=1, help="How many prompts.", show_default="all")] = None,
@@ -214,7 +180,7 @@ def main(
     Exit status: 0 when the figures are valid and all outputs right, 1 when not or when something failed, 2 when this
     machine lacks something or an option is wrong, 130 after Ctrl-C.
     """
-    with _one_line_errors():
+    with one_line_errors("bench-trees"):
         compared = parse_arms(arms)
         names = [arm.name for arm in compared]
         options = TreesOptions(
@@ -237,24 +203,6 @@ def main(
 
 def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn whatever ends the bench into one line and an exit status."""
-    try:
-        yield
-    except (ConfigError, UnsupportedError) as error:
-        raise _failed(str(error), 2) from None
-    except WanspecError as error:
-        raise _failed(str(error), 1) from None
-    except KeyboardInterrupt:
-        raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
-
-
-def _failed(message: str, status: int) -> typer.Exit:
-    typer.echo(f"bench-trees: {message}", err=True)
-    return typer.Exit(status)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """``make bench-width``: what running branches cost the drafter, one session at a real `wanspec drafter`.
 
-The session asks for 1, 8, 16, 32 and 64 running branches in turn; a played target commits what was drafted, and the
-drafter's own counters tell how long its branches take for a token.  ``python -m vllm_wanspec.bench.width --help``
-lists the settings.
+The session asks for 1, 8, 16, 32 and 64 running branches in turn, under two loads.  Steady: all of them run, and the
+time between two tokens of a branch is what width itself costs; the bar is about this.  Churning: a played target
+commits what was drafted, so that branches are started and stopped all the time: what commits cost on top.
+``python -m vllm_wanspec.bench.width --help`` lists the settings.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,18 +34,20 @@ from vllm_wanspec.bench.demo_view import starting
 from vllm_wanspec.bench.pacing import PACING_ENV, Pacing
 from vllm_wanspec.bench.servers import HOST, Server, ServerGroup, ServerSpec, free_ports, wanspec_command
 from vllm_wanspec.bench.streams import DraftTokenizer
-from vllm_wanspec.bench.width_measure import Load, Meter, Row, Workload, contexts, group_processes
+from vllm_wanspec.bench.width_measure import CpuClock, Load, Meter, Row, Workload, contexts, group_processes
 from vllm_wanspec.bench.width_profile import find_py_spy, record
 from vllm_wanspec.bench.width_report import BAR_WIDTH, Arm, WidthResult, print_report, write_json, write_markdown
+from vllm_wanspec.bench.width_steady import SteadyLoad, SteadyWorkload
 from vllm_wanspec.config import WIDTH_ENV
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
-__all__ = ["WidthOptions", "drafter_spec", "main", "measure_arm", "parse_paces", "parse_widths", "run_width"]
+__all__ = ["WidthOptions", "drafter_spec", "main", "parse_loads", "parse_paces", "parse_widths", "run_width"]
 
 START_DEADLINE_S = 300.0
 DYING_S = 3.0
 UNPACED = "none"
 INTERRUPTED = 128 + signal.SIGINT
+STEADY, CHURNING = "steady", "churning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +57,25 @@ class WidthOptions:
     Args:
         widths: Running branches asked for; 1, which the others are compared with, among them.
         paces: Of the draft model's forward, one server each; None is as fast as it can.
-        load: What the session asks for and commits.
-        repeats: Windows per width.
+        loads: Which of "steady" and "churning" to measure.
+        steady: What the sessions of the first ask for.
+        churning: What the session of the second asks for and commits.
+        repeats: Windows per width and load.
         window_s: Seconds of a window.
-        warm_up_s: Seconds before each window.
-        profile_s: Seconds of the profile; 0 takes none.
+        warm_up_s: Seconds before each churning window, and of steady load at first.
+        profile_s: Seconds of the profile under the first load; 0 takes none.
         seed: Of the order of the widths, and of what is committed.
         models: Folder with ``draft/`` and ``prompts.jsonl``; None takes the checkout's.
     """
 
     widths: tuple[int, ...] = (1, 8, 16, 32, 64)
     paces: tuple[Pacing | None, ...] = (None, DRAFT_PACE)
-    load: Load = field(default_factory=Load)
+    loads: tuple[str, ...] = (STEADY, CHURNING)
+    steady: SteadyLoad = field(default_factory=SteadyLoad)
+    churning: Load = field(default_factory=Load)
     repeats: int = 3
-    window_s: float = 8.0
-    warm_up_s: float = 2.0
+    window_s: float = 4.0
+    warm_up_s: float = 1.0
     profile_s: int = 8
     seed: int = 0
     models: Path | None = None
@@ -102,6 +110,18 @@ def parse_paces(text: str) -> tuple[Pacing | None, ...]:
     return tuple(None if part == UNPACED else Pacing.parse(part, "--pace") for part in parts)
 
 
+def parse_loads(text: str) -> tuple[str, ...]:
+    """Read ``"steady,churning"``.
+
+    Raises:
+        ConfigError: Another name, or none.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if not set(names) <= {STEADY, CHURNING}:
+        raise ConfigError(f"--loads: {text!r} is not a list of {STEADY} and {CHURNING}")
+    return names
+
+
 def run_width(options: WidthOptions, console: Console, log_dir: Path | None = None) -> WidthResult:
     """Run the bench.
 
@@ -122,7 +142,8 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
         raise UnsupportedError(problem)
     tokenizer = DraftTokenizer.load(draft)
     texts = contexts(prompts, tokenizer)
-    arms = []
+    steady: list[Arm] = []
+    churning: list[Arm] = []
     with _folder(log_dir) as folder:
         for pace in options.paces:
             with ServerGroup(folder) as group:
@@ -130,11 +151,22 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
                 with starting(console, [server]) as view:
                     group.wait_ready([server], START_DEADLINE_S, on_ready=view.ready)
                 try:
-                    arms.append(asyncio.run(measure_arm(options, pace, server, tokenizer, texts, console, folder)))
+                    bench = _Bench(options, pace, server, tokenizer, texts, console, folder)
+                    found = asyncio.run(bench.measure())
                 except ClientError:
                     group.check_alive(within_s=DYING_S)
                     raise
-    return WidthResult(tuple(arms), options.load, options.repeats, options.window_s, time.monotonic() - began_s)
+            for load, arms in ((STEADY, steady), (CHURNING, churning)):
+                arms += [found[load]] if load in found else []
+    return WidthResult(
+        tuple(steady),
+        tuple(churning),
+        options.steady,
+        options.churning,
+        options.repeats,
+        options.window_s,
+        time.monotonic() - began_s,
+    )
 
 
 def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
@@ -148,45 +180,72 @@ def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
     return ServerSpec("drafter-paced" if pace else "drafter", argv, port, env, core)
 
 
-async def measure_arm(
-    options: WidthOptions,
-    pace: Pacing | None,
-    server: Server,
-    tokenizer: DraftTokenizer,
-    texts: list[list[int]],
-    console: Console,
-    folder: Path,
-) -> Arm:
-    """Measure all widths at one running drafter, and profile it where it is not paced."""
-    rows: list[Row] = []
-    rng = Random(options.seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    async with aiohttp.ClientSession() as http:
-        meter = Meter(http, server.url, server.pid, server.spec.core)
-        workload = Workload(http, server.url, tokenizer, texts, options.seed)
-        with _this_process_on(machine.pin_cores()[0]), Progress(*columns, console=console) as progress:
-            task = progress.add_task("widths", total=options.repeats * len(options.widths))
+@dataclass(frozen=True, slots=True)
+class _Bench:
+    """One running drafter and what to measure there."""
+
+    options: WidthOptions
+    pace: Pacing | None
+    server: Server
+    tokenizer: DraftTokenizer
+    texts: list[list[int]]
+    console: Console
+    folder: Path
+
+    async def measure(self) -> dict[str, Arm]:
+        """Measure all widths under all loads, and profile the first load where nothing is paced."""
+        options, server = self.options, self.server
+        cpu = CpuClock(server.pid, server.spec.core)
+        arms = {}
+        async with aiohttp.ClientSession() as http:
+            meter = Meter(http, server.url, cpu)
+            steady = SteadyWorkload(http, server.url, self.tokenizer, self.texts, cpu)
+            churning = Workload(http, server.url, self.tokenizer, self.texts, options.seed)
+
+            async def steady_window(width: int) -> Row:
+                return await steady.window(options.steady, width, options.window_s)
+
+            async def churning_window(width: int) -> Row:
+                async with churning.running(options.churning, width):
+                    await asyncio.sleep(options.warm_up_s)
+                    return (await churning.window(meter, options.window_s)).row(width)
+
+            with _this_process_on(machine.pin_cores()[0]):
+                await steady.window(options.steady, max(options.widths), options.warm_up_s)
+                for load in options.loads:
+                    rows = await self._windows(load, steady_window if load == STEADY else churning_window)
+                    profile: dict[str, dict[str, float]] = {}
+                    if self.pace is None and load == options.loads[0]:
+                        wide = steady.running(options.steady, BAR_WIDTH)
+                        profile = await self._profile(
+                            wide if load == STEADY else churning.running(options.churning, BAR_WIDTH)
+                        )
+                    arms[load] = Arm(self.pace, tuple(rows), profile)
+        return arms
+
+    async def _windows(self, load: str, window: Callable[[int], Awaitable[Row]]) -> list[Row]:
+        options = self.options
+        rows: list[Row] = []
+        rng = Random(options.seed)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            task = progress.add_task(load, total=options.repeats * len(options.widths))
             for repeat in range(options.repeats):
                 for width in rng.sample(options.widths, len(options.widths)):
-                    progress.update(task, description=f"{pace or 'not paced'}, round {repeat + 1}: width {width}")
-                    async with workload.running(options.load, width):
-                        await asyncio.sleep(options.warm_up_s)
-                        rows.append((await workload.window(meter, options.window_s)).row(width))
+                    title = f"{self.pace or 'not paced'}, {load}, round {repeat + 1}: width {width}"
+                    progress.update(task, description=title)
+                    rows.append(await window(width))
                     progress.advance(task)
-        profile = await _profile(options, workload, server, console, folder) if pace is None else {}
-    return Arm(pace, tuple(rows), profile)
+        return rows
 
-
-async def _profile(
-    options: WidthOptions, workload: Workload, server: Server, console: Console, folder: Path
-) -> dict[str, dict[str, float]]:
-    program, pids = find_py_spy(), group_processes(server.pid)
-    if not options.profile_s or program is None or not pids:
-        return {}
-    with console.status(f"profile at {BAR_WIDTH} running branches"):
-        async with workload.running(options.load, BAR_WIDTH):
-            await asyncio.sleep(options.warm_up_s)
-            return await record(program, pids, options.profile_s, folder)
+    async def _profile(self, running: AbstractAsyncContextManager[None]) -> dict[str, dict[str, float]]:
+        program, pids = find_py_spy(), group_processes(self.server.pid)
+        if not self.options.profile_s or program is None or not pids:
+            return {}
+        with self.console.status(f"profile at {BAR_WIDTH} running branches"):
+            async with running:
+                await asyncio.sleep(self.options.warm_up_s)
+                return await record(program, pids, self.options.profile_s, self.folder)
 
 
 @contextlib.contextmanager
@@ -222,12 +281,17 @@ def main(
     pace: Annotated[
         str, typer.Option(metavar="LIST", help="Durations of a draft forward, ms + ms per token; none: as it is.")
     ] = "none,5+0.02",
-    commit_tokens: Annotated[int, typer.Option(min=1, max=64, help="Tokens committed every 40 ms at most.")] = 1,
-    max_branches: Annotated[int, typer.Option(min=1, max=64, help="Tokens followed at each position.")] = 8,
-    branch_depth: Annotated[int, typer.Option(min=1, max=64, help="Tokens of a side branch.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Windows per width.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a window.")] = 8.0,
-    warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds before each window.")] = 2.0,
+    loads: Annotated[
+        str, typer.Option(metavar="LIST", help="steady: branches that all run; churning: commits stop and start them.")
+    ] = "steady,churning",
+    commit_tokens: Annotated[
+        int, typer.Option(min=1, max=64, help="Churning: tokens committed every 40 ms at most.")
+    ] = 1,
+    max_branches: Annotated[int, typer.Option(min=1, max=64, help="Churning: tokens followed at each position.")] = 8,
+    branch_depth: Annotated[int, typer.Option(min=1, max=64, help="Churning: tokens of a side branch.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Windows per width and load.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a window.")] = 4.0,
+    warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds before a churning window.")] = 1.0,
     profile: Annotated[int, typer.Option(min=0, help="Seconds of the profile; 0 takes none. Needs py-spy.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the widths and of what is committed.")] = 0,
     models: Annotated[
@@ -251,7 +315,8 @@ def main(
         options = WidthOptions(
             widths=parse_widths(widths),
             paces=parse_paces(pace),
-            load=Load(commit_tokens, branch_depth, max_branches),
+            loads=parse_loads(loads),
+            churning=Load(commit_tokens, branch_depth, max_branches),
             repeats=repeat,
             window_s=seconds,
             warm_up_s=warm_up,

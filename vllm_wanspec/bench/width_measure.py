@@ -1,4 +1,4 @@
-"""The width bench's windows: one session held at a number of running branches while the drafter is watched."""
+"""The width bench's figures, and its churning load: one session whose text moves on while the drafter is watched."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
+from typing import TypeVar
 
 import aiohttp
 
@@ -21,7 +22,20 @@ from vllm_wanspec.bench.streams import DrafterClient, DraftTokenizer, Tally, kee
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.errors import ConfigError
 
-__all__ = ["Load", "Meter", "Reading", "Row", "Window", "Workload", "contexts", "group_processes", "medians"]
+__all__ = [
+    "ChurnRow",
+    "CpuClock",
+    "Load",
+    "Meter",
+    "Reading",
+    "Row",
+    "SteadyRow",
+    "Window",
+    "Workload",
+    "contexts",
+    "group_processes",
+    "medians",
+]
 
 SCRAPE_TIMEOUT_S = 10.0
 #: Between a commit and the next: the step of the target that is played.
@@ -48,7 +62,7 @@ COUNTERS = {
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the session asks for, and what is committed.
+    """What the churning session asks for, and what is committed.
 
     Args:
         commit_tokens: Tokens of a commit at most.
@@ -88,20 +102,16 @@ class Reading:
     cpu_s: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One window's figures, or their medians.
 
     Attributes:
         width: Running branches asked for.
         running: Running branches, mean.
-        step_ms: Time that a branch takes for a token, its start included.
-        gap_ms: Time between two tokens of a branch, by vLLM's own count.
-        first_ms: Time to a branch's first token, by vLLM's own count.
+        step_ms: Time that a branch takes for a token.
         events_per_s: Tokens drafted.
         starts_per_s: Branches started.
-        bytes_per_s: Received by the controller.
-        committed_per_s: Tokens committed.
         api_cpu: Seconds per second used by the API server process.
         engine_cpu: The same of the engine process.
         others_cpu: The same of everything else on the drafter's core; 0 where it has none of its own.
@@ -110,12 +120,8 @@ class Row:
     width: int
     running: float
     step_ms: float
-    gap_ms: float
-    first_ms: float
     events_per_s: float
     starts_per_s: float
-    bytes_per_s: float
-    committed_per_s: float
     api_cpu: float
     engine_cpu: float
     others_cpu: float = 0.0
@@ -130,6 +136,36 @@ class Row:
         return {name: round(value, 4) for name, value in asdict(self).items()} | {"near_width": self.is_near}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SteadyRow(Row):
+    """A window of the steady load: only the time while about all branches ran; steps without a branch's start.
+
+    Attributes:
+        rounds: Sessions, one after another.
+        measured_s: Seconds of the window in which about all branches ran.
+    """
+
+    rounds: float
+    measured_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChurnRow(Row):
+    """A window of the churning load: all of its time; steps with their branches' starts and stops.
+
+    Attributes:
+        gap_ms: Time between two tokens of a branch, by vLLM's own count.
+        first_ms: Time to a branch's first token, by vLLM's own count.
+        bytes_per_s: Received by the controller.
+        committed_per_s: Tokens committed.
+    """
+
+    gap_ms: float
+    first_ms: float
+    bytes_per_s: float
+    committed_per_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """What happened between two readings."""
@@ -139,13 +175,13 @@ class Window:
     received_bytes: int
     committed: int
 
-    def row(self, width: int) -> Row:
+    def row(self, width: int) -> ChurnRow:
         """The window's figures."""
         seconds = self.after.at_s - self.before.at_s
         drafted, started = self._grown("drafted_tokens"), self._grown("starts")
         running_s = self._grown("branch_seconds")
         api, engine, core = (self._cpu(name) / seconds for name in ("api", "engine", CORE))
-        return Row(
+        return ChurnRow(
             width=width,
             running=running_s / seconds,
             step_ms=_per(1e3 * running_s, drafted),
@@ -171,23 +207,37 @@ def _per(total: float, count: float) -> float:
     return total / count if count else 0.0
 
 
-def medians(rows: Sequence[Row]) -> Row:
+AnyRow = TypeVar("AnyRow", bound=Row)
+
+
+def medians(rows: Sequence[AnyRow]) -> AnyRow:
     """The medians of one width's windows, figure by figure."""
     columns = {name: statistics.median(asdict(row)[name] for row in rows) for name in asdict(rows[0])}
-    return Row(**{**columns, "width": rows[0].width})
+    return replace(rows[0], **{**columns, "width": rows[0].width})
+
+
+class CpuClock:
+    """Reads the processor time of a vLLM server's processes and of the core that it is on."""
+
+    def __init__(self, group: int | None = None, core: int | None = None) -> None:
+        """Read of a running server that leads a process group and is pinned to a core."""
+        self._pids = group_processes(group) if group is not None else {}
+        self._core = core
+
+    def read(self) -> dict[str, float]:
+        """Seconds by process name, and those of all programs on the core."""
+        cpu_s = {name: _cpu_seconds(pid) for name, pid in self._pids.items()}
+        return cpu_s if self._core is None else cpu_s | {CORE: _core_seconds(self._core)}
 
 
 class Meter:
     """Reads one drafter's counters and its processes' processor time."""
 
-    def __init__(
-        self, http: aiohttp.ClientSession, url: str, group: int | None = None, core: int | None = None
-    ) -> None:
-        """Read from the server at a base URL, whose processes are in a process group and pinned to a core."""
+    def __init__(self, http: aiohttp.ClientSession, url: str, cpu: CpuClock) -> None:
+        """Read from the server at a base URL."""
         self._http = http
         self._url = url
-        self._group = group
-        self._core = core
+        self._cpu = cpu
 
     async def read(self) -> Reading:
         """Read all.
@@ -202,11 +252,7 @@ class Meter:
                 text = await response.text()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise ClientError(f"{self._url}: cannot read metrics: {error or type(error).__name__}") from error
-        pids = group_processes(self._group) if self._group is not None else {}
-        cpu_s = {name: _cpu_seconds(pid) for name, pid in pids.items()}
-        if self._core is not None:
-            cpu_s[CORE] = _core_seconds(self._core)
-        return Reading(time.monotonic(), _pick(text.splitlines()), cpu_s)
+        return Reading(time.monotonic(), _pick(text.splitlines()), self._cpu.read())
 
 
 def _pick(lines: Iterable[str]) -> dict[str, float]:

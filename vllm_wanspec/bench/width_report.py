@@ -19,6 +19,7 @@ from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.trees_result import git_commit
 from vllm_wanspec.bench.width_measure import COMMIT_INTERVAL_S, CONTEXT_TOKENS, LONGEST_LEAD, NEAR, Load, Row, medians
+from vllm_wanspec.bench.width_steady import LOOKAHEAD, MAX_NODES, SteadyLoad
 from vllm_wanspec.errors import WanspecError
 
 __all__ = ["BAR_RATIO", "BAR_WIDTH", "Arm", "WidthResult", "markdown", "print_report", "write_json", "write_markdown"]
@@ -29,32 +30,32 @@ BAR_RATIO = 2.5
 #: Above this share of the drafter's core other programs disturbed the measurement.
 MAX_OTHERS = 0.10
 
-_Column = tuple[str, Callable[[Row, float], str]]
-#: Titles, and texts of a row and its ratio to width 1.
-COLUMNS: tuple[_Column, ...] = (
-    ("width", lambda row, ratio: f"{row.width}"),
-    ("running", lambda row, ratio: f"{row.running:.1f}" + ("" if row.is_near else " (!)")),
-    ("step ms", lambda row, ratio: f"{row.step_ms:.2f}"),
-    ("÷ width 1", lambda row, ratio: f"{ratio:.2f}"),
-    ("events/s", lambda row, ratio: f"{row.events_per_s:,.0f}"),
-    ("gap ms", lambda row, ratio: f"{row.gap_ms:.2f}"),
-    ("first ms", lambda row, ratio: f"{row.first_ms:.1f}"),
-    ("starts/s", lambda row, ratio: f"{row.starts_per_s:,.0f}"),
-    ("commits/s", lambda row, ratio: f"{row.committed_per_s:.0f}"),
-    ("kB/s", lambda row, ratio: f"{row.bytes_per_s / 1e3:,.0f}"),
-    ("API CPU", lambda row, ratio: f"{row.api_cpu:.0%}"),
-    ("engine CPU", lambda row, ratio: f"{row.engine_cpu:.0%}"),
-    ("others", lambda row, ratio: f"{row.others_cpu:.0%}"),
-)
+#: A figure's title and how it is written; the ratio to width 1 follows the step.
+_FORMATS: Mapping[str, tuple[str, Callable[[float], str]]] = {
+    "width": ("width", "{:.0f}".format),
+    "running": ("running", "{:.1f}".format),
+    "step_ms": ("step ms", "{:.2f}".format),
+    "events_per_s": ("events/s", "{:,.0f}".format),
+    "gap_ms": ("gap ms", "{:.2f}".format),
+    "first_ms": ("first ms", "{:.1f}".format),
+    "starts_per_s": ("starts/s", "{:,.0f}".format),
+    "committed_per_s": ("commits/s", "{:.0f}".format),
+    "bytes_per_s": ("bytes/s", "{:,.0f}".format),
+    "api_cpu": ("API CPU", "{:.0%}".format),
+    "engine_cpu": ("engine CPU", "{:.0%}".format),
+    "others_cpu": ("others", "{:.0%}".format),
+    "rounds": ("rounds", "{:.0f}".format),
+    "measured_s": ("measured s", "{:.1f}".format),
+}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One drafter's windows.
+    """One drafter's windows under one load.
 
     Args:
         pace: Of its forwards; None is as fast as they are.
-        windows: In the order in which they were taken.
+        windows: In the order in which they were taken, all of one kind.
         profile: Shares of samples by process and group; empty where none was taken.
     """
 
@@ -75,19 +76,24 @@ class Arm:
 
     def ratio(self, row: Row) -> float:
         """A row's step time divided by that of width 1."""
-        return _ratio(row.step_ms, self.rows[0].step_ms)
+        one = self.rows[0].step_ms
+        return row.step_ms / one if one else float("nan")
+
+    @property
+    def at_bar(self) -> Row | None:
+        """The bar's width, where it was measured."""
+        return next((row for row in self.rows if row.width == BAR_WIDTH), None)
 
     @property
     def held(self) -> bool | None:
         """Whether the bar's width keeps the bar; None where it was not measured or fewer branches ran."""
-        row = next((row for row in self.rows if row.width == BAR_WIDTH), None)
+        row = self.at_bar
         return None if row is None or not row.is_near else self.ratio(row) <= BAR_RATIO
 
     def as_json(self) -> dict[str, Any]:
         """Return medians, windows and profile."""
         return {
             "pace": self.pace.setting if self.pace else None,
-            "held": self.held,
             "widths": [row.as_json() | {"ratio": round(self.ratio(row), 4)} for row in self.rows],
             "windows": [row.as_json() for row in self.windows],
             "profile": {
@@ -102,14 +108,18 @@ class WidthResult:
     """Everything that a run found.
 
     Args:
-        arms: One per pace.
-        load: What the session asked for and committed.
+        steady: The judged load's arms, one per pace.
+        churning: The other load's.
+        steady_load: What the sessions of the first asked for.
+        load: What the session of the second asked for and committed.
         repeats: Windows per width.
         window_s: Seconds of a window.
         seconds: Duration of the whole run.
     """
 
-    arms: tuple[Arm, ...]
+    steady: tuple[Arm, ...]
+    churning: tuple[Arm, ...]
+    steady_load: SteadyLoad
     load: Load
     repeats: int
     window_s: float
@@ -117,16 +127,18 @@ class WidthResult:
 
     @property
     def held(self) -> bool:
-        """Whether every arm is known to keep the bar."""
-        return bool(self.arms) and all(arm.held for arm in self.arms)
+        """Whether every steady arm is known to keep the bar."""
+        return bool(self.steady) and all(arm.held for arm in self.steady)
 
     def as_json(self) -> dict[str, Any]:
         """Return the result file's content."""
+        churning = asdict(self.load) | {"commit_interval_s": COMMIT_INTERVAL_S}
         return {
             "held": self.held,
             "bar": {"width": BAR_WIDTH, "ratio": BAR_RATIO},
-            "arms": [arm.as_json() for arm in self.arms],
-            "load": asdict(self.load) | {"commit_interval_s": COMMIT_INTERVAL_S, "context_tokens": CONTEXT_TOKENS},
+            "steady": [arm.as_json() | {"held": arm.held} for arm in self.steady],
+            "churning": [arm.as_json() for arm in self.churning],
+            "loads": {"steady": asdict(self.steady_load), "churning": churning, "context_tokens": CONTEXT_TOKENS},
             "repeats": self.repeats,
             "window_s": self.window_s,
             "seconds": round(self.seconds, 1),
@@ -137,34 +149,54 @@ class WidthResult:
         }
 
 
-def _ratio(value: float, one: float) -> float:
-    return value / one if one else float("nan")
-
-
 def command_line() -> str:
     """Return the command that runs this bench, as given."""
     return shlex.join(["python", "-m", "vllm_wanspec.bench.width", *sys.argv[1:]])
 
 
 def _grid(arm: Arm) -> tuple[list[str], list[list[str]]]:
-    return [title for title, _ in COLUMNS], [[text(row, arm.ratio(row)) for _, text in COLUMNS] for row in arm.rows]
+    names = [name for name in _FORMATS if hasattr(arm.rows[0], name)]
+    titles = [_FORMATS[name][0] for name in names]
+    lines = [[_FORMATS[name][1](getattr(row, name)) for name in names] for row in arm.rows]
+    place = names.index("step_ms") + 1
+    for row, line in zip(arm.rows, lines, strict=True):
+        line[names.index("running")] += "" if row.is_near else " (!)"
+        line.insert(place, f"{arm.ratio(row):.2f}")
+    titles.insert(place, "÷ width 1")
+    return titles, lines
 
 
 def _profile_grid(groups: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
     return ["where", "share of samples"], [[name, f"{share:.0%}"] for name, share in groups.items()]
 
 
-def _remarks(arm: Arm) -> list[str]:
-    """Sentences on the bar, and on what the figures do not say."""
-    texts = []
-    row = next((row for row in arm.rows if row.width == BAR_WIDTH), None)
-    if row is not None:
-        verdict = {True: "held", False: "missed", None: "not decided, since fewer branches ran"}[arm.held]
+def _verdict(arm: Arm) -> list[str]:
+    """Whether a steady arm keeps the bar."""
+    row = arm.at_bar
+    if row is None:
+        return []
+    word = {True: "held", False: "missed", None: "not decided, since fewer branches ran"}[arm.held]
+    texts = [
+        f"{BAR_WIDTH} branches take {arm.ratio(row):.2f} × the step of one; at most {BAR_RATIO} is asked for: {word}."
+    ]
+    engine_ms, api_ms, one_ms = _cpu_ms(row, "engine"), _cpu_ms(row, "api"), _cpu_ms(arm.rows[0], "engine")
+    if one_ms:
         texts.append(
-            f"{BAR_WIDTH} branches take {arm.ratio(row):.2f} × the step of one; at most {BAR_RATIO} is asked for: "
-            f"{verdict}. Without starts and stops, between two tokens of a branch, it is "
-            f"{_ratio(row.gap_ms, arm.rows[0].gap_ms):.2f} ×."
+            f"Processor time in a step of {BAR_WIDTH} branches: engine {engine_ms:.2f} ms, {engine_ms / one_ms:.2f} × "
+            f"its time for one; API server {api_ms:.2f} ms."
         )
+    return texts
+
+
+def _cpu_ms(row: Row, process: str) -> float:
+    """Processor time that a process takes while each branch gets a token."""
+    share: float = getattr(row, f"{process}_cpu")
+    return share * row.step_ms
+
+
+def _remarks(arm: Arm) -> list[str]:
+    """Sentences on what the figures do not say."""
+    texts = []
     few = [str(row.width) for row in arm.rows if not row.is_near]
     if few:
         texts.append(
@@ -177,20 +209,26 @@ def _remarks(arm: Arm) -> list[str]:
     return texts
 
 
-def _explanation(result: WidthResult) -> str:
-    load = result.load
-    return (
-        f"One session at a real `wanspec drafter` with the demo's draft model, context from {CONTEXT_TOKENS} tokens "
-        f"on, every position branching into up to {load.max_branches} tokens, branches of up to {load.branch_depth} "
-        f"tokens; a played target commits up to {load.commit_tokens} drafted "
+def _explanation(result: WidthResult) -> list[str]:
+    steady, load = result.steady_load, result.load
+    return [
+        f"One session at a time at a real `wanspec drafter` with the demo's draft model, contexts of {CONTEXT_TOKENS} "
+        f"tokens of held-out text. Medians of {result.repeats} windows of {result.window_s:g} s, the widths in "
+        "changing order. API server and engine of the drafter share one core where the machine has no GPU. `running`: "
+        "branches, mean. `events/s`: tokens drafted. CPU: seconds per second; `others`: other programs on the "
+        "drafter's core.",
+        f"Steady: every position branches into up to {steady.max_branches} tokens, side branches of up to "
+        f"{steady.branch_depth} tokens, {LOOKAHEAD} tokens of lookahead, {MAX_NODES} nodes; nothing is committed; when "
+        f"the branches have ended, the next session follows. Measured while at least {NEAR:.0%} of the branches run "
+        "(`measured`: so many seconds of a window): `step` is the mean time between the arrivals of two successive "
+        "tokens of a branch at the controller.",
+        f"Churning: every position branches into up to {load.max_branches} tokens, branches of up to "
+        f"{load.branch_depth} tokens; a played target commits up to {load.commit_tokens} drafted "
         f"token{'s' * (load.commit_tokens > 1)} every {COMMIT_INTERVAL_S * 1e3:.0f} ms (more where the draft is "
-        f"{LONGEST_LEAD} tokens ahead), drawn from the tree by the draft model's probabilities. Medians of "
-        f"{result.repeats} windows of {result.window_s:g} s, the widths in changing order. API server and engine of "
-        "the drafter share one core where the machine has no GPU. `running`: branches, mean. `step`: time that "
-        "branches ran divided by the tokens that they gave, starts and stops included. `gap` between two tokens of a "
-        "branch and `first` token are vLLM's own means. `commits/s`: tokens. CPU: seconds per second; `others`: other "
-        "programs on the drafter's core."
-    )
+        f"{LONGEST_LEAD} tokens ahead), drawn from the tree by the draft model's probabilities. `step`: time that "
+        "branches ran divided by the tokens that they gave, starts and stops included; `gap` between two tokens of a "
+        "branch and `first` token are vLLM's own means; `commits/s`: tokens.",
+    ]
 
 
 def _provenance(result: WidthResult) -> str:
@@ -200,13 +238,17 @@ def _provenance(result: WidthResult) -> str:
 
 def print_report(result: WidthResult, console: Console) -> None:
     """Print tables and remarks."""
-    for arm in result.arms:
-        console.print(_rich_table(f"drafter {arm.name}", *_grid(arm)))
-        for text in _remarks(arm):
-            console.print(escape(text), style="bold" if arm.held else "bold yellow", highlight=False)
-        for process, groups in arm.profile.items():
-            console.print(_rich_table(f"{process} process at {BAR_WIDTH} branches", *_profile_grid(groups)))
-    console.print(escape(_explanation(result)), highlight=False)
+    for load, arms in (("steady", result.steady), ("churning", result.churning)):
+        for arm in arms:
+            console.print(_rich_table(f"{load} load, drafter {arm.name}", *_grid(arm)))
+            for text in _verdict(arm) if load == "steady" else []:
+                console.print(escape(text), style="bold" if arm.held else "bold yellow", highlight=False)
+            for text in _remarks(arm):
+                console.print(escape(text), style="bold yellow", highlight=False)
+            for process, groups in arm.profile.items():
+                console.print(_rich_table(f"{process} process at {BAR_WIDTH} branches", *_profile_grid(groups)))
+    for text in _explanation(result):
+        console.print(escape(text), highlight=False)
     console.print(escape(_provenance(result)), style="dim", highlight=False)
 
 
@@ -227,16 +269,28 @@ def _markdown_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 def markdown(result: WidthResult) -> str:
     """Return the Markdown page."""
     parts = ["# What running branches cost the drafter"]
-    for arm in result.arms:
-        parts += [f"## Drafter {arm.name}", _markdown_table(*_grid(arm)), *_remarks(arm)]
-        if arm.profile:
-            parts.append(f"Profile at {BAR_WIDTH} branches, waiting threads left out:")
-        for process, groups in arm.profile.items():
-            parts += [f"### {process} process", _markdown_table(*_profile_grid(groups))]
-        if arm.pace is None and not arm.profile:
-            parts.append("No profile: py-spy is not installed, may not look into processes here, or was not asked.")
-    parts += ["## How it was measured", _explanation(result), f"`{command_line()}`; {_provenance(result)}"]
+    if result.steady:
+        parts.append("## Width: branches that all run")
+        for arm in result.steady:
+            parts += [f"### Drafter {arm.name}", _markdown_table(*_grid(arm)), *_verdict(arm), *_remarks(arm)]
+            parts += _markdown_profile(arm)
+    if result.churning:
+        parts += ["## Commits: branches that are started and stopped all the time", "Not judged."]
+        for arm in result.churning:
+            parts += [f"### Drafter {arm.name}", _markdown_table(*_grid(arm)), *_remarks(arm), *_markdown_profile(arm)]
+    if not any(arm.profile for arm in (*result.steady, *result.churning)):
+        parts.append("No profile: py-spy is not installed, may not look into processes here, or was not asked.")
+    parts += ["## How it was measured", *_explanation(result), f"`{command_line()}`; {_provenance(result)}"]
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_profile(arm: Arm) -> list[str]:
+    if not arm.profile:
+        return []
+    parts = [f"Profile at {BAR_WIDTH} branches, waiting threads left out:"]
+    for process, groups in arm.profile.items():
+        parts += [f"#### {process} process", _markdown_table(*_profile_grid(groups))]
+    return parts
 
 
 def write_json(result: WidthResult, path: Path) -> None:

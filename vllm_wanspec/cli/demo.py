@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +11,9 @@ from rich.console import Console
 from vllm_wanspec.bench.demo import run_demo
 from vllm_wanspec.bench.demo_setup import DemoOptions
 from vllm_wanspec.bench.pacing import Pacing
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.bench.running import one_line_errors
 
 __all__ = ["demo"]
-
-INTERRUPTED = 130
 
 
 def demo(
@@ -48,29 +44,9 @@ def demo(
     Exit status: 0 when both give the same output, 1 when not or when something failed, 2 when this
     machine lacks something, 130 after Ctrl-C.
     """
-    with _one_line_errors():
+    with one_line_errors("wanspec demo"):
         paces = Pacing.parse(target_pace, "--target-pace"), Pacing.parse(draft_pace, "--draft-pace")
         options = DemoOptions(rtt_ms, prompts, max_tokens, speculative_tokens, models, *paces, json_file, logs)
         identical = run_demo(options, Console())
     if not identical:
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn whatever ends the demo into one line and an exit status."""
-    try:
-        yield
-    except (ConfigError, UnsupportedError) as error:
-        raise _failed(str(error), 2) from None
-    except WanspecError as error:
-        raise _failed(str(error), 1) from None
-    except KeyboardInterrupt:
-        raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
-    except Exception as error:  # a bug of ours, but the user still gets one line
-        raise _failed(f"unexpected {type(error).__name__}: {error}", 1) from error
-
-
-def _failed(message: str, status: int) -> typer.Exit:
-    typer.echo(f"wanspec demo: {message}", err=True)
-    return typer.Exit(status)

@@ -219,11 +219,11 @@ def _wrap_update_states() -> None:
     runner._update_states = _update_states
 
 
-def queued_requests() -> int:
-    """Requests and aborts that wait for the engine core of this process; 0 where it runs in another one."""
+def queued_requests() -> int | None:
+    """Requests and aborts that wait for the engine core of this process; None where it runs in another one."""
     core = _engine_core() if _engine_core is not None else None
     queue = getattr(core, "input_queue", None)
-    return 0 if queue is None else int(queue.qsize())
+    return None if queue is None else int(queue.qsize())
 
 
 _engine_core: weakref.ReferenceType[Any] | None = None

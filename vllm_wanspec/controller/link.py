@@ -295,9 +295,19 @@ class LinkThread:
         except asyncio.CancelledError:
             logger.debug("links stopped")
         finally:
-            self._loop.run_until_complete(asyncio.sleep(0))  # transports that were closed need one more turn
+            self._loop.run_until_complete(_wind_up())
             self._loop.close()
 
     async def _keep_all(self) -> None:
         """Run all links; cancelled, ends when every one of them has ended."""
         await asyncio.gather(*(link.run() for link in self._links))
+
+
+async def _wind_up() -> None:
+    """End what the links have left behind: a connection attempt's own tasks, transports that close one turn later."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+    await asyncio.sleep(0)

@@ -52,7 +52,7 @@ class DraftPool:
         vocab_size: int,
         speculation_length: int,
         clock: Callable[[], float] = time.monotonic,
-        queued: Callable[[], int] | None = lambda: 0,
+        queued: Callable[[], int | None] = lambda: 0,
         sink: Sink | None = None,
         seed: int | None = None,
     ) -> None:
@@ -64,8 +64,8 @@ class DraftPool:
             vocab_size: Ids that the target's tokenizer really has are below this.
             speculation_length: Most tokens that vLLM verifies per step.
             clock: Seconds, monotonic.
-            queued: How many requests and aborts wait for the engine, which no step is held back for;
-                None: steps are never held back adaptively.
+            queued: How many requests and aborts wait for the engine, which no step is held back for; while it gives
+                None, not known, no step is held back adaptively.
             sink: Takes the event log's records.
             seed: For the jitter of back-offs.
         """
@@ -351,7 +351,7 @@ class DraftPool:
             return
         while not all(_has_drafts(live, wait.drafts) for live in waiting):
             left_s = began_s + wait.seconds - self._clock()
-            if left_s <= 0.0 or (adaptive and self._queued is not None and self._queued() > 0):
+            if left_s <= 0.0 or (adaptive and self._queued() != 0):
                 break
             self._arrived.wait(min(left_s, WAIT_SLICE_S))
         ended_s = self._clock()
@@ -365,7 +365,7 @@ class DraftPool:
         self, dry: Sequence[LiveSession], limit: int, now: float
     ) -> tuple[Wait | None, Sequence[LiveSession]]:
         """The wait that pays, if any, and the sessions that it is for."""
-        if self._queued is None or self._queued() > 0:
+        if self._queued() != 0:
             return None, ()
         max_wait_s = self._settings.late.max_wait_ms / 1000.0
         agreement = self.shared.calibration.agreement()

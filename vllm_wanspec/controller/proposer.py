@@ -197,7 +197,7 @@ def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
         fingerprint=vocabulary_fingerprint(vocabulary),
         vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
         speculation_length=limit,
-        queued=None if parallel else hooks.queued_requests,
+        queued=(lambda: None) if parallel else hooks.queued_requests,
         sink=log.record if log else None,
     )
     pool.start()

@@ -125,7 +125,7 @@ class ControllerSession:
         self._reopen_at = 0.0
         self._rejects = 0
         self._missed_length = 0
-        self._asked_s = 0.0
+        self._asked_s: float | None = None
         self._answered = True
         self._front: int | None = None
         self._front_s = 0.0
@@ -171,7 +171,7 @@ class ControllerSession:
             calibration=self._shared.calibration,
         )
         self._turnaround = turnaround
-        self._ask(now)
+        self._ask(None)  # the first answer takes a whole prefill, and tells nothing of later ones
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self._context), limits)
 
@@ -252,7 +252,7 @@ class ControllerSession:
             known = max(0, len(tree.pending))
             return Coming(max(now, self._front_s + gap_s) + known * gap_s, agreement**known, gap_s)
         answer_s = self._turnaround.answer_s.get(0.0)
-        if answer_s == 0.0:
+        if answer_s == 0.0 or self._asked_s is None:
             return None
         return Coming(max(now, self._asked_s + answer_s) + behind * gap_s, agreement**behind, gap_s)
 
@@ -276,14 +276,15 @@ class ControllerSession:
         else:
             counters.misses += 1
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-            self._ask(now)
+            opening = not self._answered and self._asked_s is None
+            self._ask(None if opening else now)
         if committed.missed:
             self._front = None
         if self.window is not None:
             self.window.observe(committed.followed, committed.missed, self._shared.cost)
 
-    def _ask(self, now: float) -> None:
-        """The drafter must begin at the present context: note when, to measure how long it takes."""
+    def _ask(self, now: float | None) -> None:
+        """The drafter must begin at the present context: note when, to measure how long it takes; None: do not."""
         self._missed_length = len(self._context)
         self._asked_s = now
         self._answered = False
@@ -295,7 +296,8 @@ class ControllerSession:
             # What was on its way before, and echoes, which no engine has drafted, tell nothing.
             if message.seen < self._missed_length or all(record.is_echo for record in message.nodes):
                 return
-            self._turnaround.answer_s.add(now - self._asked_s)
+            if self._asked_s is not None:
+                self._turnaround.answer_s.add(now - self._asked_s)
             self._answered = True
         if self._front is None:
             self._front, self._front_s = main_line_tip(tree).id, now

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm_wanspec.core.calibration import Calibration
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens, main_line_tip
+from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
 from vllm_wanspec.core.states import DRAFTER_TABLE, DrafterEvent, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, NodeRecord
@@ -106,6 +106,9 @@ class DrafterSession:
         self.width = min(opened.limits.running_branches, width or opened.limits.running_branches)
         self._branches = 0
         self._running: dict[int, _Branch] = {}
+        self._at_tip: dict[Node, _Branch] = {}
+        self._left = 0
+        self._main_tip = self._tree.cursor
         self._candidates = Candidates(opened.limits.min_probability)
         self._dead_end: Node | None = None
         self._state = DrafterState.NEW
@@ -144,6 +147,7 @@ class DrafterSession:
         self._tree.commit(tokens)
         echoes = self._echoes()
         self._tree.append(echoes)
+        self._main_tip = self._tree.cursor
         impossible = [branch for branch in self._running.values() if branch.tip not in self._tree]
         actions: list[Action] = [self._stop(branch) for branch in impossible]
         if len(self._candidates) > 2 * self.limits.max_nodes:
@@ -172,9 +176,10 @@ class DrafterSession:
 
         One that ends without a token counts as a failure: asking again at once would go on for ever.
         """
-        branch = self._running.pop(number, None)
+        branch = self._running.get(number)
         if branch is None:
             return []
+        self._forget(branch)
         return self._reject("engine") if branch.fruitless else self._steer()
 
     def failed(self, now: float) -> list[Action]:
@@ -200,6 +205,7 @@ class DrafterSession:
         if room < 1 or self._ahead(tip) >= self.limits.lookahead:
             return False
         branch.left -= 1
+        self._left -= 1
         branch.fruitless = False
         others = [item for item in step.alternatives if item[0] != step.token and item[0] < self._vocab_size]
         others = branching_tokens(others, step.entropy_nats, self.limits, self._calibration)
@@ -211,7 +217,9 @@ class DrafterSession:
         ]
         tree.append(fresh)
         records += fresh
+        del self._at_tip[tip]
         branch.tip = tip.children[step.token]
+        self._at_tip[branch.tip] = branch
         for token, _ in ranked[1:]:
             self._candidates.add(tip.children[token])
         return True
@@ -226,8 +234,8 @@ class DrafterSession:
     def _steer(self) -> list[Action]:
         """Stop and start branches as the tree and the limits now want it."""
         actions: list[Action] = []
-        tip = main_line_tip(self._tree)
-        main = next((branch for branch in self._running.values() if branch.tip is tip), None)
+        tip = self._tip()
+        main = self._at_tip.get(tip)
         exhausted = self._exhausted(tip)
         slack = min(LOOKAHEAD_SLACK, self.limits.lookahead // 2)
         if main is not None and exhausted:
@@ -247,14 +255,13 @@ class DrafterSession:
         if places < 1 or not len(self._candidates):
             return actions
         depth = self.limits.branch_depth
-        tips = {id(branch.tip) for branch in self._running.values()}
         farthest = min(self._tree.committed_length + self.limits.lookahead, self._max_context)
         leaves = self._candidates.take(self._tree, farthest)
         while places > 0 and self._tree.size + self._reserved() + depth <= self.limits.max_nodes:
             leaf = next(leaves, None)
             if leaf is None:
                 break
-            if id(leaf) not in tips:
+            if leaf not in self._at_tip:
                 actions.append(self._start(leaf, min(depth, farthest - leaf.position)))
                 places -= 1
         leaves.close()
@@ -262,12 +269,17 @@ class DrafterSession:
 
     def _start(self, node: Node, max_tokens: int) -> StartBranch:
         self._branches += 1
-        self._running[self._branches] = _Branch(self._branches, node, max_tokens)
+        self._running[self._branches] = self._at_tip[node] = _Branch(self._branches, node, max_tokens)
+        self._left += max_tokens
         return StartBranch(self._branches, node.id, (*self._context, *self._path_to(node)), max_tokens)
 
     def _stop(self, branch: _Branch) -> StopBranch:
-        del self._running[branch.number]
+        self._forget(branch)
         return StopBranch(branch.number)
+
+    def _forget(self, branch: _Branch) -> None:
+        del self._running[branch.number], self._at_tip[branch.tip]
+        self._left -= branch.left
 
     def _reject(self, code: str) -> list[Action]:
         return [*self._end(DrafterEvent.REJECT), Reject(self.number, code)]
@@ -278,9 +290,18 @@ class DrafterSession:
 
     def _reserved(self) -> int:
         """Nodes that the running branches and the main line up to the lookahead will still need."""
-        tip = main_line_tip(self._tree)
-        side = sum(branch.left for branch in self._running.values() if branch.tip is not tip)
+        tip = self._tip()
+        main = self._at_tip.get(tip)
+        side = self._left - (main.left if main is not None else 0)
         return side + max(0, self.limits.lookahead - self._ahead(tip))
+
+    def _tip(self) -> Node:
+        """The main line's end, sought from where it was: until a commit, nodes are only hung below ends of branches."""
+        node = self._main_tip
+        while node.best is not None:
+            node = node.best
+        self._main_tip = node
+        return node
 
     def _what_now(self, exhausted: bool) -> DrafterEvent:
         if self._running:

@@ -12,6 +12,8 @@ AWC_WEIGHT = 0.4
 AWC_ROUNDS = 2
 PROBE_STEPS = 128
 """After that many steps without drafts, because they did not pay, one with drafts measures again what they cost."""
+LEARNING_STEPS = 16
+"""While too few steps without drafts have been timed, every so many-th step with drafts goes without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +139,16 @@ class Payoff:
     """Switches drafts off for steps in which they would cost more than they yield, and probes now and then.
 
     Drafts pay iff (rows + accepted) / time with drafts > rows / time without, so iff accepted > rows x overhead. What
-    will be accepted comes from the calibrated tree, which learns from every commit, offered or not: only what a step
-    with drafts costs must be probed. (Own derivation.)
+    will be accepted comes from the calibrated tree, which learns from every commit, offered or not: only what steps
+    cost must be probed, those with drafts while they are off, those without until a few have been seen. (Own
+    derivation.)
     """
 
     def __init__(self, times: StepTimes) -> None:
         """Decide by ``times``."""
         self._times = times
         self._off_steps = 0
+        self._steps = 0
 
     def pays(self, *, rows: int, drafts: int, expected: float, full: bool) -> bool:
         """Whether to hand the target the drafts of this step.
@@ -155,6 +159,9 @@ class Payoff:
             expected: How many of those the target can be expected to take.
             full: Whether every row has all the drafts that vLLM takes.
         """
+        self._steps += 1
+        if self._steps % LEARNING_STEPS == 0 and self._times.plain.samples < self._times.MIN_SAMPLES:
+            return False
         if expected > rows * self._times.overhead(rows, rows + drafts, full=full):
             self._off_steps = 0
             return True

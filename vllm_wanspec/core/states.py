@@ -1,6 +1,7 @@
 """The states of both sessions and what changes them: two tables, which the sessions run by and the docs are made from.
 
-A pair of state and event that is not in its table is a programming error, and raises `KeyError` where it happens.
+A pair of state and event that is not in its table is a programming error, and raises `KeyError` where it happens. An
+event that changes nothing (`ControllerEvent.STAY`) is not looked up, since it happens on the serving path.
 """
 
 from collections.abc import Iterable, Mapping

@@ -251,7 +251,7 @@ def test_what_is_complete_is_written_after_ctrl_c(
     assert data["complete"] is False
     assert [row[data["row_columns"].index("arm")] for row in data["rows"]] == ["main-line", "default"]
     assert "**INCOMPLETE: the run was interrupted; complete rounds: 1." in (tmp_path / "trees.md").read_text()
-    assert not list(tmp_path.glob("wanspec-trees-*"))
+    assert not list(tmp_path.glob("wanspec-*"))
 
 
 def test_a_failure_keeps_what_is_complete_and_the_logs(
@@ -262,7 +262,7 @@ def test_a_failure_keeps_what_is_complete_and_the_logs(
     with pytest.raises(ClientError, match="no answer"):
         run_trees(options_for(models), Outputs(tmp_path / "trees.json"), screen)
     assert json.loads((tmp_path / "trees.json").read_text())["ended_by"] == "no answer"
-    assert list(tmp_path.glob("wanspec-trees-*/wanspec.log"))
+    assert list(tmp_path.glob("wanspec-*/wanspec.log"))
 
 
 def test_nothing_is_written_before_the_first_round(

@@ -25,12 +25,15 @@ from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.servers import ServerSpec
 from vllm_wanspec.bench.streams import DraftTokenizer
-from vllm_wanspec.bench.width import WidthOptions, drafter_spec, parse_paces, parse_widths, run_width
+from vllm_wanspec.bench.width import WidthOptions, drafter_spec, parse_loads, parse_paces, parse_widths, run_width
 from vllm_wanspec.bench.width_measure import (
+    ChurnRow,
+    CpuClock,
     Load,
     Meter,
     Reading,
     Row,
+    SteadyRow,
     Window,
     Workload,
     contexts,
@@ -39,20 +42,24 @@ from vllm_wanspec.bench.width_measure import (
 )
 from vllm_wanspec.bench.width_profile import find_py_spy, fold, record
 from vllm_wanspec.bench.width_report import Arm, WidthResult, markdown, print_report, write_json, write_markdown
+from vllm_wanspec.bench.width_steady import SteadyLoad
 from vllm_wanspec.config import WIDTH_ENV
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
 FAKE = Path(__file__).with_name("fake_drafter.py")
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
-ROW = Row(1, 1.0, 4.0, 3.9, 7.0, 250.0, 1.5, 40_000.0, 25.0, 0.2, 0.7)
+COMMON = {"width": 1, "running": 1.0, "step_ms": 4.0, "events_per_s": 250.0, "starts_per_s": 1.5}
+CPU = {"api_cpu": 0.2, "engine_cpu": 0.7}
+STEADY = SteadyRow(**COMMON, **CPU, rounds=9, measured_s=4.5)
+CHURN = ChurnRow(**COMMON, **CPU, gap_ms=3.9, first_ms=7.0, bytes_per_s=40_000.0, committed_per_s=25.0)
 
 
-def row(width: int, step_ms: float, running: float | None = None, **more: float) -> Row:
-    return replace(ROW, width=width, step_ms=step_ms, running=width if running is None else running, **more)
+def row(width: int, step_ms: float, running: float | None = None, like: Row = STEADY, **more: float) -> Row:
+    return replace(like, width=width, step_ms=step_ms, running=width if running is None else running, **more)
 
 
-def result(*arms: Arm) -> WidthResult:
-    return WidthResult(arms, Load(), repeats=3, window_s=8.0, seconds=99.0)
+def result(*arms: Arm, churning: tuple[Arm, ...] = ()) -> WidthResult:
+    return WidthResult(arms, churning, SteadyLoad(), Load(), repeats=3, window_s=8.0, seconds=99.0)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -106,6 +113,7 @@ def test_a_window_without_anything_is_all_zero() -> None:
 
 def test_medians_are_taken_figure_by_figure() -> None:
     found = medians([row(8, 3.0, events_per_s=5.0), row(8, 1.0, events_per_s=6.0), row(8, 2.0, events_per_s=1.0)])
+    assert isinstance(found, SteadyRow)
     assert (found.width, found.step_ms, found.events_per_s) == (8, 2.0, 5.0)
 
 
@@ -126,8 +134,8 @@ def test_only_the_wanted_samples_are_read() -> None:
     async def run() -> Reading:
         async with serving(metrics) as url, aiohttp.ClientSession() as http:
             with pytest.raises(ClientError, match="cannot read metrics"):
-                await Meter(http, url + "/nothing").read()
-            return await Meter(http, url, os.getpid(), core=0).read()
+                await Meter(http, url + "/nothing", CpuClock()).read()
+            return await Meter(http, url, CpuClock(os.getpid(), core=0)).read()
 
     reading = asyncio.run(run())
     assert reading.counters == {"drafted_tokens": 42.0, "gap_seconds": 2.0}
@@ -191,19 +199,27 @@ def test_the_bar() -> None:
 def test_the_report(tmp_path: Path) -> None:
     pace = Pacing(5.0, 0.02)
     windows = (row(32, 8.0), row(1, 4.0), row(32, 9.0), row(1, 5.0), row(64, 40.0, running=30.0))
+    churn = Arm(None, (row(1, 4.0, like=CHURN), row(32, 30.0, like=CHURN)))
     found = result(
         Arm(None, windows, {"api": {"our service": 0.75, "other": 0.25}}),
         Arm(pace, (row(1, 6.0), row(32, 30.0, others_cpu=0.4))),
+        churning=(churn,),
     )
-    assert [one.width for one in found.arms[0].rows] == [1, 32, 64]
+    assert [one.width for one in found.steady[0].rows] == [1, 32, 64]
     page = markdown(found)
-    assert "32 branches take 1.89 × the step of one; at most 2.5 is asked for: held. Without starts" in page
-    assert "32 branches take 5.00 × the step of one; at most 2.5 is asked for: missed. Without starts" in page
-    assert "(!) Width 64: fewer than 90% of the branches asked for ran" in page
-    assert "| our service | 75% |" in page
-    assert "DISTURBED: other programs took up to 40% of the drafter's core" in page
+    steady, commits = page.split("## Commits")
+    assert "32 branches take 1.89 × the step of one; at most 2.5 is asked for: held." in steady
+    assert "32 branches take 5.00 × the step of one; at most 2.5 is asked for: missed." in steady
+    assert "step of 32 branches: engine 5.95 ms, 1.89 × its time for one; API server 1.70 ms." in steady
+    assert "is asked for" not in commits
+    assert "measured s" in steady
+    assert "first ms" in commits
+    assert "| 32 | 32.0 | 30.00 | 7.50 | 250 |" in commits
+    assert "(!) Width 64: fewer than 90% of the branches asked for ran" in steady
+    assert "| our service | 75% |" in steady
+    assert "DISTURBED: other programs took up to 40% of the drafter's core" in steady
     assert "No profile" not in page
-    assert "No profile" in markdown(result(Arm(None, windows)))
+    assert "No profile" in markdown(result(churning=(churn,)))
     output = io.StringIO()
     print_report(found, Console(file=output, width=200))
     assert "paced to 5 ms + 0.02 ms per token" in output.getvalue()
@@ -211,10 +227,11 @@ def test_the_report(tmp_path: Path) -> None:
     write_markdown(found, tmp_path / "width.md")
     data = json.loads((tmp_path / "width.json").read_text())
     assert data["held"] is False
-    assert [arm["pace"] for arm in data["arms"]] == [None, "5.0+0.02"]
-    assert data["arms"][0]["widths"][1]["ratio"] == pytest.approx(8.5 / 4.5, abs=1e-4)
-    assert len(data["arms"][0]["windows"]) == 5
-    assert {"machine", "versions", "commit", "command", "load"} <= data.keys()
+    assert [(arm["pace"], arm["held"]) for arm in data["steady"]] == [(None, True), ("5.0+0.02", False)]
+    assert data["steady"][0]["widths"][1]["ratio"] == pytest.approx(8.5 / 4.5, abs=1e-4)
+    assert len(data["steady"][0]["windows"]) == 5
+    assert data["churning"][0]["widths"][1]["first_ms"] == 7.0
+    assert {"machine", "versions", "commit", "command", "loads"} <= data.keys()
     with pytest.raises(WanspecError, match="--json: cannot write"):
         write_json(found, tmp_path)
 
@@ -260,6 +277,10 @@ def test_py_spy_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_settings_are_read() -> None:
     assert parse_widths("32, 1,8") == (1, 8, 32)
     assert parse_paces("none, 5+0.02") == (None, Pacing(5.0, 0.02))
+    assert parse_loads("churning, steady") == ("churning", "steady")
+    for text in ("", "idle"):
+        with pytest.raises(ConfigError, match="--loads"):
+            parse_loads(text)
     for text in ("", "a", "1,1", "0", "2000"):
         with pytest.raises(ConfigError, match="--widths"):
             parse_widths(text)
@@ -306,13 +327,14 @@ def test_a_whole_run(stand_ins: Path) -> None:
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     data = json.loads((stand_ins / "w.json").read_text())
-    assert [arm["pace"] for arm in data["arms"]] == [None, "5.0+0.02"]
-    for arm in data["arms"]:
-        assert [found["width"] for found in arm["widths"]] == [1, 4]
-        assert len(arm["windows"]) == 4
-        assert all(found["events_per_s"] > 0.0 and found["bytes_per_s"] > 0.0 for found in arm["windows"])
+    for load, figure in (("steady", "measured_s"), ("churning", "bytes_per_s")):
+        assert [arm["pace"] for arm in data[load]] == [None, "5.0+0.02"]
+        for arm in data[load]:
+            assert [found["width"] for found in arm["widths"]] == [1, 4]
+            assert len(arm["windows"]) == 4
+            assert all(found["events_per_s"] > 0.0 and found[figure] > 0.0 for found in arm["windows"])
     assert "No profile" in (stand_ins / "w.md").read_text()
-    done = CliRunner().invoke(app, [*arguments, "--pace", "none", "--check"])
+    done = CliRunner().invoke(app, [*arguments, "--pace", "none", "--loads", "steady", "--check"])
     assert done.exit_code == 1  # width 32 was not measured
 
 

@@ -10,7 +10,7 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import WAIT_SLICE_S, DraftPool
-from vllm_wanspec.core.estimates import Smoothed
+from vllm_wanspec.core.estimates import Smoothed, StepTimes
 from vllm_wanspec.core.messages import Nodes, Welcome
 from vllm_wanspec.core.tree import NodeRecord
 
@@ -42,7 +42,7 @@ class World:
     """A pool and one drafter."""
 
     def __init__(
-        self, *, queued: Callable[[], int] | None = lambda: 0, names: str = "a", length: str = "fixed", **late: object
+        self, *, queued: Callable[[], int | None] = lambda: 0, names: str = "a", length: str = "fixed", **late: object
     ) -> None:
         self.now = 100.0
         self.coming: list[tuple[float, Callable[[], None]]] = []
@@ -127,6 +127,9 @@ class World:
 
     def run_well(self, steps: int = 40) -> None:
         """Steps in which all drafts are right and there: full yield for all requests."""
+        times = self.pool.shared.times
+        while times.plain.samples < StepTimes.MIN_SAMPLES:  # known before, so that no step goes without to learn it
+            times.add(len(self.names), drafts=0, full=False, seconds=STEP_S)
         for _ in range(steps):
             rows = {name: list(range(self.length[name], self.length[name] + LIMIT + 1)) for name in self.names}
             drafts = self.step(rows, drafts=LIMIT * len(rows))

@@ -1,13 +1,14 @@
 """Whether DraftPool hands out drafts at all, and what it measures of the target's steps, in played time."""
 
 import pytest
-from pool_world import World
+from pool_world import WRONG, World
 from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.length import PROBE_STEPS
+from vllm_wanspec.core.estimates import StepTimes
+from vllm_wanspec.core.length import LEARNING_STEPS, PROBE_STEPS
 
 
 def running_well(names: str) -> World:
@@ -27,23 +28,46 @@ def without_drafts() -> World:
     return world
 
 
-def test_a_useless_drafter_costs_a_step_now_and_then() -> None:
-    world = without_drafts()
+def run_badly(world: World, drafts: list[list[int]], steps: int) -> list[int]:
+    """Steps for each of which there are drafts, all wrong; how many of them each step was given."""
     offered = []
-    drafts: list[list[int]] = [[]]
-    for _ in range(6 * PROBE_STEPS):
+    for _ in range(steps):
         count = len(drafts[0])
         offered.append(count)
         here = world.length["a"]
-        drafts = world.step({"a": [here]}, drafts=count, step_s=0.03 if count else 0.02)
+        drafts[:] = world.step({"a": [here]}, drafts=count, step_s=0.03 if count else 0.02)
         world.arrive("a", LIMIT, echo=here, wrong=True)
         world.redraft(drafts)
+    return offered
+
+
+def test_a_useless_drafter_costs_a_step_now_and_then() -> None:
+    world = without_drafts()
+    drafts: list[list[int]] = [[]]
+    offered = run_badly(world, drafts, 6 * PROBE_STEPS)
     with_drafts = [index for index, count in enumerate(offered) if count]
     assert sum(count > 0 for count in offered[PROBE_STEPS:]) <= 6
     assert len(with_drafts) >= 4  # it goes on probing
     counters = world.pool.counters
     assert counters.unpaid_steps >= 4 * PROBE_STEPS
     assert counters.offered_tokens == sum(offered) + len(drafts[0])
+
+
+def test_a_useless_drafter_is_found_out_though_no_step_was_ever_without_its_drafts() -> None:
+    world = World(policy="none")
+    drafts = world.miss("a")
+    world.arrive("a", LIMIT, echo=world.length["a"] - 1 + WRONG, wrong=True)
+    world.redraft(drafts)
+    assert world.pool.shared.times.plain.samples == 0.0
+    offered = run_badly(world, drafts, LEARNING_STEPS - 1)
+    assert all(offered)
+    assert world.pool.counters.unpaid_steps == 1
+    run_badly(world, drafts, 8 * LEARNING_STEPS)
+    assert world.pool.shared.times.plain.samples >= StepTimes.MIN_SAMPLES
+    unpaid = world.pool.counters.unpaid_steps
+    offered = run_badly(world, drafts, 2 * PROBE_STEPS)
+    assert 1 <= sum(count > 0 for count in offered) <= 2  # the probes
+    assert world.pool.counters.unpaid_steps - unpaid >= 2 * PROBE_STEPS - 2
 
 
 def test_a_drafter_that_gets_better_is_used_again() -> None:
@@ -117,6 +141,28 @@ def test_steps_with_and_without_drafts_are_timed_apart() -> None:
         world.step({"a": [world.length["a"]]}, drafts=LIMIT, step_s=0.022)
     times = world.pool.shared.times
     assert (times.plain.at(1), times.drafted.at(3), times.full.at(5)) == pytest.approx((0.02, 0.025, 0.022))
+
+
+@pytest.mark.parametrize(("others", "pays"), [(["b"], True), ([None], False), (["ghost"], False)])
+def test_drafts_are_full_only_where_every_row_has_them(others: list[str | None], pays: bool) -> None:
+    world = running_well("ab")
+    times = world.pool.shared.times
+    for _ in range(200):  # steps with drafts cost four times as much as others, but for those that are full
+        times.add(2, drafts=0, full=False, seconds=0.02)
+        times.add(6, drafts=4, full=False, seconds=0.08)
+        times.add(10, drafts=8, full=True, seconds=0.02)
+    line = list(range(world.length["a"], world.length["a"] + LIMIT))
+    drafts = [line, list(line) if pays else []]
+    world.pool.redraft(["a", *others], drafts, LIMIT)
+    assert bool(drafts[0]) is pays
+
+
+def test_the_yield_of_steps_with_drafts_is_kept_apart() -> None:
+    world = running_well("a")
+    for _ in range(200):
+        world.step({"a": [world.length["a"]]})
+    assert world.pool._tokens_per_step.get(0.0) == pytest.approx(1.0, abs=0.01)
+    assert world.pool._tokens_per_drafted_step.get(0.0) == pytest.approx(LIMIT + 1)
 
 
 def test_steps_that_are_no_example_are_not_timed() -> None:

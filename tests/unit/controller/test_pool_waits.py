@@ -10,6 +10,7 @@ from pools import LIMIT, PROMPT, pool_of, served
 from toys import wait_until
 
 from vllm_wanspec.controller.pool import WAIT_SLICE_S
+from vllm_wanspec.core.lateness import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -68,8 +69,8 @@ def test_the_configured_maximum_holds_whatever_would_be_worth_it() -> None:
     assert 0.0 < world.redraft(world.miss("a")) <= 0.009 + 1e-9
 
 
-@pytest.mark.parametrize("queued", [lambda: 1, lambda: 7, None])
-def test_no_step_is_held_back_while_requests_wait_or_where_that_is_unknown(queued: Callable[[], int] | None) -> None:
+@pytest.mark.parametrize("queued", [lambda: 1, lambda: 7, lambda: None])
+def test_no_step_is_held_back_while_requests_wait_or_where_that_is_unknown(queued: Callable[[], int | None]) -> None:
     world = ready(queued=queued)
     drafts = world.miss("a")
     world.later(0.001, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
@@ -86,6 +87,15 @@ def test_the_wait_ends_when_a_request_comes() -> None:
     assert 0.003 <= world.redraft(drafts) <= 0.003 + WAIT_SLICE_S
     assert world.pool.counters.waits == 1
     assert drafts == [[]]
+
+
+def test_the_wait_ends_when_the_queue_is_no_longer_known() -> None:
+    known: list[int | None] = [0]
+    world = ready(queued=lambda: known[-1])
+    drafts = world.miss("a")
+    world.coming.append((world.now + 0.003, lambda: known.append(None)))
+    assert 0.003 <= world.redraft(drafts) <= 0.003 + WAIT_SLICE_S
+    assert world.pool.counters.waits == 1
 
 
 def test_one_of_many_does_not_hold_up_the_batch() -> None:
@@ -105,6 +115,17 @@ def test_all_of_a_few_do() -> None:
     world.measured(answer_s=0.004, gap_s=0.0005)
     assert world.redraft(drafts) == pytest.approx(0.004)
     assert [len(draft) for draft in drafts] == [LIMIT] * 3
+
+
+def test_the_wait_is_over_when_those_it_is_for_have_drafts() -> None:
+    world = ready(names="ab")
+    drafts = world.miss("a", "b")
+    far = Turnaround()
+    far.answer_s.add(0.5)
+    world.pool._sessions["b"].core._turnaround = far
+    world.later(0.003, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
+    assert world.redraft(drafts) == pytest.approx(0.003)
+    assert [len(draft) for draft in drafts] == [LIMIT, 0]
 
 
 def test_a_request_that_no_drafter_serves_is_not_waited_for() -> None:
@@ -143,8 +164,8 @@ def test_without_a_policy_nobody_waits() -> None:
     assert world.redraft(drafts) == 0.0
 
 
-@pytest.mark.parametrize("queued", [lambda: 0, lambda: 7, None])
-def test_the_fixed_wait_asks_nobody(queued: Callable[[], int] | None) -> None:
+@pytest.mark.parametrize("queued", [lambda: 0, lambda: 7, lambda: None])
+def test_the_fixed_wait_asks_nobody(queued: Callable[[], int | None]) -> None:
     world = ready(policy="fixed", queued=queued, answer_s=9.0)
     assert world.redraft(world.miss("a")) == pytest.approx(0.015)
     world.arrive("a", 0, echo=world.length["a"] - 1 + WRONG)

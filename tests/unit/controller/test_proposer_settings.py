@@ -1,6 +1,7 @@
 """What requests, vLLM and the configuration ask of RemoteProposer."""
 
 import json
+import queue
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,11 +181,17 @@ def test_steps_are_timed_by_what_they_decode(engine: Engine) -> None:
     assert pool_of(engine).step_s.get(0.0) > 0.0
 
 
-def test_steps_are_held_back_only_where_the_queue_is_known(tmp_path: Path, server: DrafterServer, stubs: None) -> None:
+def test_steps_are_held_back_only_where_the_queue_is_known(
+    tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = SimpleNamespace(input_queue=queue.Queue())
+    monkeypatch.setattr(hooks, "_engine_core", lambda: core)
     with running(vllm_config(tmp_path, server.url)) as engine:
-        assert pool_of(engine)._queued is hooks.queued_requests
+        assert pool_of(engine)._queued() == 0
+        core.input_queue.put(1)
+        assert pool_of(engine)._queued() == 1
     with running(vllm_config(tmp_path, server.url, parallel=2)) as engine:
-        assert pool_of(engine)._queued is None  # data-parallel engines wait for each other
+        assert pool_of(engine)._queued() is None  # data-parallel engines wait for each other
 
 
 # What the configuration asks for

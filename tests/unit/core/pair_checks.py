@@ -115,6 +115,12 @@ def check_drafter(session: DrafterSession) -> None:
     assert tree.committed_length == len(session._context)
     assert len(session._candidates) <= 3 * limits.max_nodes
     assert all(branch.tip in tree for branch in session._running.values())
+    # What the session keeps at hand is what a search would find.
+    running = list(session._running.values())
+    assert session._at_tip == {branch.tip: branch for branch in running}
+    assert len(session._at_tip) == len(running)
+    assert session._left == sum(branch.left for branch in running)
+    assert session._tip() is main_line_tip(tree)
 
 
 def check_tree(tree: DraftTree) -> int:

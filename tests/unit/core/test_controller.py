@@ -277,19 +277,42 @@ def test_after_opening_nothing_is_expected_until_an_answer_has_been_timed() -> N
     open_session(session, now=1.0, turnaround=turnaround)
     assert session.coming(1.0, 0.8) is None
     session.receive(nodes([(1, 0, 20, -0.1)]), 1.25)
+    session.commit([50], 2.0)
+    assert session.coming(2.0, 0.8) is None  # how long answers take is not known
+    session.receive(nodes([(2, 0, 50, 0.0), (3, 2, 51, -0.1)], seen=5), 2.25)
     assert turnaround.answer_s.get(-1.0) == pytest.approx(0.25)
-    assert session.coming(1.3, 0.8) is None  # it has a draft
-    other, _ = make_session()
-    open_session(other, now=5.0, turnaround=turnaround)
-    assert other.coming(5.1, 0.8) == Coming(pytest.approx(5.25), 1.0, ASSUMED_GAP_S)
-    assert other.coming(6.0, 0.8) == Coming(6.0, 1.0, ASSUMED_GAP_S)  # overdue: at any moment
+    assert session.coming(2.3, 0.8) is None  # it has a draft
+    session.commit([60], 3.0)
+    assert session.coming(3.1, 0.8) == Coming(pytest.approx(3.25), 1.0, ASSUMED_GAP_S)
+    assert session.coming(6.0, 0.8) == Coming(6.0, 1.0, ASSUMED_GAP_S)  # overdue: at any moment
+
+
+def test_the_answer_to_an_open_takes_a_prefill_and_is_no_example_of_others() -> None:
+    turnaround = Turnaround()
+    turnaround.answer_s.add(0.1)
+    session, _ = make_session()
+    for number, now in ((1, 1.0), (2, 20.0)):  # at first, and again after a lost link
+        open_session(session, number, now=now, turnaround=turnaround)
+        assert session.coming(now, 0.8) is None  # what is known is of other answers
+        session.receive(nodes([(1, 0, 20, -0.1)], number=number), now + 9.0)
+        assert turnaround.answer_s.get(-1.0) == 0.1
+        session.link_lost(now + 9.5)
+
+
+def test_once_an_open_is_answered_its_line_goes_on() -> None:
+    session, _ = make_session()
+    open_session(session, now=1.0)
+    session.receive(nodes([(1, 0, 20, -0.1)]), 10.0)
+    session.commit([20], 10.001)
+    assert session.coming(10.001, 0.8) == Coming(pytest.approx(10.0 + ASSUMED_GAP_S), 1.0, ASSUMED_GAP_S)
 
 
 def test_a_miss_is_answered_by_drafts_not_by_the_echo() -> None:
     turnaround = Turnaround()
+    turnaround.answer_s.add(0.1)
     session, _ = make_session()
     open_session(session, turnaround=turnaround)
-    session.receive(nodes([(1, 0, 20, -0.1)]), 0.1)
+    session.receive(nodes([(1, 0, 20, -0.1)]), 0.3)
     session.commit([50], 1.0)
     session.receive(nodes([(2, 1, 30, -0.1)]), 1.01)  # was on its way
     session.receive(nodes([(3, 0, 50, 0.0)], seen=5), 1.02)
@@ -305,12 +328,13 @@ def test_drafts_that_meet_committed_tokens_must_agree_with_all_of_them() -> None
     turnaround.gap_s.add(0.01)
     turnaround.answer_s.add(0.1)
     session, _ = make_session()
-    open_session(session, now=1.0, turnaround=turnaround)
+    open_session(session, now=0.5, turnaround=turnaround)
+    session.receive(nodes([(1, 0, 10, -0.1)]), 0.6)  # the open is answered
     session.commit([20], 1.03)
     assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13), 1.0, 0.01)
     session.commit([21, 22], 1.06)  # the drafter does not know these when it answers
     assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13 + 2 * 0.01), pytest.approx(0.8**2), 0.01)
-    session.receive(nodes([(1, 0, 20, 0.0), (2, 1, 21, -0.1)], seen=5), 1.12)
+    session.receive(nodes([(2, 0, 20, 0.0), (3, 2, 21, -0.1)], seen=5), 1.12)
     assert session.coming(1.12, 0.8) == Coming(pytest.approx(1.12 + 2 * 0.01), pytest.approx(0.8), 0.01)
 
 

@@ -12,6 +12,7 @@ from vllm_wanspec.core.estimates import StepTimes
 from vllm_wanspec.core.length import (
     AWC_MAX,
     AWC_ROUNDS,
+    LEARNING_STEPS,
     PROBE_STEPS,
     Payoff,
     Plan,
@@ -213,6 +214,41 @@ def pays(payoff: Payoff, expected: float, *, rows: int = 1, full: bool = False) 
 
 def test_drafts_pay_while_nothing_is_known() -> None:
     assert all(pays(Payoff(StepTimes()), 0.001) for _ in range(10))
+
+
+def play(payoff: Payoff, times: StepTimes, steps: int, *, expected: float, drafted_s: float) -> list[int]:
+    """Steps for all of which there are drafts, timed as they go; those that went without."""
+    without = []
+    for index in range(steps):
+        if pays(payoff, expected):
+            times.add(5, drafts=4, full=False, seconds=drafted_s)
+        else:
+            times.add(1, drafts=0, full=False, seconds=0.02)
+            without.append(index)
+    return without
+
+
+def test_some_steps_go_without_good_drafts_until_it_is_known_what_those_take() -> None:
+    times = StepTimes()
+    payoff = Payoff(times)
+    learning = play(payoff, times, 1000, expected=3.0, drafted_s=0.03)
+    assert learning == [LEARNING_STEPS * count - 1 for count in range(1, len(learning) + 1)]
+    assert len(learning) == 5  # four, the first of which have faded
+    assert times.plain.samples >= StepTimes.MIN_SAMPLES
+
+
+def test_drafts_in_every_step_that_do_not_pay_are_found_out() -> None:
+    times = StepTimes()
+    without = play(Payoff(times), times, 1000, expected=0.1, drafted_s=0.03)
+    known = 5 * LEARNING_STEPS
+    assert sum(index < known for index in without) == 5
+    probes = sorted(set(range(known, 1000)) - set(without))
+    assert probes == list(range(known + PROBE_STEPS - 1, 1000, PROBE_STEPS))
+
+
+def test_where_plain_steps_have_been_timed_no_good_drafts_are_withheld() -> None:
+    times = measured(plain_s=0.02, drafted_s=0.03)
+    assert play(Payoff(times), times, 10 * LEARNING_STEPS, expected=3.0, drafted_s=0.03) == []
 
 
 def test_drafts_pay_iff_they_yield_more_than_they_cost() -> None:

@@ -1,0 +1,88 @@
+"""What every long measuring command needs around it: errors in one line, a folder for logs, outputs checked early."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+
+__all__ = ["INTERRUPTED", "check_output", "log_folder", "one_line_errors"]
+
+INTERRUPTED = 130
+
+
+@contextlib.contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Turn whatever ends a command into one line and an exit status: 2 for what is wrong here, 1, or 130 for Ctrl-C.
+
+    Args:
+        command: Its name, which the line begins with.
+    """
+
+    def failed(message: str, status: int) -> typer.Exit:
+        typer.echo(f"{command}: {message}", err=True)
+        return typer.Exit(status)
+
+    try:
+        yield
+    except (ConfigError, UnsupportedError) as error:
+        raise failed(str(error), 2) from None
+    except WanspecError as error:
+        raise failed(str(error), 1) from None
+    except KeyboardInterrupt:
+        raise failed("interrupted; everything is stopped", INTERRUPTED) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:  # a bug of ours, but the user still gets one line
+        raise failed(f"unexpected {type(error).__name__}: {error}", 1) from error
+
+
+@contextlib.contextmanager
+def log_folder(given: Path | None, option: str, console: Console) -> Iterator[Path]:
+    """Yield a folder for logs and statistics: the given one, or a temporary one that only a failure keeps.
+
+    Args:
+        given: What the user named.
+        option: How, for the error message.
+        console: Where to say which folder is kept.
+
+    Raises:
+        ConfigError: The given folder cannot be made.
+    """
+    if given is not None:
+        try:
+            given.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{option}: cannot create {given}: {error.strerror}") from error
+        yield given.resolve()
+        return
+    folder = Path(tempfile.mkdtemp(prefix="wanspec-"))
+    try:
+        yield folder
+    except Exception as error:
+        if not isinstance(error, WanspecError):
+            (folder / "error.txt").write_text(traceback.format_exc(), "utf-8")
+        console.print(f"the servers' logs are in {folder}", style="dim", highlight=False)
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_output(option: str, path: Path | None) -> None:
+    """Find out before a long run that its result could not be written.
+
+    Raises:
+        ConfigError: It could not.
+    """
+    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+        raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
