@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 
 import aiohttp
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from vllm_wanspec.bench import machine
@@ -31,6 +30,7 @@ from vllm_wanspec.bench.demo_setup import (
 from vllm_wanspec.bench.demo_view import ArmView, starting
 from vllm_wanspec.bench.pacing import STATS_INTERVAL_S
 from vllm_wanspec.bench.running import check_output, log_folder
+from vllm_wanspec.bench.scrape import read_samples, wait_until_linked
 from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, free_ports
 from vllm_wanspec.errors import UnsupportedError
 
@@ -38,8 +38,6 @@ __all__ = ["Measurement", "read_counters", "run_demo"]
 
 START_DEADLINE_S = 300.0
 LINK_DEADLINE_S = 60.0
-LINK_POLL_S = 0.2
-METRICS_TIMEOUT_S = 5.0
 DYING_S = 3.0
 SETTLE_S = STATS_INTERVAL_S + 0.25
 WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
@@ -189,15 +187,13 @@ class Measurement:
             self.divergences.append(Divergence(prompt, position, tie, *pair))
 
     async def _wait_for_link(self, http: aiohttp.ClientSession, wanspec: Server) -> None:
-        deadline_s = time.monotonic() + LINK_DEADLINE_S
         with self._console.status("waiting for the link to the drafter"):
-            while not await _link_is_up(http, self._plan.metrics_url):
-                wanspec.check_alive()
-                if time.monotonic() > deadline_s:
-                    tail = wanspec.log_tail()
-                    problem = f"the target's link to the drafter was not up after {LINK_DEADLINE_S:.0f} s"
-                    raise ServerError(f"{problem}; end of {wanspec.log_path}:\n{tail}")
-                await asyncio.sleep(LINK_POLL_S)
+            up = await wait_until_linked(
+                http, self._plan.metrics_url, DRAFTER_NAME, LINK_DEADLINE_S, wanspec.check_alive
+            )
+        if not up:
+            problem = f"the target's link to the drafter was not up after {LINK_DEADLINE_S:.0f} s"
+            raise ServerError(f"{problem}; end of {wanspec.log_path}:\n{wanspec.log_tail()}")
 
 
 async def read_counters(http: aiohttp.ClientSession, url: str) -> dict[str, float]:
@@ -207,29 +203,7 @@ async def read_counters(http: aiohttp.ClientSession, url: str) -> dict[str, floa
         ClientError: The metrics cannot be read.
     """
     counters = dict.fromkeys(COUNTERS, 0.0)
-    for name, _, value in await _samples(http, url):
+    for name, _, value in await read_samples(http, url):
         if name in counters:
             counters[name] += value
     return counters
-
-
-async def _link_is_up(http: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        samples = await _samples(http, url)
-    except ClientError:
-        return False
-    return any(
-        name == "wanspec_drafter_up" and labels.get("drafter") == DRAFTER_NAME and value == 1.0
-        for name, labels, value in samples
-    )
-
-
-async def _samples(http: aiohttp.ClientSession, url: str) -> list[tuple[str, dict[str, str], float]]:
-    """Return (name, labels, value) of every sample that a Prometheus endpoint serves."""
-    try:
-        async with http.get(url, timeout=aiohttp.ClientTimeout(total=METRICS_TIMEOUT_S)) as response:
-            response.raise_for_status()
-            families = list(text_string_to_metric_families(await response.text()))
-    except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
-        raise ClientError(f"{url}: cannot read metrics: {error or type(error).__name__}") from error
-    return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
-__all__ = ["INTERRUPTED", "check_output", "log_folder", "one_line_errors"]
+__all__ = ["check_output", "log_folder", "one_line_errors"]
 
 INTERRUPTED = 130
 

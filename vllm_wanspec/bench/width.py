@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -32,6 +30,7 @@ from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import DRAFT_PACE, find_models
 from vllm_wanspec.bench.demo_view import starting
 from vllm_wanspec.bench.pacing import PACING_ENV, Pacing
+from vllm_wanspec.bench.running import check_output, log_folder, one_line_errors
 from vllm_wanspec.bench.servers import HOST, Server, ServerGroup, ServerSpec, free_ports, wanspec_command
 from vllm_wanspec.bench.streams import DraftTokenizer
 from vllm_wanspec.bench.width_measure import CpuClock, Load, Meter, Row, Workload, contexts, group_processes
@@ -39,14 +38,13 @@ from vllm_wanspec.bench.width_profile import find_py_spy, record
 from vllm_wanspec.bench.width_report import BAR_WIDTH, Arm, WidthResult, print_report, write_json, write_markdown
 from vllm_wanspec.bench.width_steady import SteadyLoad, SteadyWorkload
 from vllm_wanspec.config import WIDTH_ENV
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 __all__ = ["WidthOptions", "drafter_spec", "main", "parse_loads", "parse_paces", "parse_widths", "run_width"]
 
 START_DEADLINE_S = 300.0
 DYING_S = 3.0
 UNPACED = "none"
-INTERRUPTED = 128 + signal.SIGINT
 STEADY, CHURNING = "steady", "churning"
 
 
@@ -144,7 +142,7 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
     texts = contexts(prompts, tokenizer)
     steady: list[Arm] = []
     churning: list[Arm] = []
-    with _folder(log_dir) as folder:
+    with log_folder(log_dir, "--keep-log", console) as folder:
         for pace in options.paces:
             with ServerGroup(folder) as group:
                 server = group.start(drafter_spec(draft, max(options.widths), pace))
@@ -262,20 +260,6 @@ def _this_process_on(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-@contextlib.contextmanager
-def _folder(given: Path | None) -> Iterator[Path]:
-    """Yield the given folder, made if need be, or a temporary one."""
-    if given is None:
-        with tempfile.TemporaryDirectory(prefix="wanspec-width-") as folder:
-            yield Path(folder)
-        return
-    try:
-        given.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--keep-log: cannot create {given}: {error.strerror}") from error
-    yield given.resolve()
-
-
 def main(
     widths: Annotated[str, typer.Option(metavar="LIST", help="Running branches to ask for.")] = "1,8,16,32,64",
     pace: Annotated[
@@ -311,7 +295,7 @@ def main(
     an option is wrong, 130 after Ctrl-C.
     """
     console = Console() if sys.stdout.isatty() else Console(width=130)
-    with _one_line_errors():
+    with one_line_errors("bench-width"):
         options = WidthOptions(
             widths=parse_widths(widths),
             paces=parse_paces(pace),
@@ -324,9 +308,8 @@ def main(
             seed=seed,
             models=models,
         )
-        for option, path in (("--json", json_file), ("--markdown", markdown_file)):
-            if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-                raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
+        check_output("--json", json_file)
+        check_output("--markdown", markdown_file)
         result = run_width(options, console, keep_log)
         print_report(result, console)
         if json_file is not None:
@@ -335,24 +318,6 @@ def main(
             write_markdown(result, markdown_file)
     if check and not result.held:
         raise typer.Exit(1)
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """Turn whatever ends the bench into one line and an exit status."""
-    try:
-        yield
-    except (ConfigError, UnsupportedError) as error:
-        raise _failed(str(error), 2) from None
-    except WanspecError as error:
-        raise _failed(str(error), 1) from None
-    except KeyboardInterrupt:
-        raise _failed("interrupted; everything is stopped", INTERRUPTED) from None
-
-
-def _failed(message: str, status: int) -> typer.Exit:
-    typer.echo(f"bench-width: {message}", err=True)
-    return typer.Exit(status)
 
 
 if __name__ == "__main__":

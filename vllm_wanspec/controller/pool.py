@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
+from vllm_wanspec.controller.live import LiveSession, limits_for
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
 from vllm_wanspec.core.estimates import Smoothed
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
@@ -26,19 +27,6 @@ logger = logging.getLogger("vllm.wanspec.pool")
 ASSUMED_STEP_S = 0.030
 WAIT_SLICE_S = 0.002
 """While it holds a step back, the pool looks this often whether new requests have come."""
-
-
-class LiveSession:
-    """A request's session, what it asks of drafters, and the link that serves it now."""
-
-    __slots__ = ("core", "expected", "link", "number", "tree")
-
-    def __init__(self, core: ControllerSession, tree: TreeSettings) -> None:
-        self.core = core
-        self.tree = tree
-        self.link: DrafterLink | None = None
-        self.number = 0
-        self.expected = 0.0
 
 
 class DraftPool:
@@ -147,15 +135,21 @@ class DraftPool:
         self._measure(rows, now)
         sessions, plan = self._sessions, self._plan(limit)
         drafts: list[list[int]] = []
+        drafted_rows = drafted_yield = 0
         with self._arrived:
             for request, tokens in rows:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     drafts.append([])
                     continue
+                if live.offered:
+                    drafted_rows += 1
+                    drafted_yield += len(tokens)
                 self._commit(live, tokens, now)
                 drafts.append(self._draft(live, plan, now))
         self._flush()
+        if drafted_rows:
+            self._tokens_per_drafted_step.add(drafted_yield / drafted_rows)
         return drafts
 
     def redraft(self, requests: Sequence[str | None], drafts: list[list[int]], limit: int) -> None:
@@ -178,15 +172,15 @@ class DraftPool:
             for row, live in rows:
                 if live.core.changed:
                     drafts[row] = self._draft(live, plan, now)
-                count = len(drafts[row])
+                count = live.offered = len(drafts[row])
                 offered += count
                 expected += live.expected
                 full = full and count == self._speculation_length
             full = full and len(rows) == len(requests)
             if offered and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
                 self.counters.unpaid_steps += 1
-                for row, _ in rows:
-                    drafts[row] = []
+                for row, live in rows:
+                    drafts[row], live.offered = [], 0
                 offered = 0
             self.counters.offered_tokens += offered
 
@@ -301,19 +295,8 @@ class DraftPool:
         link.send(message)
 
     def _limits(self, tree: TreeSettings, link: DrafterLink, max_nodes: int) -> Limits:
-        lookahead = tree.lookahead_tokens
-        if lookahead == "auto":
-            lookahead = lookahead_tokens(link.rtt_s, self.step_s.get(ASSUMED_STEP_S), self._speculation_length)
-        threshold = tree.entropy_threshold_nats
-        return Limits(
-            lookahead=lookahead,
-            max_nodes=min(tree.max_nodes, max_nodes),
-            max_branches=tree.max_branches,
-            running_branches=tree.running_branches,
-            branch_depth=tree.branch_depth,
-            entropy_threshold_nats=None if threshold == "adaptive" else float(threshold),
-            min_probability=tree.min_probability,
-        )
+        step_s = self.step_s.get(ASSUMED_STEP_S)
+        return limits_for(tree, max_nodes, lookahead_tokens(link.rtt_s, step_s, self._speculation_length))
 
     def _measure(self, rows: Sequence[tuple[str, Sequence[int]]], now: float) -> None:
         """Learn from the step that ends now what steps cost and yield."""
@@ -327,10 +310,7 @@ class DraftPool:
         self._rows = len(rows)
         full = drafts == self._speculation_length * len(rows)
         self.shared.times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
-        committed = sum(len(tokens) for _, tokens in rows) / max(1, len(rows))
-        self._tokens_per_step.add(committed)
-        if drafts:
-            self._tokens_per_drafted_step.add(committed)
+        self._tokens_per_step.add(sum(len(tokens) for _, tokens in rows) / max(1, len(rows)))
         if self._policy.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
 

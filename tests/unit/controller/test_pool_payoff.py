@@ -157,12 +157,19 @@ def test_drafts_are_full_only_where_every_row_has_them(others: list[str | None],
     assert bool(drafts[0]) is pays
 
 
-def test_the_yield_of_steps_with_drafts_is_kept_apart() -> None:
-    world = running_well("a")
-    for _ in range(200):
-        world.step({"a": [world.length["a"]]})
-    assert world.pool._tokens_per_step.get(0.0) == pytest.approx(1.0, abs=0.01)
-    assert world.pool._tokens_per_drafted_step.get(0.0) == pytest.approx(LIMIT + 1)
+def test_the_yield_of_requests_that_had_drafts_is_kept_apart() -> None:
+    world = running_well("ab")
+    for _ in range(300):
+        drafts: list[list[int]] = [[1, 2, 3], []]  # the second request has none
+        world.pool._sessions["a"].expected = 2.9
+        world.pool._sessions["a"].core.changed = world.pool._sessions["b"].core.changed = False
+        world.pool.redraft(["a", "b"], drafts, LIMIT)
+        offered = [world.pool._sessions[name].offered for name in "ab"]
+        assert offered == [3, 0]
+        world.pool.step_begins(5, 3)
+        world.pool.step([("a", [7, 7, 7]), ("b", [7])], LIMIT)
+    assert world.pool._tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)
+    assert world.pool._tokens_per_drafted_step.get(0.0) == pytest.approx(3.0, abs=0.01)
 
 
 def test_steps_that_are_no_example_are_not_timed() -> None:
