@@ -120,13 +120,15 @@ class _LiveRun:
         counters = self._pool.counters
         times: list[StepTimes] = []
         sizes: list[float] = []
-        began_s, nodes, before, busy_s = time.monotonic(), counters.received_nodes, self._stats(), self._cores.busy_s()
+        before, nodes = self._stats(), counters.received_nodes
+        began_s, busy_s = time.monotonic(), self._cores.busy_s()
         with _collections() as pauses:
             for _ in range(self._steps):
                 times.append(self._target.step())
                 sizes.append(self._tree_nodes())
                 self._bar.advance()
-        busy_s, after, elapsed_s = self._cores.busy_s() - busy_s, self._stats(), time.monotonic() - began_s
+        elapsed_s, busy_s = time.monotonic() - began_s, self._cores.busy_s() - busy_s
+        nodes, after = counters.received_nodes - nodes, self._stats()
         if self._proposer._failed:
             raise WanspecError("the proposer gave up; its error is above")
         if not any(step.offered for step in times):
@@ -135,7 +137,7 @@ class _LiveRun:
         return Run(
             tuple(times),
             mean_tree_nodes=_mean(sizes),
-            nodes_per_s=(counters.received_nodes - nodes) / elapsed_s,
+            nodes_per_s=nodes / elapsed_s,
             elapsed_s=elapsed_s,
             engine=engine,
             gc_pauses_ms=tuple(pauses),

@@ -329,6 +329,7 @@ class DraftPool:
             wait, waiting = Wait(late.max_wait_ms / 1000.0, 1), dry
         if wait is None or all(_has_drafts(live, wait.drafts) for live in waiting):
             return
+        began_s = self._clock()
         while not all(_has_drafts(live, wait.drafts) for live in waiting):
             left_s = began_s + wait.seconds - self._clock()
             if left_s <= 0.0 or (adaptive and self._queued() != 0):

@@ -130,9 +130,10 @@ class RemoteProposer:
         ends up with exactly the target's context; one that does not fit any more begins anew.
         """
         rows: list[tuple[str, list[int]]] = []
+        context_lengths = lengths[: len(sampled)].tolist()
         for row, request in enumerate(self._runner.input_batch.req_ids[: len(sampled)]):
             known = pool.length(request)
-            length = int(lengths[row])
+            length = context_lengths[row]
             if not sampled[row] or known is None:
                 rows.append((request, []))
             elif known + len(sampled[row]) == length:

@@ -244,13 +244,15 @@ class ControllerSession:
         tokens committed meanwhile are of use only if all of them agree.
         """
         tree = self._tree
-        if tree is None or self._number is None or tree.best_path(1):
+        if tree is None:
+            return None
+        waiting = len(tree.pending)
+        if not waiting and tree.cursor.best is not None:
             return None
         gap_s = self._turnaround.gap_s.get(ASSUMED_GAP_S)
-        behind = max(0, tree.committed_length - self._missed_length) if tree.pending else 0
         if self._answered:
-            known = max(0, len(tree.pending))
-            return Coming(max(now, self._front_s + gap_s) + known * gap_s, agreement**known, gap_s)
+            return Coming(max(now, self._front_s + gap_s) + waiting * gap_s, agreement**waiting, gap_s)
+        behind = max(0, tree.committed_length - self._missed_length) if waiting else 0
         answer_s = self._turnaround.answer_s.get(0.0)
         if answer_s == 0.0 or self._asked_s is None:
             return None

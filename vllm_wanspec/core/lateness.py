@@ -5,6 +5,7 @@ The wait stops the whole engine, so it must be worth more than the tokens that a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_wanspec.core.estimates import Smoothed
 
@@ -25,9 +26,11 @@ class Turnaround:
         self.gap_s = Smoothed()
 
 
-@dataclass(frozen=True, slots=True)
-class Coming:
-    """The next draft of a request that has none: when it is expected (seconds), and the chance that it is of use."""
+class Coming(NamedTuple):
+    """The next draft of a request that has none: when it is expected (seconds), and the chance that it is of use.
+
+    A named tuple, since it is made on the serving path.
+    """
 
     at_s: float
     chance: float
