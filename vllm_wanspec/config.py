@@ -99,9 +99,13 @@ class TreeSettings(_Section):
 
 
 class LengthSettings(_Section):
-    """How many tokens to verify per step: never more than ``max`` nor than vLLM's ``num_speculative_tokens``."""
+    """How many tokens to verify per step: never more than ``max`` nor than vLLM's ``num_speculative_tokens``.
+
+    With ``shut_off`` a step's drafts are withheld where they would cost more than they yield.
+    """
 
     policy: Literal["fixed", "marginal", "awc"] = "marginal"
+    shut_off: bool = True
     max: int = Field(default=64, ge=1, le=64)
 
 

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from .fleet import Target
 
 LEAST_ACCEPTED = 500
-LEAST_REJECTED = 500
+LEAST_REJECTED = 300
+"""Fewer than accepted ones: calibrated trees offer little that is likely to be rejected."""
 POLL_S = 0.05
 WAIT_S = 60.0
 

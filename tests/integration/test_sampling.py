@@ -64,7 +64,7 @@ class Laboratory:
         # These arms wait for drafts, and ask for no more than they verify: being in time is not what is tested here.
         config = {"draft_endpoints": endpoints, "late": {"policy": "fixed", "max_wait_ms": 500}}
         config["tree"] = {"lookahead_tokens": 4, "max_branches": 2}
-        config["length"] = {"policy": "fixed"}
+        config["length"] = {"policy": "fixed", "shut_off": False}
         self.config.write_text(yaml.safe_dump(config), "utf-8")
 
     def run(self, name: str, samples: int, first_seed: int, *extra: str) -> Arm:

@@ -177,7 +177,8 @@ class DraftPool:
                 expected += live.expected
                 full = full and count == self._speculation_length
             full = full and len(rows) == len(requests)
-            if offered and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
+            judged = offered > 0 and self._settings.length.shut_off
+            if judged and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
                 self.counters.unpaid_steps += 1
                 for row, live in rows:
                     drafts[row], live.offered = [], 0
