@@ -226,7 +226,7 @@ class ControllerSession:
 
         Args:
             limit: Most tokens.
-            least: See `DraftTree.best_path`.
+            least: See `DraftTree.draft`.
             now: Seconds.
 
         Returns:
