@@ -59,7 +59,7 @@ tree:
 length: {max: 5, policy: awc}
 late: {policy: fixed, max_wait_ms: 2.5}
 metrics: {port: 9464}
-events: /tmp/events.jsonl
+events: events.jsonl
 """,
     )
     assert settings.draft_endpoints[0].url == "https://draft.example.com:8443/base"
@@ -68,7 +68,7 @@ events: /tmp/events.jsonl
     assert (settings.tree.entropy_threshold_nats, settings.tree.running_branches) == (1.0, 3)
     assert (settings.tree.branch_depth, settings.tree.min_probability) == (5, 0.5)
     assert (settings.length.max, settings.length.policy, settings.late.max_wait_ms) == (5, "awc", 2.5)
-    assert settings.events == "/tmp/events.jsonl"
+    assert settings.events == "events.jsonl"
     assert settings.metrics is not None
     assert (settings.metrics.host, settings.metrics.port) == ("127.0.0.1", 9464)
 

@@ -60,6 +60,19 @@ COUNTERS = {
 }
 
 
+def branching_everywhere(width: int, lookahead: int, max_branches: int, branch_depth: int) -> Limits:
+    """Limits of a session that branches at every position, and runs ``width`` branches if it can."""
+    return Limits(
+        lookahead=lookahead,
+        max_nodes=MAX_NODES,
+        max_branches=max_branches,
+        running_branches=width,
+        branch_depth=branch_depth,
+        entropy_threshold_nats=0.0,
+        min_probability=0.0,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What the churning session asks for, and what is committed.
@@ -76,15 +89,7 @@ class Load:
 
     def limits(self, width: int) -> Limits:
         """The session's, for ``width`` running branches."""
-        return Limits(
-            lookahead=LOOKAHEAD,
-            max_nodes=MAX_NODES,
-            max_branches=self.max_branches,
-            running_branches=width,
-            branch_depth=self.branch_depth,
-            entropy_threshold_nats=0.0,
-            min_probability=0.0,
-        )
+        return branching_everywhere(width, LOOKAHEAD, self.max_branches, self.branch_depth)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,17 @@ from rich.table import Table
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.trees_result import git_commit
-from vllm_wanspec.bench.width_measure import COMMIT_INTERVAL_S, CONTEXT_TOKENS, LONGEST_LEAD, NEAR, Load, Row, medians
-from vllm_wanspec.bench.width_steady import LOOKAHEAD, MAX_NODES, SteadyLoad
+from vllm_wanspec.bench.width_measure import (
+    COMMIT_INTERVAL_S,
+    CONTEXT_TOKENS,
+    LONGEST_LEAD,
+    MAX_NODES,
+    NEAR,
+    Load,
+    Row,
+    medians,
+)
+from vllm_wanspec.bench.width_steady import LOOKAHEAD, SteadyLoad
 from vllm_wanspec.errors import WanspecError
 
 __all__ = ["BAR_RATIO", "BAR_WIDTH", "Arm", "WidthResult", "markdown", "print_report", "write_json", "write_markdown"]

@@ -21,14 +21,13 @@ import aiohttp
 
 from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.streams import DrafterClient, DraftTokenizer
-from vllm_wanspec.bench.width_measure import CORE, NEAR, CpuClock, SteadyRow
+from vllm_wanspec.bench.width_measure import CORE, NEAR, CpuClock, SteadyRow, branching_everywhere
 from vllm_wanspec.core.messages import Limits, Nodes
 
 __all__ = ["Phase", "SteadyLoad", "SteadyWorkload", "Trace", "cpu_between", "phases", "summary"]
 
 #: Tokens that the drafter asks of its engine at a time: a longer main line would be interrupted by a new start.
 LOOKAHEAD = 256
-MAX_NODES = 4096
 POLL_S = 0.02
 #: Phases of fewer steps would be all edges.
 SHORTEST_STEPS = 16
@@ -55,15 +54,7 @@ class SteadyLoad:
 
     def limits(self, width: int) -> Limits:
         """A session's, for ``width`` running branches."""
-        return Limits(
-            lookahead=LOOKAHEAD,
-            max_nodes=MAX_NODES,
-            max_branches=self.max_branches,
-            running_branches=width,
-            branch_depth=self.branch_depth,
-            entropy_threshold_nats=0.0,
-            min_probability=0.0,
-        )
+        return branching_everywhere(width, LOOKAHEAD, self.max_branches, self.branch_depth)
 
 
 class Trace:
