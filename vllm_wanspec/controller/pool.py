@@ -349,9 +349,7 @@ class DraftPool:
         """The wait that pays, if any, and the sessions that it is for."""
         if self._queued() != 0:
             return None, ()
-        max_wait_s = self._settings.late.max_wait_ms / 1000.0
         agreement = self.shared.calibration.agreement()
-        expected = [(live, coming) for live in dry if (coming := live.core.coming(now, agreement)) is not None]
         pace = Pace(
             rows=self._rows,
             step_s=self.step_s.get(ASSUMED_STEP_S),
@@ -360,6 +358,9 @@ class DraftPool:
             agreement=agreement,
             limit=limit,
         )
+        max_wait_s = min(self._settings.late.max_wait_ms / 1000.0, pace.longest_wait_s(len(dry)))
+        until = now + max_wait_s
+        expected = [(live, coming) for live in dry if (coming := live.core.coming(now, agreement, until)) is not None]
         wait = worthwhile_wait([coming for _, coming in expected], pace, now=now, max_wait_s=max_wait_s)
         if wait is None:
             return None, ()

@@ -6,6 +6,7 @@ drafts for the target. It outlives links: without one it only keeps the context,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from math import inf
 
 from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.core.estimates import StepTimes
@@ -237,8 +238,8 @@ class ControllerSession:
             return [], 0.0
         return self._tree.draft(limit, least)
 
-    def coming(self, now: float, agreement: float) -> Coming | None:
-        """When the next draft is expected, for a session that has none; None where none can be expected.
+    def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
+        """When the next draft is expected, for a session that has none; None where none can be expected ``until`` then.
 
         Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
         tokens committed meanwhile are of use only if all of them agree.
@@ -246,17 +247,20 @@ class ControllerSession:
         tree = self._tree
         if tree is None:
             return None
-        waiting = len(tree.pending)
-        if not waiting and tree.cursor.best is not None:
+        behind = len(tree.pending)
+        if not behind and tree.cursor.best is not None:
             return None
         gap_s = self._turnaround.gap_s.get(ASSUMED_GAP_S)
         if self._answered:
-            return Coming(max(now, self._front_s + gap_s) + waiting * gap_s, agreement**waiting, gap_s)
-        behind = max(0, tree.committed_length - self._missed_length) if waiting else 0
-        answer_s = self._turnaround.answer_s.get(0.0)
-        if answer_s == 0.0 or self._asked_s is None:
-            return None
-        return Coming(max(now, self._asked_s + answer_s) + behind * gap_s, agreement**behind, gap_s)
+            first_s = self._front_s + gap_s
+        else:
+            answer_s = self._turnaround.answer_s.get(0.0)
+            if answer_s == 0.0 or self._asked_s is None:
+                return None
+            first_s = self._asked_s + answer_s
+            behind = max(0, tree.committed_length - self._missed_length) if behind else 0
+        at_s = max(now, first_s) + behind * gap_s
+        return Coming(at_s, agreement**behind, gap_s) if at_s <= until else None
 
     def link_lost(self, now: float) -> None:
         """The link is gone, and the tree with it; the context stays."""

@@ -5,6 +5,7 @@ The wait stops the whole engine, so it must be worth more than the tokens that a
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 from vllm_wanspec.core.estimates import Smoothed
@@ -57,6 +58,16 @@ class Pace:
     agreement: float
     limit: int
 
+    @property
+    def yield_per_s(self) -> float:
+        """Tokens per second of the whole batch: what each second of waiting costs."""
+        return self.rows * self.tokens_per_step / self.step_s
+
+    def longest_wait_s(self, chances: float) -> float:
+        """No wait gains more than all that the requests without a draft could gain; ``chances``: the sum of theirs."""
+        yield_per_s = self.yield_per_s
+        return (self.tokens_per_step - 1.0) * chances / yield_per_s if yield_per_s > 0.0 else inf
+
 
 @dataclass(frozen=True, slots=True)
 class Wait:
@@ -82,12 +93,11 @@ def worthwhile_wait(coming: Iterable[Coming], pace: Pace, *, now: float, max_wai
         now: Seconds.
         max_wait_s: Never more than this.
     """
-    cost = pace.rows * pace.tokens_per_step / pace.step_s
     requests = list(coming)
-    # No wait gains more than all that the requests could gain: beyond that no arrival needs to be looked at.
-    most = (pace.tokens_per_step - 1.0) * sum(request.chance for request in requests)
-    farthest_s = min(max_wait_s, most / cost) if cost > 0.0 else max_wait_s
-    values = _values(pace)
+    if not requests:
+        return None
+    cost, values = pace.yield_per_s, _values(pace)
+    farthest_s = min(max_wait_s, pace.longest_wait_s(sum(request.chance for request in requests)))
     arrivals: list[tuple[float, int, float]] = []
     for request in requests:
         wait_s, before = max(0.0, request.at_s - now), 0.0
