@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench-hotpath bench-trees bench-width test test-all fuzz docs lint install clean
+.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width test test-all fuzz docs lint install clean
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -21,9 +21,26 @@ demo: install
 	$(BIN)/wanspec demo --json build/demo.json
 	echo "make demo: $$SECONDS s"
 
+# Remote drafting beside what a user would run otherwise; takes about an hour and two quiet cores. Goes on where an
+# interrupted run stopped.
+bench: install
+	@mkdir -p docs/results
+	$(BIN)/wanspec bench \
+		--arms none,none_constrained,ngram,draft_model,wanspec,oracle,wanspec_dead,wanspec_random \
+		--rtt-ms 0,10,20,30,50,70,100,500 --concurrency 1,8 \
+		--concurrent-arms none,draft_model,wanspec,wanspec_no_wait --concurrent-rtt-ms 30 \
+		--json docs/results/bench.json --markdown docs/results/bench.md
+	echo "make bench: $$SECONDS s"
+
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install
 	@$(BIN)/python -m vllm_wanspec.bench.hotpath --json build/hotpath.json
+
+# What remote drafting costs target and drafter where nothing is paced; takes about seven minutes and two quiet cores.
+bench-overhead: install
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.bench.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
+	echo "make bench-overhead: $$SECONDS s"
 
 # What redundancy buys, live; takes about twenty minutes and two quiet cores.
 bench-trees: install

@@ -15,6 +15,7 @@ CONFIG_ENV = "WANSPEC_CONFIG"
 EVENTS_ENV = "WANSPEC_EVENTS"
 WIDTH_ENV = "WANSPEC_RUNNING_BRANCHES"
 TOKEN_ENV = "WANSPEC_TOKEN"
+HOST_ENV = "WANSPEC_DRAFT_HOST"
 PROPOSER = "vllm_wanspec.RemoteProposer"
 """What ``--speculative-config`` names as ``model``."""
 MAX_ENTROPY_NATS = 100.0

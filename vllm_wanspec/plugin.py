@@ -2,9 +2,11 @@
 
 from vllm_wanspec.bench import pacing
 from vllm_wanspec.controller import hooks
+from vllm_wanspec.drafter import inside
 
 
 def register() -> None:
-    """Set the wraps of `controller.hooks`, and step pacing where ``WANSPEC_PACING`` asks for it."""
+    """Set the wraps of `controller.hooks`, the calls of `drafter.inside`, and step pacing where it is asked for."""
     hooks.install()
+    inside.install()
     pacing.install_from_env()

@@ -25,7 +25,7 @@ from vllm_wanspec.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from vllm_wanspec.drafter.service import Connection, DraftModel, Host
+from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost, serve
 
 READY_S = 20.0
 
@@ -102,15 +102,8 @@ class OtherVocabulary(BadDrafter):
 
     async def serve(self, socket: web.WebSocketResponse) -> None:
         model = DraftModel("toy", vocabulary_fingerprint({"a": 0, "b": 1}), vocab_size=2, max_context=64)
-        connection = Connection(Host(SilentEngine(), model), socket.send_bytes)
-        writer = asyncio.create_task(connection.write())
-        try:
-            async for frame in socket:
-                if not await connection.receive(frame.data):
-                    return
-        finally:
-            writer.cancel()
-            await connection.close()
+        port = LocalPort(StreamingHost(SilentEngine(), model))
+        await serve(port, (frame.data async for frame in socket), socket.send_bytes)
 
 
 class GarbledGreeting(BadDrafter):

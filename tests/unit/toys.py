@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.expansion import entropy_nats
 from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, Limits, vocabulary_fingerprint
-from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, Connection, DraftModel, Host
+from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, DraftModel, LocalPort, StreamingHost, serve
 
 VOCABULARY = {f"t{index}": index for index in range(50)}
 FINGERPRINT = vocabulary_fingerprint(VOCABULARY)
@@ -156,7 +156,7 @@ class DrafterServer:
         sink: Sink | None = None,
     ) -> None:
         self.engine = ToyEngine(toy)
-        self.host = Host(self.engine, model or draft_model(), running_branches=running_branches, sink=sink)
+        self.host = StreamingHost(self.engine, model or draft_model(), running_branches=running_branches, sink=sink)
         self.token = token
         self.handler: Handler | None = None
         self.attempts = 0
@@ -227,16 +227,9 @@ class DrafterServer:
         transport = request.transport
         assert transport is not None
         self._transports.add(transport)
-        connection = Connection(self.host, socket.send_bytes)
-        writer = asyncio.create_task(connection.write())
         try:
-            async for message in socket:
-                if message.type is not WSMsgType.BINARY or not await connection.receive(message.data):
-                    break
+            await serve(LocalPort(self.host), (message.data async for message in socket), socket.send_bytes)
         finally:
-            writer.cancel()
-            await asyncio.gather(writer, return_exceptions=True)
-            await connection.close()
             self._transports.discard(transport)
             with contextlib.suppress(ConnectionError):
                 await socket.close()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -16,10 +17,23 @@ from vllm_wanspec.bench.pacing import PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.bench.servers import HOST, ServerSpec, wanspec_command
 from vllm_wanspec.errors import ConfigError
 
-__all__ = ["DemoModels", "DemoOptions", "DemoPlan", "Prompt", "choose_prompts", "find_models", "plan_servers"]
+__all__ = [
+    "DemoModels",
+    "DemoOptions",
+    "DemoPlan",
+    "Prompt",
+    "choose_prompts",
+    "find_models",
+    "plain_command",
+    "plan_servers",
+    "vllm_spec",
+    "wan_spec",
+    "write_config",
+]
 
 DRAFTER_NAME = "demo"
 MODEL_NAME = "demo-target"
+NAMED = ("--served-model-name", MODEL_NAME)
 PORTS_NEEDED = 5
 #: Step times like a 70B target's and a 1B draft model's (design, section 10).
 TARGET_PACE = Pacing(35.0, 0.1)
@@ -64,7 +78,7 @@ class DemoModels:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and the module that it was cut from."""
+    """A prompt and the module that it was cut from; its line in the file where that does not say."""
 
     module: str
     text: str
@@ -141,8 +155,8 @@ def _read_prompts(path: Path) -> list[Prompt]:
             continue
         try:
             entry = json.loads(line)
-            prompts.append(Prompt(str(entry["module"]), str(entry["prompt"])))
-        except (ValueError, KeyError, TypeError):
+            prompts.append(Prompt(str(entry.get("module", f"line {number}")), str(entry["prompt"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f'prompts: {path}, line {number}: expected {{"module": …, "prompt": …}}') from None
     return prompts
 
@@ -158,36 +172,69 @@ def plan_servers(options: DemoOptions, models: DemoModels, ports: Sequence[int],
     """
     drafter_port, wan_port, plain_port, wanspec_port, metrics_port = ports
     target_core, draft_core = machine.pin_cores()
-    yaml_path = folder / "wanspec.yaml"
-    yaml_path.write_text(_config_text(wan_port, metrics_port), "utf-8")
+    yaml_path = write_config(folder / "wanspec.yaml", wan_port, metrics_port)
     stats = {name: folder / f"{name}.pacing.json" for name in ("drafter", "plain", "wanspec")}
-    for path in stats.values():
-        path.unlink(missing_ok=True)  # a former run's, where the folder was given
-    common = ["--host", HOST, *machine.server_flags()]
-    named = ["--served-model-name", MODEL_NAME, *common]
-    plain_argv = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models.target)]
-    wanspec_argv = wanspec_command("serve", str(models.target), "--wanspec", str(yaml_path))
-    ahead = ["--speculative-tokens", str(options.speculative_tokens)]
 
     def paced(name: str, argv: list[str], port: int, core: int | None, pace: Pacing) -> ServerSpec:
-        env = machine.server_env(core) | {PACING_ENV: pace.setting, STATS_ENV: str(stats[name])}
-        return ServerSpec(name, [*argv, "--port", str(port)], port, env, core)
+        return vllm_spec(name, argv, port, core, pace, stats[name])
 
-    drafter_argv = [*wanspec_command("drafter", str(models.draft)), *common]
-    wan_argv = wanspec_command("wan", "--listen", f"{HOST}:{wan_port}", "--to", f"{HOST}:{drafter_port}")
-    wan = ServerSpec("wan", [*wan_argv, "--rtt-ms", f"{options.rtt_ms:g}"], wan_port, health_path=None)
+    wanspec_argv = wanspec_command("serve", str(models.target), "--wanspec", str(yaml_path))
+    ahead = ["--speculative-tokens", str(options.speculative_tokens)]
+    drafter_argv = wanspec_command("drafter", str(models.draft))
     specs = (
         paced("drafter", drafter_argv, drafter_port, draft_core, options.draft_pace),
-        wan,
-        paced("plain", [*plain_argv, *named], plain_port, target_core, options.target_pace),
-        paced("wanspec", [*wanspec_argv, *ahead, *named], wanspec_port, target_core, options.target_pace),
+        wan_spec(wan_port, drafter_port, options.rtt_ms),
+        paced("plain", [*plain_command(str(models.target)), *NAMED], plain_port, target_core, options.target_pace),
+        paced("wanspec", [*wanspec_argv, *ahead, *NAMED], wanspec_port, target_core, options.target_pace),
     )
     return DemoPlan(specs, "plain", "wanspec", f"http://{HOST}:{metrics_port}/metrics", stats)
 
 
-def _config_text(wan_port: int, metrics_port: int) -> str:
-    config = {
-        "draft_endpoints": [{"name": DRAFTER_NAME, "url": f"http://{HOST}:{wan_port}"}],
+def plain_command(target: str) -> list[str]:
+    """Return the argv that serves a target by vLLM alone."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]
+
+
+def vllm_spec(
+    name: str,
+    argv: Sequence[str],
+    port: int,
+    core: int | None,
+    pace: Pacing | None,
+    stats: Path,
+    env: Mapping[str, str] | None = None,
+) -> ServerSpec:
+    """Describe a vLLM server on this machine.
+
+    Args:
+        name: What people call it.
+        argv: Its command, without host, port and the flags of small machines.
+        port: Where it listens.
+        core: CPU number to pin it to; None does not pin.
+        pace: Duration of its model's forwards; None does not pace.
+        stats: Pacing statistics file; what a former run left there is removed.
+        env: What its environment has besides.
+    """
+    stats.unlink(missing_ok=True)
+    pacing = {} if pace is None else {PACING_ENV: pace.setting, STATS_ENV: str(stats)}
+    argv = [*argv, "--host", HOST, *machine.server_flags(), "--port", str(port)]
+    return ServerSpec(name, argv, port, machine.server_env(core) | pacing | dict(env or {}), core)
+
+
+def wan_spec(port: int, drafter_port: int, rtt_ms: float, control_port: int | None = None) -> ServerSpec:
+    """Describe the WAN proxy before a drafter; ``control_port`` lets it be changed while it runs."""
+    argv = wanspec_command("wan", "--listen", f"{HOST}:{port}", "--to", f"{HOST}:{drafter_port}")
+    control = [] if control_port is None else ["--control", f"{HOST}:{control_port}"]
+    return ServerSpec("wan", [*argv, "--rtt-ms", f"{rtt_ms:g}", *control], port, health_path=None)
+
+
+def write_config(path: Path, drafter_port: int, metrics_port: int, late: str | None = None) -> Path:
+    """Write a target's YAML file and return its path; ``late`` sets the policy for late drafts."""
+    config: dict[str, Any] = {
+        "draft_endpoints": [{"name": DRAFTER_NAME, "url": f"http://{HOST}:{drafter_port}"}],
         "metrics": {"port": metrics_port},
     }
-    return yaml.safe_dump(config, sort_keys=False)
+    if late is not None:
+        config["late"] = {"policy": late}
+    path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    return path

@@ -21,7 +21,14 @@ __all__ = ["cores", "describe", "has_gpu", "missing_vllm", "pin_cores", "server_
 MAX_MODEL_LEN = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
 #: Settings of the caller's shell that would change what a started server is.
-FOREIGN_ENV = ("VLLM_PLUGINS", "WANSPEC_CONFIG", "WANSPEC_TOKEN", "WANSPEC_PACING", "WANSPEC_PACING_STATS")
+FOREIGN_ENV = (
+    "VLLM_PLUGINS",
+    "WANSPEC_CONFIG",
+    "WANSPEC_TOKEN",
+    "WANSPEC_PACING",
+    "WANSPEC_DRAFT_PACING",
+    "WANSPEC_PACING_STATS",
+)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from typing import Any
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 __all__ = [
+    "DRAFT_PACING_ENV",
     "PACING_ENV",
     "STATS_ENV",
     "STATS_INTERVAL_S",
@@ -33,10 +34,12 @@ __all__ = [
     "Pacing",
     "PacingStats",
     "install",
+    "install_draft",
     "install_from_env",
 ]
 
 PACING_ENV = "WANSPEC_PACING"
+DRAFT_PACING_ENV = "WANSPEC_DRAFT_PACING"
 STATS_ENV = "WANSPEC_PACING_STATS"
 STATS_INTERVAL_S = 1.0
 MAX_BASE_MS = 60_000.0
@@ -142,6 +145,11 @@ class Pacer:
         self._sleep = sleep
         self._stats_interval_s = stats_interval_s
         self._written_steps = 0
+        self._draft: PacingStats | None = None
+
+    def count_draft(self, stats: PacingStats) -> None:
+        """Write a co-located draft model's counts too, as ``draft_steps`` and ``draft_overruns``."""
+        self._draft = stats
 
     def run(self, forward: Callable[[], Any], tokens: int) -> Any:
         """Call ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
@@ -183,7 +191,10 @@ class Pacer:
         scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             self._written_steps = self.stats.steps
-            scratch.write_text(json.dumps(self.stats.as_json()), "utf-8")
+            counts = self.stats.as_json()
+            if self._draft is not None:
+                counts |= {"draft_steps": self._draft.steps, "draft_overruns": self._draft.overruns}
+            scratch.write_text(json.dumps(counts), "utf-8")
             scratch.replace(path)
         except OSError as error:
             logger.warning("cannot write pacing statistics to %s (%s); giving up on them", path, error)
@@ -191,7 +202,9 @@ class Pacer:
 
 
 def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
-    """Pace this process's forwards if ``WANSPEC_PACING`` asks for it.
+    """Pace this process's forwards if ``WANSPEC_PACING`` asks for it, and a co-located draft model's.
+
+    ``WANSPEC_DRAFT_PACING`` is for the latter; it needs the former.
 
     Returns:
         The pacer in use, or None when the variable is unset or empty.
@@ -204,7 +217,11 @@ def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
     if not setting:
         return None
     stats_path = environ.get(STATS_ENV, "").strip()
-    return install(Pacing.parse(setting, PACING_ENV), Path(stats_path) if stats_path else None)
+    pacer = install(Pacing.parse(setting, PACING_ENV), Path(stats_path) if stats_path else None)
+    draft_setting = environ.get(DRAFT_PACING_ENV, "").strip()
+    if draft_setting:
+        pacer.count_draft(install_draft(Pacing.parse(draft_setting, DRAFT_PACING_ENV)).stats)
+    return pacer
 
 
 def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = None) -> Pacer:
@@ -246,6 +263,46 @@ def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = 
     paced_forward.wanspec_pacer = pacer  # type: ignore[attr-defined]
     runner_class._model_forward = paced_forward
     logger.info("pacing: every model forward takes at least %s", pacing)
+    return pacer
+
+
+def install_draft(pacing: Pacing, proposer_class: Any = None) -> Pacer:
+    """Wrap the forward of the draft model that vLLM runs beside the target; a second call changes nothing.
+
+    Args:
+        pacing: The pace.
+        proposer_class: The class that loads it; None takes vLLM's ``DraftModelProposer``.
+
+    Returns:
+        The pacer in use: the first one installed.
+    """
+    if proposer_class is None:
+        proposer_class = importlib.import_module("vllm.v1.spec_decode.draft_model").DraftModelProposer
+    load_model = proposer_class.load_model
+    installed = getattr(load_model, "wanspec_pacer", None)
+    if isinstance(installed, Pacer):
+        return installed
+    pacer = Pacer(pacing)
+
+    def paced_load_model(proposer: Any, *args: Any, **kwargs: Any) -> None:
+        load_model(proposer, *args, **kwargs)
+        original = proposer.model.forward
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            rows = _input_rows(inputs, named)
+
+            def work() -> Any:
+                result = original(*inputs, **named)
+                _wait_for_device(rows)
+                return result
+
+            return pacer.run(work, _row_count(rows))
+
+        proposer.model.forward = forward
+
+    paced_load_model.wanspec_pacer = pacer  # type: ignore[attr-defined]
+    proposer_class.load_model = paced_load_model
+    logger.info("pacing: every forward of the draft model beside the target takes at least %s", pacing)
     return pacer
 
 

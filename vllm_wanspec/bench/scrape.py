@@ -21,10 +21,10 @@ LINK_POLL_S = 0.2
 Sample = tuple[str, dict[str, str], float]
 
 
-async def read_samples(http: aiohttp.ClientSession, url: str) -> list[Sample]:
-    """Return the samples that an endpoint serves under the project's names.
+async def read_samples(http: aiohttp.ClientSession, url: str, prefix: str = PREFIX) -> list[Sample]:
+    """Return the samples that an endpoint serves under the project's names, or under others.
 
-    Others are not even parsed: a vLLM server has hundreds, and reading them would disturb the next measurement.
+    The rest are not even parsed: a vLLM server has hundreds, and reading them would disturb the next measurement.
 
     Raises:
         ClientError: The metrics cannot be read.
@@ -33,7 +33,7 @@ async def read_samples(http: aiohttp.ClientSession, url: str) -> list[Sample]:
         async with http.get(url, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as response:
             response.raise_for_status()
             lines = (await response.text()).splitlines(keepends=True)
-        ours = "".join(line for line in lines if line.startswith(PREFIX))
+        ours = "".join(line for line in lines if line.startswith(prefix))
         families = list(text_string_to_metric_families(ours))
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
         raise ClientError(f"{url}: cannot read metrics: {error or type(error).__name__}") from error

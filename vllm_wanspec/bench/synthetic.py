@@ -16,7 +16,7 @@ from aiohttp import WSMsgType, web
 from vllm_wanspec.bench.language import TAIL, Language
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH
-from vllm_wanspec.drafter.service import Connection, DraftModel, Host
+from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost, serve
 from vllm_wanspec.errors import RemoteProtocolError
 
 __all__ = ["FINGERPRINT", "RUNNING_BRANCHES", "STATS_PATH", "SteppedEngine", "make_app", "synthetic_model"]
@@ -126,7 +126,7 @@ def synthetic_model(language: Language) -> DraftModel:
     return DraftModel("made-up", FINGERPRINT, language.vocab_size, MAX_CONTEXT_TOKENS)
 
 
-def make_app(host: Host, engine: SteppedEngine) -> web.Application:
+def make_app(host: StreamingHost, engine: SteppedEngine) -> web.Application:
     """The drafter as an application: the WebSocket, ``/health`` and ``/stats``."""
 
     async def health(request: web.Request) -> web.Response:
@@ -145,30 +145,30 @@ def make_app(host: Host, engine: SteppedEngine) -> web.Application:
     return app
 
 
-async def _serve(request: web.Request, host: Host) -> web.StreamResponse:
+async def _serve(request: web.Request, host: StreamingHost) -> web.StreamResponse:
     """One controller's connection, from handshake to end."""
     socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES)
     await socket.prepare(request)
-    connection = Connection(host, socket.send_bytes)
-    writer = asyncio.create_task(connection.write())
     try:
-        async for message in socket:
-            if message.type is not WSMsgType.BINARY or not await connection.receive(message.data):
-                break
+        await serve(LocalPort(host), _frames(socket), socket.send_bytes)
     except RemoteProtocolError as error:
         print(f"the controller broke the protocol: {error}", flush=True)
     finally:
-        writer.cancel()
-        await asyncio.gather(writer, return_exceptions=True)
-        await connection.close()
         await socket.close()
     return socket
+
+
+async def _frames(socket: web.WebSocketResponse) -> AsyncGenerator[bytes, None]:
+    async for message in socket:
+        if message.type is not WSMsgType.BINARY:
+            return
+        yield message.data
 
 
 async def _main(port: int, running_branches: int) -> None:
     language = Language()
     engine = SteppedEngine(language)
-    host = Host(engine, synthetic_model(language), running_branches=running_branches)
+    host = StreamingHost(engine, synthetic_model(language), running_branches=running_branches)
     runner = web.AppRunner(make_app(host, engine), shutdown_timeout=0.2)
     await runner.setup()
     try:

@@ -228,6 +228,11 @@ class WanProxy:
         self._settings = self._settings.changed(**fields)
         return self._settings
 
+    def drop_connections(self) -> None:
+        """Reset all connections and go on listening: whoever connects anew measures the round trip anew."""
+        for task in self._tasks:
+            task.cancel()
+
     async def start(self) -> None:
         """Listen.  :class:`ConfigError`: the address cannot be listened on."""
         self._started_s = asyncio.get_running_loop().time()

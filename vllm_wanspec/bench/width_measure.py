@@ -53,10 +53,9 @@ COUNTERS = {
     "wanspec_drafted_tokens_total": "drafted_tokens",
     "wanspec_branches_started_total": "starts",
     "wanspec_branch_seconds_total": "branch_seconds",
-    "vllm:inter_token_latency_seconds_sum": "gap_seconds",
-    "vllm:inter_token_latency_seconds_count": "gaps",
-    "vllm:time_to_first_token_seconds_sum": "first_seconds",
-    "vllm:time_to_first_token_seconds_count": "firsts",
+    "wanspec_gap_seconds_total": "gap_seconds",
+    "wanspec_first_seconds_total": "first_seconds",
+    "wanspec_first_tokens_total": "firsts",
 }
 
 
@@ -190,7 +189,7 @@ class Window:
             width=width,
             running=running_s / seconds,
             step_ms=_per(1e3 * running_s, drafted),
-            gap_ms=_per(1e3 * self._grown("gap_seconds"), self._grown("gaps")),
+            gap_ms=_per(1e3 * self._grown("gap_seconds"), self._grown("drafted_tokens") - self._grown("firsts")),
             first_ms=_per(1e3 * self._grown("first_seconds"), self._grown("firsts")),
             events_per_s=drafted / seconds,
             starts_per_s=started / seconds,

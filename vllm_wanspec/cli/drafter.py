@@ -6,6 +6,10 @@ import typer
 
 from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
 
+#: A branch begins with the step after the token that it follows: vLLM must not have scheduled that step before.
+SYNCHRONOUS = "--no-async-scheduling"
+SCHEDULING = {SYNCHRONOUS, "--async-scheduling"}
+
 
 def drafter(
     context: typer.Context,
@@ -16,4 +20,7 @@ def drafter(
     Controllers must send WANSPEC_TOKEN as bearer token where that variable is set.
     """
     require_vllm()
-    become_vllm_serve([model, *context.args], routes=True)
+    arguments = list(context.args)
+    if not any(argument in SCHEDULING for argument in arguments):
+        arguments.append(SYNCHRONOUS)
+    become_vllm_serve([model, *arguments], routes=True)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vllm_wanspec import __version__
+from vllm_wanspec.cli.bench import bench
 from vllm_wanspec.cli.demo import demo
 from vllm_wanspec.cli.drafter import drafter
 from vllm_wanspec.cli.serve import serve
@@ -16,6 +17,7 @@ from vllm_wanspec.errors import WanspecError
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.command()(bench)
 app.command()(demo)
 app.command(context_settings=PASS_ON)(drafter)
 app.command(context_settings=PASS_ON)(serve)

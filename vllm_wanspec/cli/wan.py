@@ -33,7 +33,8 @@ def wan(
     control: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT", help="Serve GET and PATCH /settings and GET /counters here, without a login."
+            metavar="HOST:PORT",
+            help="Serve GET and PATCH /settings, GET /counters and DELETE /connections here, without a login.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the jitter.")] = 0,
@@ -77,7 +78,8 @@ def control_app(proxy: WanProxy) -> web.Application:
     """Return the control API of a running proxy.
 
     ``GET /settings``; ``PATCH /settings`` with a JSON object of any of the fields, answered by all of them, or by 400
-    and ``{"error": ...}``, in which case nothing changed; ``GET /counters``.  It has no login: serve it on loopback.
+    and ``{"error": ...}``, in which case nothing changed; ``GET /counters``; ``DELETE /connections``, which resets all
+    of them.  It has no login: serve it on loopback.
     """
 
     async def get_settings(_: web.Request) -> web.Response:
@@ -95,9 +97,13 @@ def control_app(proxy: WanProxy) -> web.Application:
         counters = {name: getattr(proxy, name) for name in (*names, "connections_failed", "elapsed_s")}
         return web.json_response(counters)
 
+    async def delete_connections(request: web.Request) -> web.Response:
+        proxy.drop_connections()
+        return await get_counters(request)
+
     app = web.Application()
     app.add_routes([web.get("/settings", get_settings), web.patch("/settings", patch_settings)])
-    app.add_routes([web.get("/counters", get_counters)])
+    app.add_routes([web.get("/counters", get_counters), web.delete("/connections", delete_connections)])
     return app
 
 

@@ -1,7 +1,7 @@
 """Draft engines: where a drafter's tokens come from. Here: the vLLM engine of the same server."""
 
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -51,13 +51,15 @@ class VllmEngine:
                 yield [_step(completion, index) for index in range(len(completion.token_ids))]
 
 
+def draft_step(token: int, ids: Sequence[int], logprobs: Sequence[float]) -> DraftStep:
+    """One position as vLLM gives it: the sampled token first, and then once more in its place among the ranked ones."""
+    ranked = zip(ids[1:], logprobs[1:], strict=True)
+    others = sorted((item for item in ranked if item[0] != token), key=_LOGPROB, reverse=True)
+    return DraftStep(token, logprobs[0], entropy_nats([logprobs[0], *map(_LOGPROB, others)]), tuple(others))
+
+
 def _step(completion: Any, index: int) -> DraftStep:
     """One position of a vLLM completion with flat log-probabilities."""
     flat = completion.logprobs
     begin, end = flat.start_indices[index], flat.end_indices[index]
-    token = completion.token_ids[index]
-    # vLLM puts the sampled token first, and then once more in its place among the ranked ones.
-    ranked = zip(flat.token_ids[begin + 1 : end], flat.logprobs[begin + 1 : end], strict=True)
-    others = sorted((item for item in ranked if item[0] != token), key=_LOGPROB, reverse=True)
-    logprob = flat.logprobs[begin]
-    return DraftStep(token, logprob, entropy_nats([logprob, *map(_LOGPROB, others)]), tuple(others))
+    return draft_step(completion.token_ids[index], flat.token_ids[begin:end], flat.logprobs[begin:end])

@@ -1,21 +1,24 @@
 """The vLLM endpoint plugin: the drafter's WebSocket route on a vLLM server."""
 
-import asyncio
 import hmac
 import logging
 import os
+from collections.abc import AsyncGenerator
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from prometheus_client import REGISTRY
 from starlette.responses import JSONResponse
 
-from vllm_wanspec.config import EVENTS_ENV, TOKEN_ENV, WIDTH_ENV
+from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.drafter.engines import VllmEngine
+from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.metrics import HostCollector
-from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, Connection, DraftModel, Host
+from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, DraftModel, LocalPort, StreamingHost, serve
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
 
@@ -23,6 +26,7 @@ logger = logging.getLogger("vllm.wanspec.drafter")
 
 WARM_UP_TOKENS = 4
 GOING_AWAY, PROTOCOL_ERROR = 1001, 1002
+ENGINE, FRONT_END = "engine", "front-end"
 
 
 class WanspecRoutes:
@@ -37,23 +41,42 @@ class WanspecRoutes:
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Get ready before the server reports that it is: the first request with log-probabilities compiles."""
-        engine = VllmEngine(engine_client)
         config = engine_client.vllm_config.model_config
         vocabulary = engine_client.get_tokenizer().get_vocab()
         places = running_branches(os.environ.get(WIDTH_ENV), engine_client.vllm_config.scheduler_config.max_num_seqs)
-        events = os.environ.get(EVENTS_ENV)
-        log = EventLog(events, "drafter", str(config.model)) if events else None
         model = DraftModel(
             name=str(config.model),
             fingerprint=vocabulary_fingerprint(vocabulary),
             vocab_size=min(max(vocabulary.values()) + 1, config.get_vocab_size()),
             max_context=config.max_model_len - 1,
         )
-        state.wanspec_host = Host(engine, model, running_branches=places, sink=log.record if log else None)
-        REGISTRY.register(HostCollector(state.wanspec_host))
+        engine = VllmEngine(engine_client)
+        events = os.environ.get(EVENTS_ENV)
+        if host_place(os.environ.get(HOST_ENV), engine_client.vllm_config.parallel_config.data_parallel_size) == ENGINE:
+            gate = EngineGate(engine_client)
+            await gate.setup({"model": asdict(model), "running_branches": places, "events": events})
+            state.wanspec_port, stats = gate.port, lambda: gate.stats
+        else:
+            log = EventLog(events, "drafter", model.name) if events else None
+            host = StreamingHost(engine, model, running_branches=places, sink=log.record if log else None)
+            state.wanspec_port, stats = partial(LocalPort, host), host.stats
+        REGISTRY.register(HostCollector(stats))
         async for _ in engine.draft((0,), WARM_UP_TOKENS):
             pass
         logger.info("drafter ready: %s, longest context %d tokens", config.model, config.max_model_len - 1)
+
+
+def host_place(asked: str | None, data_parallel_size: int) -> str:
+    """Where the sessions live: with the engine, or, as several engines need it, in the front end.
+
+    Raises:
+        ConfigError: ``asked`` is neither, or cannot be.
+    """
+    if asked not in (None, "", ENGINE, FRONT_END):
+        raise ConfigError(f"{HOST_ENV}: {asked!r} is neither {ENGINE} nor {FRONT_END}")
+    if asked == ENGINE and data_parallel_size > 1:
+        raise ConfigError(f"{HOST_ENV}: with --data-parallel-size {data_parallel_size} it can only be {FRONT_END}")
+    return asked or (ENGINE if data_parallel_size == 1 else FRONT_END)
 
 
 async def serve_controller(websocket: WebSocket) -> None:
@@ -63,25 +86,14 @@ async def serve_controller(websocket: WebSocket) -> None:
         await websocket.send_denial_response(JSONResponse({"error": "wrong or missing bearer token"}, status_code=401))
         return
     await websocket.accept()
-    state = websocket.app.state
-    connection = Connection(state.wanspec_host, websocket.send_bytes)
-    reader = asyncio.create_task(_read(websocket, connection))
-    writer = asyncio.create_task(connection.write())
     try:
-        done, _ = await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        await serve(websocket.app.state.wanspec_port(), _frames(websocket), websocket.send_bytes)
         await _close(websocket, GOING_AWAY, "")
     except RemoteProtocolError as error:
         logger.warning("controller at %s dropped: %s", _peer(websocket), error)
         await _close(websocket, PROTOCOL_ERROR, str(error)[:100])
     except (WebSocketDisconnect, RuntimeError, OSError) as error:
         logger.info("controller at %s is gone (%s)", _peer(websocket), type(error).__name__)
-    finally:
-        reader.cancel()
-        writer.cancel()
-        await asyncio.gather(reader, writer, return_exceptions=True)
-        await connection.close()
 
 
 def authorized(header: str | None, token: str | None) -> bool:
@@ -100,7 +112,7 @@ def running_branches(asked: str | None, max_num_seqs: int) -> int:
     return min(int(asked or DEFAULT_RUNNING_BRANCHES), max_num_seqs)
 
 
-async def _read(websocket: WebSocket, connection: Connection) -> None:
+async def _frames(websocket: WebSocket) -> AsyncGenerator[bytes, None]:
     while True:
         message = await websocket.receive()
         if message["type"] == "websocket.disconnect":
@@ -108,8 +120,7 @@ async def _read(websocket: WebSocket, connection: Connection) -> None:
         frame = message.get("bytes")
         if frame is None:
             raise RemoteProtocolError("a text frame, where all are binary")
-        if not await connection.receive(frame):
-            return
+        yield frame
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:

@@ -87,9 +87,8 @@ def test_a_window_s_figures() -> None:
             "branch_seconds": 9.0,
             "starts": 8.0,
             "gap_seconds": 1.5,
-            "gaps": 300.0,
             "first_seconds": 0.2,
-            "firsts": 10.0,
+            "firsts": 100.0,
         },
         {"api": 1.5, "engine": 3.0, "core": 10.9},
     )
@@ -98,7 +97,7 @@ def test_a_window_s_figures() -> None:
     assert found.is_near
     assert found.step_ms == pytest.approx(10.0)
     assert found.gap_ms == pytest.approx(5.0)
-    assert found.first_ms == pytest.approx(20.0)
+    assert found.first_ms == pytest.approx(2.0)
     assert (found.events_per_s, found.starts_per_s) == (200.0, 4.0)
     assert (found.bytes_per_s, found.committed_per_s) == (2000.0, 25.0)
     assert (found.api_cpu, found.engine_cpu) == (0.25, 0.5)
@@ -121,9 +120,9 @@ METRICS = """\
 # HELP wanspec_drafted_tokens_total Tokens.
 wanspec_drafted_tokens_total 42.0
 wanspec_running_branches 3.0
-vllm:inter_token_latency_seconds_sum{engine="0",model_name="a b"} 1.5
-vllm:inter_token_latency_seconds_sum{engine="1",model_name="a b"} 0.5
-vllm:inter_token_latency_seconds_bucket{le="0.1"} 7.0
+wanspec_gap_seconds_total{engine="0",model_name="a b"} 1.5
+wanspec_gap_seconds_total{engine="1",model_name="a b"} 0.5
+wanspec_gap_seconds_bucket{le="0.1"} 7.0
 """
 
 

@@ -36,7 +36,7 @@ from vllm_wanspec.core.messages import (
     encode,
     to_wire,
 )
-from vllm_wanspec.drafter.service import Connection, Host
+from vllm_wanspec.drafter.service import Connection, StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError
 
 INPUTS = int(os.environ.get("WANSPEC_FUZZ_INPUTS", "50000"))
@@ -194,7 +194,7 @@ def test_fuzz_of_the_drafters_connection() -> None:
     async def run() -> Counter[str]:
         rng, fuzz = random.Random(8), Fuzz(9)
         seen: Counter[str] = Counter()
-        host = Host(ShortEngine(), draft_model(max_sessions=8, max_context=200), running_branches=16)
+        host = StreamingHost(ShortEngine(), draft_model(max_sessions=8, max_context=200), running_branches=16)
         connection = None
         for _ in range(SESSION_INPUTS):
             if connection is None:

@@ -8,7 +8,7 @@ from toys import FINGERPRINT, Toy, ToyEngine, draft_model, limits
 
 from vllm_wanspec.core.messages import Hello, Message, Nodes, Open, decode, encode
 from vllm_wanspec.drafter.engines import DraftEngine
-from vllm_wanspec.drafter.service import Connection, DraftModel, Host
+from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost
 
 TOY = Toy(seed=5)
 PROMPT = (1, 2, 3)
@@ -18,16 +18,22 @@ class Peer:
     """The controller's end of a connection."""
 
     def __init__(
-        self, engine: DraftEngine | None = None, model: DraftModel | None = None, host: Host | None = None
+        self, engine: DraftEngine | None = None, model: DraftModel | None = None, host: StreamingHost | None = None
     ) -> None:
         self.engine = engine or ToyEngine(TOY)
-        self.host = host or Host(self.engine, model or draft_model())
+        self.host = host or StreamingHost(self.engine, model or draft_model())
         self.received: list[Message] = []
         self.frames = 0
         self.reading = asyncio.Event()
         self.reading.set()
-        self.connection = Connection(self.host, self._send)
-        self.writer = asyncio.create_task(self.connection.write())
+        self.port = LocalPort(self.host)
+        self.connection = self.port.connection
+        self.writer = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        while True:
+            for frame in await self.port.frames():
+                await self._send(frame)
 
     async def _send(self, frame: bytes) -> None:
         await self.reading.wait()
@@ -35,10 +41,15 @@ class Peer:
         self.received += decode(frame)
 
     async def say(self, *messages: Message) -> bool:
-        return await self.connection.receive(encode(messages))
+        goes_on = await self.port.receive(encode(messages))
+        if not goes_on:
+            for frame in self.port.leftovers():
+                await self._send(frame)
+        return goes_on
 
     async def greet(self) -> None:
         assert await self.say(Hello(1, FINGERPRINT, "test"))
+        await self.until(lambda: self.received)
 
     async def until(self, condition: Callable[[], object]) -> None:
         async with asyncio.timeout(5.0):
@@ -58,7 +69,7 @@ class Peer:
         self.writer.cancel()
         with suppress(asyncio.CancelledError):
             await self.writer
-        await self.connection.close()
+        await self.port.close()
 
 
 def with_peer(

@@ -5,25 +5,29 @@ from host_peer import TOY, Peer, opened, with_peer
 from prometheus_client import CollectorRegistry, generate_latest
 from toys import ToyEngine, draft_model
 
+from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.messages import Close
 from vllm_wanspec.drafter.metrics import HostCollector
-from vllm_wanspec.drafter.service import Host
+from vllm_wanspec.drafter.service import Connection, Host, StreamingHost
 
 
-def metrics(host: Host) -> dict[str, float]:
+def metrics(host: StreamingHost) -> dict[str, float]:
     registry = CollectorRegistry()
-    registry.register(HostCollector(host))
+    registry.register(HostCollector(host.stats))
     lines = generate_latest(registry).decode().splitlines()
     return {line.split()[0]: float(line.split()[1]) for line in lines if not line.startswith("#")}
 
 
 def test_what_a_host_that_rests_says() -> None:
-    assert metrics(Host(ToyEngine(TOY), draft_model())) == {
+    assert metrics(StreamingHost(ToyEngine(TOY), draft_model())) == {
         "wanspec_sessions": 0.0,
         "wanspec_running_branches": 0.0,
         "wanspec_drafted_tokens_total": 0.0,
         "wanspec_branches_started_total": 0.0,
         "wanspec_branch_seconds_total": 0.0,
+        "wanspec_first_tokens_total": 0.0,
+        "wanspec_first_seconds_total": 0.0,
+        "wanspec_gap_seconds_total": 0.0,
     }
 
 
@@ -49,9 +53,30 @@ def test_they_follow_what_happens() -> None:
     with_peer(scenario)
 
 
+def test_times_to_the_first_token_and_between_tokens() -> None:
+    now = [100.0]
+    step = DraftStep(1, -0.1, 0.3)
+
+    class Played(Host):
+        def _extend(self, handle: int, start: StartBranch) -> None:
+            pass
+
+        def _cease(self, handle: int) -> None:
+            self.gone(handle)
+
+    host = Played(draft_model(), clock=lambda: now[0])
+    connection = Connection(host)
+    handles = [host.start(connection, 1, StartBranch(branch, 0, (1,), 8)) for branch in (1, 2)]
+    for handle, seconds, tokens in ((handles[0], 2.0, 1), (handles[1], 1.0, 1), (handles[0], 3.0, 2)):
+        now[0] += seconds
+        host.drafted(handle, [step] * tokens)
+    assert (host.stats().first_tokens, host.stats().first_seconds) == (2, pytest.approx(2.0 + 3.0))
+    assert host.stats().gap_seconds == pytest.approx(1.0 + 3.0)
+
+
 def test_the_mean_number_of_running_branches_is_the_growth_of_their_time() -> None:
     now = [100.0]
-    host = Host(ToyEngine(TOY), draft_model(), clock=lambda: now[0])
+    host = StreamingHost(ToyEngine(TOY), draft_model(), clock=lambda: now[0])
     for change, seconds, total in ((1, 2.0, 2.0), (1, 3.0, 8.0), (1, 1.0, 11.0), (-1, 4.0, 19.0), (-1, 0.5, 19.5)):
         host.count_running(change)
         now[0] += seconds

@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,11 +16,11 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
 from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_model, limits, wait_until
 
-from vllm_wanspec.config import EVENTS_ENV, TOKEN_ENV, WIDTH_ENV
+from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.drafter.routes import WanspecRoutes, authorized, running_branches
-from vllm_wanspec.drafter.service import Host
+from vllm_wanspec.drafter.service import LocalPort, StreamingHost
 from vllm_wanspec.errors import ConfigError
 
 TOY = Toy(seed=9)
@@ -31,7 +32,7 @@ async def drafter() -> AsyncIterator[tuple[str, ToyEngine]]:
     app = FastAPI()
     WanspecRoutes().attach_router(app)
     engine = ToyEngine(TOY)
-    app.state.wanspec_host = Host(engine, draft_model())
+    app.state.wanspec_port = partial(LocalPort, StreamingHost(engine, draft_model()))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(app, log_level="critical", ws="websockets-sansio", lifespan="off")
@@ -225,7 +226,11 @@ def client(max_num_seqs: int = 100) -> SimpleNamespace:
     config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64)
     scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
     return SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=config, scheduler_config=scheduler),
+        vllm_config=SimpleNamespace(
+            model_config=config,
+            scheduler_config=scheduler,
+            parallel_config=SimpleNamespace(data_parallel_size=1),
+        ),
         get_tokenizer=lambda: SimpleNamespace(get_vocab=lambda: VOCABULARY),
     )
 
@@ -234,16 +239,17 @@ def client(max_num_seqs: int = 100) -> SimpleNamespace:
 def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
     for name in (WIDTH_ENV, EVENTS_ENV):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(HOST_ENV, routes.FRONT_END)
     registry = CollectorRegistry()
     monkeypatch.setattr(routes, "REGISTRY", registry)
     return registry
 
 
-def made_ready(max_num_seqs: int = 100) -> Host:
+def made_ready(max_num_seqs: int = 100) -> StreamingHost:
     state = SimpleNamespace()
     asyncio.run(WanspecRoutes().init_state(client(max_num_seqs), state, None))
-    host = state.wanspec_host
-    assert isinstance(host, Host)
+    host = state.wanspec_port().connection._host
+    assert isinstance(host, StreamingHost)
     return host
 
 

@@ -189,7 +189,7 @@ def test_garbage() -> None:
     async def scenario(peer: Peer) -> None:
         await peer.greet()
         with pytest.raises(RemoteProtocolError):
-            await peer.connection.receive(b"\xc1garbage")
+            await peer.port.receive(b"\xc1garbage")
 
     with_peer(scenario)
 
@@ -279,7 +279,7 @@ def test_closing_the_connection_stops_everything() -> None:
         await peer.greet()
         await peer.say(*[opened(n, lookahead=4000) for n in range(1, 9)])
         await peer.until(lambda: peer.connection.running == 8 and len(peer.tokens(8)) > 2)
-        await peer.connection.close()
+        await peer.port.close()
         assert peer.connection.running == 0
         assert peer.engine.running == 0  # type: ignore[attr-defined]
 

@@ -20,13 +20,13 @@ from vllm_wanspec.core.messages import (
     Reject,
 )
 from vllm_wanspec.core.tree import NodeRecord
-from vllm_wanspec.drafter.service import Connection, Host, gathered
+from vllm_wanspec.drafter.service import Connection, StreamingHost, gathered
 
 WIDE = {"lookahead": 24, "max_nodes": 512, "max_branches": 4, "running_branches": 64, "branch_depth": 4}
 
 
 @asynccontextmanager
-async def peers(host: Host, count: int) -> AsyncIterator[list[Peer]]:
+async def peers(host: StreamingHost, count: int) -> AsyncIterator[list[Peer]]:
     """Controllers that have said hello."""
     all_peers = [Peer(host=host) for _ in range(count)]
     for peer in all_peers:
@@ -48,10 +48,10 @@ def running(connection: Connection) -> int:
     return sum(len(session.running) for session in connection._sessions.values())
 
 
-def new_host(places: int) -> Host:
+def new_host(places: int) -> StreamingHost:
     engine = ToyEngine(TOY)
     engine.open.clear()  # branches run, and give nothing
-    return Host(engine, draft_model(), running_branches=places)
+    return StreamingHost(engine, draft_model(), running_branches=places)
 
 
 # Shares
@@ -61,7 +61,7 @@ def new_host(places: int) -> Host:
     ("places", "sessions", "width"), [(64, 0, 64), (64, 1, 64), (64, 3, 21), (64, 64, 1), (64, 200, 1), (1, 1, 1)]
 )
 def test_a_session_s_share_is_never_none(places: int, sessions: int, width: int) -> None:
-    host = Host(ToyEngine(TOY), draft_model(), running_branches=places)
+    host = StreamingHost(ToyEngine(TOY), draft_model(), running_branches=places)
     host.connections = {type("C", (), {"sessions": sessions})()}  # type: ignore[assignment]
     assert host.width() == width
 
@@ -123,7 +123,7 @@ def test_so_does_that_of_one_whose_engine_request_fails() -> None:
 
 def test_branches_run_in_all_places_and_in_no_more() -> None:
     async def main() -> None:
-        host = Host(ToyEngine(TOY), draft_model(), running_branches=8)
+        host = StreamingHost(ToyEngine(TOY), draft_model(), running_branches=8)
         most = {1: 0, 2: 0}
         async with peers(host, 2) as both:
             for count, peer in enumerate(both, 1):

@@ -1,0 +1,290 @@
+"""The host inside the engine, over a played engine core; and the front end's gate to it, over played utility calls."""
+
+import asyncio
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from toys import FINGERPRINT, VOCAB_SIZE, Toy, draft_model, limits
+
+from vllm_wanspec.core.messages import (
+    Close,
+    Commit,
+    Hello,
+    Message,
+    Nodes,
+    Open,
+    Refuse,
+    Reject,
+    Welcome,
+    decode,
+    encode,
+)
+from vllm_wanspec.drafter import inside
+from vllm_wanspec.drafter.gate import EngineGate
+from vllm_wanspec.drafter.service import Port
+from vllm_wanspec.errors import RemoteProtocolError
+
+TOY = Toy(seed=4)
+PROMPT = (1, 2, 3)
+
+pytestmark = pytest.mark.vllm
+
+
+class PlayedCore:
+    """As much of vLLM's engine core as the host uses; `step` gives each request one token."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+        self.request_block_hasher = None
+        self.step_fn = self._step
+        self.stats: object = None
+        self.ended: dict[str, Any] = {}
+        self.started = 0
+
+    def add_request(self, request: Any) -> None:
+        self.started += 1
+        self.requests[request.request_id] = request
+
+    def abort_requests(self, ids: list[str]) -> None:
+        for request in ids:
+            self.requests.pop(request, None)
+
+    def _step(self) -> tuple[dict[int, Any], bool]:
+        outputs = [self._output(request) for request in list(self.requests.values())]
+        made = {inside.CLIENT_INDEX: SimpleNamespace(outputs=outputs, scheduler_stats=self.stats)} if outputs else {}
+        return made, bool(outputs)
+
+    def _output(self, request: Any) -> Any:
+        tokens = list(request.all_token_ids)
+        token = TOY.draft(tuple(tokens))
+        request.append_output_token_ids(token)
+        reason = self.ended.get(request.request_id)
+        if request.num_output_tokens == request.max_tokens:
+            reason = self.finish_reason("LENGTH")
+        if reason is not None:
+            del self.requests[request.request_id]
+        others = [other for other in range(VOCAB_SIZE) if other != token][:3]
+        ranked = SimpleNamespace(
+            logprob_token_ids=np.array([[token, token, *others]]), logprobs=np.array([[-0.1, -0.1, -3.0, -4.0, -5.0]])
+        )
+        return SimpleNamespace(
+            request_id=request.request_id, new_token_ids=[token], new_logprobs=ranked, finish_reason=reason
+        )
+
+    @staticmethod
+    def finish_reason(name: str) -> Any:
+        from vllm.v1.engine import FinishReason
+
+        return FinishReason[name]
+
+
+def settings(places: int = 64) -> dict[str, Any]:
+    model = draft_model()
+    fields = {name: getattr(model, name) for name in model.__dataclass_fields__}
+    return {"model": fields, "running_branches": places, "events": None}
+
+
+class Engine:
+    """A played core with the utility calls, which a front end makes as vLLM's client does."""
+
+    def __init__(self) -> None:
+        self.core = PlayedCore()
+        self.engine_core = SimpleNamespace(call_utility_async=self._call)
+        self.dead = False
+
+    async def _call(self, name: str, *arguments: Any) -> Any:
+        await asyncio.sleep(0)
+        if self.dead:
+            raise RuntimeError("engine core died")
+        result = getattr(inside, name)(self.core, *arguments)
+        return await asyncio.wrap_future(result) if isinstance(result, Future) else result
+
+    async def run(self) -> None:
+        while True:
+            self.core.step_fn()
+            await asyncio.sleep(0)
+
+
+async def read(port: Port, received: list[Message]) -> None:
+    while True:
+        for frame in await port.frames():
+            received += decode(frame)
+
+
+def with_gate(scenario: Any) -> None:
+    async def main() -> None:
+        engine = Engine()
+        gate = EngineGate(engine)
+        await gate.setup(settings())
+        port = gate.port()
+        received: list[Message] = []
+        tasks = [asyncio.create_task(engine.run()), asyncio.create_task(read(port, received))]
+
+        async def until(condition: Any) -> None:
+            async with asyncio.timeout(5.0):
+                while not condition():
+                    await asyncio.sleep(0)
+
+        try:
+            await scenario(SimpleNamespace(engine=engine, gate=gate, port=port, received=received, until=until))
+        finally:
+            await port.close()
+            for task in (*tasks, gate._polling):
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not engine.dead:
+            assert engine.core.requests == {}
+
+    asyncio.run(main())
+
+
+def opened(number: int, lookahead: int = 8, tokens: tuple[int, ...] = PROMPT) -> Open:
+    return Open(number, tokens, limits(lookahead, 64))
+
+
+def drafted(received: list[Message], session: int) -> list[int]:
+    return [n.token for m in received if isinstance(m, Nodes) and m.session == session for n in m.nodes]
+
+
+async def greet(peer: Any) -> None:
+    assert await peer.port.receive(encode([Hello(1, FINGERPRINT, "test")]))
+    await peer.until(lambda: peer.received)
+    assert isinstance(peer.received[0], Welcome)
+
+
+def test_drafts_follow_commits() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(1)]))
+        line = TOY.drafted(PROMPT, 8)
+        await peer.until(lambda: drafted(peer.received, 1) == line)
+        await peer.until(lambda: peer.gate.stats.running == 0)
+        await peer.port.receive(encode([Commit(1, 3, tuple(line))]))
+        await peer.until(lambda: drafted(peer.received, 1)[8:] == TOY.drafted((*PROMPT, *line), 8))
+        assert peer.gate.stats.sessions == 1
+        assert peer.gate.stats.drafted_tokens >= 16
+
+    with_gate(scenario)
+
+
+def test_a_token_that_was_not_drafted_stops_the_branch_and_starts_another_one() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(1, lookahead=60)]))
+        await peer.until(lambda: len(drafted(peer.received, 1)) > 3)
+        strange = (TOY.draft(PROMPT) + 1) % VOCAB_SIZE
+        await peer.port.receive(encode([Commit(1, 3, (strange,))]))
+        wanted = TOY.drafted((*PROMPT, strange), 5)
+        await peer.until(lambda: wanted[-1] in drafted(peer.received, 1)[-20:] and len(peer.engine.core.requests) == 1)
+
+    with_gate(scenario)
+
+
+def test_two_front_ends_have_their_own_controllers() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        other = EngineGate(peer.engine)
+        await other.setup(settings())
+        port = other.port()
+        received: list[Message] = []
+        reading = asyncio.create_task(read(port, received))
+        await port.receive(encode([Hello(1, FINGERPRINT, "other")]))
+        await port.receive(encode([opened(1, tokens=(4, 4))]))
+        await peer.port.receive(encode([opened(1)]))
+        await peer.until(lambda: len(drafted(received, 1)) == 8 and len(drafted(peer.received, 1)) == 8)
+        assert drafted(received, 1) == TOY.drafted((4, 4), 8)
+        assert drafted(peer.received, 1) == TOY.drafted(PROMPT, 8)
+        await port.close()
+        reading.cancel()
+        assert other._polling is not None
+        other._polling.cancel()
+
+    with_gate(scenario)
+
+
+def test_what_no_correct_controller_sends() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        with pytest.raises(RemoteProtocolError, match="never opened"):
+            await peer.port.receive(encode([Commit(9, 3, (1,))]))
+
+    with_gate(scenario)
+
+
+def test_a_refused_controller_gets_its_last_word() -> None:
+    async def scenario(peer: Any) -> None:
+        assert not await peer.port.receive(encode([Hello(1, "other", "test")]))
+        [frame] = peer.port.leftovers()
+        [refuse] = decode(frame)
+        assert isinstance(refuse, Refuse)
+        assert refuse.code == "vocabulary"
+
+    with_gate(scenario)
+
+
+def test_closing_stops_the_engine() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(n, lookahead=60) for n in (1, 2, 3)]))
+        await peer.until(lambda: len(peer.engine.core.requests) == 3)
+        await peer.port.receive(encode([Close(2)]))
+        assert len(peer.engine.core.requests) == 2
+        await peer.port.close()
+        assert not peer.engine.core.requests
+
+    with_gate(scenario)
+
+
+def test_a_request_that_the_engine_ends_rejects_its_session() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(1, lookahead=60)]))
+        await peer.until(lambda: peer.engine.core.requests)
+        name = next(iter(peer.engine.core.requests))
+        peer.engine.core.ended[name] = PlayedCore.finish_reason("ABORT")
+        await peer.until(lambda: Reject(1, "engine") in peer.received)
+
+    with_gate(scenario)
+
+
+def test_a_dead_engine_ends_the_connections() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        peer.engine.dead = True
+        with pytest.raises(OSError, match="engine is gone"):
+            await peer.port.receive(encode([opened(1)]))
+
+    with_gate(scenario)
+
+
+def test_a_fault_of_ours_drops_the_controllers_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(1, lookahead=60)]))
+        await peer.until(lambda: drafted(peer.received, 1))
+
+        def broken(outputs: object) -> None:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(peer.engine.core.wanspec._host, "stepped", broken)
+        await peer.until(lambda: not peer.engine.core.requests)
+        with pytest.raises(RemoteProtocolError, match="fault of its own"):
+            await peer.port.receive(encode([Commit(1, 3, (1,))]))
+
+    with_gate(scenario)
+
+
+def test_statistics_go_to_a_front_end() -> None:
+    core = PlayedCore()
+    inside.wanspec_setup(core, settings())
+    inside.wanspec_connect(core, "a", 1)
+    inside.wanspec_receive(core, "a", 1, encode([Hello(1, FINGERPRINT, "test")]))
+    inside.wanspec_receive(core, "a", 1, encode([opened(1)]))
+    core.stats = object()
+    outputs, executed = core.step_fn()
+    assert executed
+    assert [index for index in outputs if index == inside.CLIENT_INDEX] == []
+    assert [output.scheduler_stats for output in outputs.values()] == [core.stats]

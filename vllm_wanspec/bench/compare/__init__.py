@@ -1,0 +1,1 @@
+"""``wanspec bench``: remote drafting beside what a user would run otherwise, arm by arm in one run."""

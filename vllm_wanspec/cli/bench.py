@@ -1,0 +1,116 @@
+"""``wanspec bench``: remote drafting beside what a user would run otherwise."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vllm_wanspec.bench.compare.figures import figures
+from vllm_wanspec.bench.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
+from vllm_wanspec.bench.compare.run import Outputs, run_bench
+from vllm_wanspec.bench.demo_setup import find_models
+from vllm_wanspec.bench.pacing import Pacing
+from vllm_wanspec.bench.running import one_line_errors
+
+__all__ = ["bench"]
+
+LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
+
+
+def bench(
+    target: Annotated[
+        str | None, typer.Option(help="Target model: a folder, or a name.", show_default="the demo's")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model, with the target's tokenizer.", show_default="the demo's")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines of {"prompt": …}, with a "module" or without.', show_default="the demo's"),
+    ] = None,
+    arms: Annotated[str, typer.Option(help=f"What to compare, of {', '.join(ARMS)}.")] = ",".join(DEFAULT_ARMS),
+    rtt_ms: Annotated[str, typer.Option(help="Emulated round trips to the drafter, ms.")] = "0,10,20,30,50,70,100",
+    concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
+    concurrent_arms: Annotated[
+        str | None, typer.Option(help="What to compare above concurrency 1.", show_default="as --arms")
+    ] = None,
+    concurrent_rtt_ms: Annotated[
+        str | None, typer.Option(help="Round trips above concurrency 1.", show_default="as --rtt-ms")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Prompts whose texts are long enough.", show_default="24")
+    ] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="How often each prompt goes through each arm.")] = 3,
+    max_tokens: Annotated[int, typer.Option(min=24, max=512, help="Tokens to generate per prompt.")] = 128,
+    speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")] = 8,
+    gammas: Annotated[
+        str, typer.Option(help="Draft tokens per step that the pre-pass tries for draft_model.")
+    ] = "2,3,4,5,6,7,8",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of the intervals.")] = 0,
+    pace: Annotated[bool, typer.Option("--pace/--no-pace", help="Stretch forwards to the paces below.")] = True,
+    target_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
+    ] = "35+0.1",
+    draft_pace: Annotated[
+        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
+    ] = "5+0.02",
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
+    markdown_file: Annotated[
+        Path | None,
+        typer.Option("--markdown", metavar="FILE", help="Write tables here, and plots beside it (.png)."),
+    ] = None,
+    keep_log: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Fail unless the figures are as good as they have to be.")] = (
+        False
+    ),
+) -> None:
+    """Compare remote drafting with plain vLLM, prompt lookup and a co-located draft model, arm by arm in one run.
+
+    An interrupted run goes on when the same command is given again.
+
+    Exit status: 0 when the figures are valid and all outputs right, 1 when not or when something failed, 2 when this
+    machine lacks something or an option is wrong, 130 after Ctrl-C.
+    """
+    with one_line_errors("wanspec bench"):
+        compared = parse_list("--arms", arms, str)
+        trips = parse_list("--rtt-ms", rtt_ms, float)
+        options = BenchOptions(
+            target=_model(target) if target else str(find_models(None).target),
+            draft=_model(draft) if draft else str(find_models(None).draft),
+            prompts=(prompts or find_models(None).prompts).resolve(),
+            arms=compared,
+            rtt_ms=trips,
+            concurrency=parse_list("--concurrency", concurrency, int),
+            concurrent_arms=parse_list("--concurrent-arms", concurrent_arms, str) if concurrent_arms else compared,
+            concurrent_rtt_ms=(
+                parse_list("--concurrent-rtt-ms", concurrent_rtt_ms, float) if concurrent_rtt_ms else trips
+            ),
+            count=count,
+            repeats=repeat,
+            max_tokens=max_tokens,
+            speculative_tokens=speculative_tokens,
+            gammas=parse_list("--gammas", gammas, int),
+            seed=seed,
+            target_pace=Pacing.parse(target_pace, "--target-pace") if pace else None,
+            draft_pace=Pacing.parse(draft_pace, "--draft-pace") if pace else None,
+        )
+        run = run_bench(options, Outputs(json_file, markdown_file, keep_log), _console())
+        found = figures(run)
+    if not found.valid or found.wrong or (check and not found.held):
+        raise typer.Exit(1)
+
+
+def _model(given: str) -> str:
+    """A folder's whole path, so that a journal knows it again; anything else is a name."""
+    return str(Path(given).resolve()) if Path(given).is_dir() else given
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
