@@ -128,12 +128,13 @@ class MetricsSettings(_Section):
 
 
 class Settings(_Section):
-    """The whole file."""
+    """The whole file; ``fallback``: where drafts come from for a step that no drafter has served."""
 
     draft_endpoints: tuple[DraftEndpoint, ...] = Field(min_length=1, max_length=64)
     tree: TreeSettings = TreeSettings()
     length: LengthSettings = LengthSettings()
     late: LateSettings = LateSettings()
+    fallback: tuple[Literal["ngram"], ...] = ("ngram",)
     metrics: MetricsSettings | None = None
     events: str | None = Field(default=None, min_length=1)
 

@@ -161,7 +161,9 @@ def _read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def plan_servers(options: DemoOptions, models: DemoModels, ports: Sequence[int], folder: Path) -> DemoPlan:
+def plan_servers(
+    options: DemoOptions, models: DemoModels, ports: Sequence[int], folder: Path, **sections: Any
+) -> DemoPlan:
     """Lay out the demo's four servers; writes the WANSpec target's YAML file.
 
     Args:
@@ -169,10 +171,11 @@ def plan_servers(options: DemoOptions, models: DemoModels, ports: Sequence[int],
         models: What they serve.
         ports: Free ports, ``PORTS_NEEDED`` of them.
         folder: Existing folder for the YAML file and the pacing statistics.
+        sections: Further ones of the YAML file.
     """
     drafter_port, wan_port, plain_port, wanspec_port, metrics_port = ports
     target_core, draft_core = machine.pin_cores()
-    yaml_path = write_config(folder / "wanspec.yaml", wan_port, metrics_port)
+    yaml_path = write_config(folder / "wanspec.yaml", wan_port, metrics_port, **sections)
     stats = {name: folder / f"{name}.pacing.json" for name in ("drafter", "plain", "wanspec")}
 
     def paced(name: str, argv: list[str], port: int, core: int | None, pace: Pacing) -> ServerSpec:
@@ -228,13 +231,11 @@ def wan_spec(port: int, drafter_port: int, rtt_ms: float, control_port: int | No
     return ServerSpec("wan", [*argv, "--rtt-ms", f"{rtt_ms:g}", *control], port, health_path=None)
 
 
-def write_config(path: Path, drafter_port: int, metrics_port: int, late: str | None = None) -> Path:
-    """Write a target's YAML file and return its path; ``late`` sets the policy for late drafts."""
+def write_config(path: Path, drafter_port: int, metrics_port: int, **sections: Any) -> Path:
+    """Write a target's YAML file and return its path; ``sections`` are further ones of the file."""
     config: dict[str, Any] = {
         "draft_endpoints": [{"name": DRAFTER_NAME, "url": f"http://{HOST}:{drafter_port}"}],
         "metrics": {"port": metrics_port},
     }
-    if late is not None:
-        config["late"] = {"policy": late}
-    path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    path.write_text(yaml.safe_dump(config | sections, sort_keys=False), "utf-8")
     return path

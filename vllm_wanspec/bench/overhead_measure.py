@@ -106,7 +106,7 @@ def plan_targets(models: DemoModels, folder: Path) -> TargetPlan:
     commands = {EMPTY: [*plain_command(str(models.target)), "--speculative-config", json.dumps(empty)]}
     metrics = {}
     for name, port, metrics_port in ((SILENT, drafter_port, ports[3]), (DEAD, NOBODY, ports[4])):
-        config = write_config(folder / f"{name}.yaml", port, metrics_port)
+        config = write_config(folder / f"{name}.yaml", port, metrics_port, fallback=[])
         ours = wanspec_command("serve", str(models.target), "--wanspec", str(config))
         commands[name] = [*ours, "--speculative-tokens", str(SPECULATIVE_TOKENS)]
         metrics[name] = f"http://{HOST}:{metrics_port}/metrics"

@@ -157,7 +157,8 @@ def plan_trees(options: TreesOptions, models: DemoModels, ports: Sequence[int], 
         target_pace=options.target_pace,
         draft_pace=options.draft_pace,
     )
-    plan = plan_servers(demo, models, ports, folder)
+    # Prompt lookup would serve part of the steps that a branch is there for.
+    plan = plan_servers(demo, models, ports, folder, fallback=[])
     specs = tuple(spec for spec in plan.specs if spec.name != plan.plain)
     stats = {name: path for name, path in plan.stats.items() if name != plan.plain}
     return dataclasses.replace(plan, specs=specs, plain=plan.wanspec, stats=stats)

@@ -7,9 +7,9 @@ from vllm_wanspec.core.messages import Limits
 
 
 class LiveSession:
-    """One request: ``expected`` and ``offered`` are of its present draft, in tokens."""
+    """One request: ``expected`` and ``offered`` are of its present draft, in tokens; ``guessed``: by prompt lookup."""
 
-    __slots__ = ("core", "expected", "link", "number", "offered", "tree")
+    __slots__ = ("core", "expected", "guessed", "link", "number", "offered", "tree")
 
     def __init__(self, core: ControllerSession, tree: TreeSettings) -> None:
         """Start without a link."""
@@ -19,6 +19,7 @@ class LiveSession:
         self.number = 0
         self.expected = 0.0
         self.offered = 0
+        self.guessed = False
 
 
 def limits_for(tree: TreeSettings, max_nodes: int, lookahead: int) -> Limits:

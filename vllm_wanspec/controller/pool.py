@@ -25,6 +25,8 @@ from vllm_wanspec.errors import RemoteProtocolError
 logger = logging.getLogger("vllm.wanspec.pool")
 
 ASSUMED_STEP_S = 0.030
+MAX_LOOKUPS = 16
+"""Requests per step that fall back on prompt lookup: a bound on what it adds to the serving path."""
 WAIT_SLICE_S = 0.002
 """While it holds a step back, the pool looks this often whether new requests have come."""
 
@@ -62,6 +64,7 @@ class DraftPool:
         self._settings = settings
         self._policy = length_policy(settings.length.policy)
         self._payoff = Payoff(self.shared.times)
+        self._fallback = "ngram" in settings.fallback
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
         self._clock = clock
@@ -77,6 +80,7 @@ class DraftPool:
         self._rows = 1
         self._tokens_per_step = Smoothed(0.05)
         self._tokens_per_drafted_step = Smoothed(0.05)
+        self._tokens_per_dry_step = Smoothed(0.05)
 
     @property
     def counters(self) -> Counters:
@@ -135,21 +139,26 @@ class DraftPool:
         self._measure(rows, now)
         sessions, plan = self._sessions, self._plan(limit)
         drafts: list[list[int]] = []
-        drafted_rows = drafted_yield = 0
+        drafted_rows = drafted_yield = dry_rows = dry_yield = 0
         with self._arrived:
             for request, tokens in rows:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     drafts.append([])
                     continue
-                if live.offered:
+                if live.offered and not live.guessed:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
+                else:
+                    dry_rows += 1
+                    dry_yield += len(tokens)
                 self._commit(live, tokens, now)
                 drafts.append(self._draft(live, plan, now))
         self._flush()
         if drafted_rows:
             self._tokens_per_drafted_step.add(drafted_yield / drafted_rows)
+        if dry_rows and self._fallback:  # without it such a step yields one token
+            self._tokens_per_dry_step.add(dry_yield / dry_rows)
         return drafts
 
     def redraft(self, requests: Sequence[str | None], drafts: list[list[int]], limit: int) -> None:
@@ -169,9 +178,14 @@ class DraftPool:
                     self._hold_back(dry, limit)
             now, plan = self._clock(), self._plan(limit)
             offered, expected, full = 0, 0.0, True
+            lookups = MAX_LOOKUPS if self._fallback else 0
             for row, live in rows:
                 if live.core.changed:
                     drafts[row] = self._draft(live, plan, now)
+                live.guessed = not drafts[row]
+                if lookups > 0 and len(drafts[row]) < plan.limit:
+                    lookups -= 1
+                    drafts[row] = drafts[row] + self._guess(live, plan, len(drafts[row]), now)
                 count = live.offered = len(drafts[row])
                 offered += count
                 expected += live.expected
@@ -264,10 +278,18 @@ class DraftPool:
         return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self._token_worth())
 
     def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        if self._policy.windowed:
-            plan = self._policy.plan(plan.limit, live.core.window, 0.0)
-        tokens, live.expected = live.core.draft(plan.limit, plan.least, now)
+        own = self._own_plan(live, plan)
+        tokens, live.expected = live.core.draft(own.limit, own.least, now)
         return tokens
+
+    def _guess(self, live: LiveSession, plan: Plan, drafted: int, now: float) -> list[int]:
+        own = self._own_plan(live, plan)
+        tokens, expected = live.core.fall_back(max(0, own.limit - drafted), own.least, now)
+        live.expected += expected
+        return tokens
+
+    def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
+        return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan
 
     def _open(self, live: LiveSession, now: float) -> None:
         ready = [
@@ -357,6 +379,7 @@ class DraftPool:
             tokens_per_drafted_step=self._tokens_per_drafted_step.get(1.0),
             agreement=agreement,
             limit=limit,
+            tokens_per_dry_step=self._tokens_per_dry_step.get(1.0),
         )
         max_wait_s = min(self._settings.late.max_wait_ms / 1000.0, pace.longest_wait_s(len(dry)))
         until = now + max_wait_s

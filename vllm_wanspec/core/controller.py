@@ -13,6 +13,7 @@ from vllm_wanspec.core.estimates import StepTimes
 from vllm_wanspec.core.expansion import main_line_tip
 from vllm_wanspec.core.lateness import ASSUMED_GAP_S, Coming, Turnaround
 from vllm_wanspec.core.length import StepCost, Window
+from vllm_wanspec.core.lookup import LookupRates, Text
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import Committed, DraftTree
@@ -41,6 +42,8 @@ class Counters:
         late_drafts: Positions whose drafts arrived after they were committed.
         late_hits: Those of them whose draft was right: it confirmed what was pending.
         stale_nodes: Nodes dropped on arrival because what they hang below is gone.
+        fallback_tokens: Tokens of prompt lookup handed to the target for want of drafts; they count as offered too.
+        fallback_hits: Those of them that the target took.
         unpaid_steps: Steps whose drafts were withheld because they would have cost more than they yield.
         waits: Steps held back for drafts about to arrive.
         wait_seconds: Time of those waits.
@@ -61,6 +64,8 @@ class Counters:
     late_drafts: int = 0
     late_hits: int = 0
     stale_nodes: int = 0
+    fallback_tokens: int = 0
+    fallback_hits: int = 0
     unpaid_steps: int = 0
     waits: int = 0
     wait_seconds: float = 0.0
@@ -81,6 +86,7 @@ class Shared:
     calibration: Calibration = field(default_factory=Calibration)
     times: StepTimes = field(default_factory=StepTimes)
     cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
+    lookup: LookupRates = field(default_factory=LookupRates)
 
 
 class ControllerSession:
@@ -92,9 +98,13 @@ class ControllerSession:
     __slots__ = (
         "_answered",
         "_asked_s",
+        "_chance",
         "_context",
+        "_drafted",
         "_front",
         "_front_s",
+        "_guess",
+        "_guess_length",
         "_missed_length",
         "_number",
         "_prompt_length",
@@ -102,6 +112,7 @@ class ControllerSession:
         "_reopen_at",
         "_shared",
         "_state",
+        "_text",
         "_tree",
         "_turnaround",
         "changed",
@@ -130,6 +141,11 @@ class ControllerSession:
         self._answered = True
         self._front: int | None = None
         self._front_s = 0.0
+        self._text = Text(self._context)
+        self._drafted: list[int] = []
+        self._chance = 1.0
+        self._guess: list[int] = []
+        self._guess_length = 0
         self.window = window
         self.changed = False
 
@@ -181,6 +197,12 @@ class ControllerSession:
         counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
+        self._text.append(tokens)
+        if self._guess:
+            before = len(self._drafted)
+            if list(tokens[:before]) == self._drafted:
+                counters.fallback_hits += self._shared.lookup.saw(self._guess_length, self._guess, tokens[before:])
+            self._guess = []
         if position > self._prompt_length:
             counters.steps += 1
             counters.committed_tokens += len(tokens)
@@ -235,8 +257,35 @@ class ControllerSession:
         """
         self.changed = False
         if self._state is not ControllerState.SERVED or self._tree is None:
+            self._drafted, self._chance = [], 1.0
             return [], 0.0
-        return self._tree.draft(limit, least)
+        self._drafted, expected, self._chance = self._tree.draft(limit, least)
+        return self._drafted, expected
+
+    def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+        """Prompt lookup: what the target may verify after all that `draft` gave last, be it nothing; link or no link.
+
+        Args:
+            limit: Most tokens.
+            least: The guess ends where the chance that the target takes all of it falls below this.
+            now: Seconds.
+
+        Returns:
+            Further token ids, and how many of them the target can be expected to take.
+        """
+        length, found = self._text.continuation(limit, self._drafted)
+        each = self._shared.lookup.chance[length]
+        guess: list[int] = []
+        chance, expected = self._chance, 0.0
+        for token in found:
+            chance *= each
+            if chance < least:
+                break
+            expected += chance
+            guess.append(token)
+        self._guess, self._guess_length = guess, length
+        self._shared.counters.fallback_tokens += len(guess)
+        return guess, expected
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, for a session that has none; None where none can be expected ``until`` then.

@@ -85,6 +85,12 @@ class RecordedControllerSession(ControllerSession):
         self._record(now, "draft", limit=limit, least=least, out=list(tokens))
         return tokens, expected
 
+    def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+        """See `ControllerSession.fall_back`."""
+        tokens, expected = super().fall_back(limit, least, now)
+        self._record(now, "fall_back", limit=limit, least=least, out=list(tokens))
+        return tokens, expected
+
     def link_lost(self, now: float) -> None:
         """See `ControllerSession.link_lost`."""
         super().link_lost(now)
@@ -207,6 +213,8 @@ class _ControllerReplay:
                 message = None
             case "draft":
                 return session.draft(record["limit"], record["least"], now)[0]
+            case "fall_back":
+                return session.fall_back(record["limit"], record["least"], now)[0]
             case "link_lost":
                 session.link_lost(now)
                 message = None

@@ -49,6 +49,7 @@ class Pace:
         tokens_per_drafted_step: The same over steps for which the request had a draft.
         agreement: Chance that the target takes the draft model's best token.
         limit: Most drafts per request and step.
+        tokens_per_dry_step: Mean tokens of steps for which the request had no draft, prompt lookup included.
     """
 
     rows: int
@@ -57,6 +58,7 @@ class Pace:
     tokens_per_drafted_step: float
     agreement: float
     limit: int
+    tokens_per_dry_step: float = 1.0
 
     @property
     def yield_per_s(self) -> float:
@@ -66,7 +68,8 @@ class Pace:
     def longest_wait_s(self, chances: float) -> float:
         """No wait gains more than all that the requests without a draft could gain; ``chances``: the sum of theirs."""
         yield_per_s = self.yield_per_s
-        return (self.tokens_per_step - 1.0) * chances / yield_per_s if yield_per_s > 0.0 else inf
+        gain = max(0.0, self.tokens_per_step - self.tokens_per_dry_step)
+        return gain * chances / yield_per_s if yield_per_s > 0.0 else inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +85,10 @@ def worthwhile_wait(coming: Iterable[Coming], pace: Pace, *, now: float, max_wai
 
     A step held back by w costs what the whole batch yields in that time: ``rows * y * w / t_v`` tokens, where y is the
     mean yield of a request per step. A request for which j drafts have arrived by then gains: without the wait it
-    makes a plain step (1 token) and a step with drafts follows (D tokens), with it the step yields E_j at once. Over
-    the renewal cycle the difference is ``(y - 1) - (D - E_j)`` tokens, E_j = 1 + a + ... + a^j being the expected
-    yield with j drafts at agreement a, D the mean yield of steps with drafts. For one request and E_j = D this is
-    the design's ``w < t_v - 1/r``. (Own derivation, first order.)
+    makes a step without (F tokens, 1 if nothing falls back on prompt lookup) and a step with drafts follows (D tokens),
+    with it the step yields E_j at once. Over the renewal cycle the difference is ``(y - F) - (D - E_j)`` tokens,
+    E_j = 1 + a + ... + a^j being the expected yield with j drafts at agreement a, D the mean yield of steps with
+    drafts. For one request, F = 1 and E_j = D this is the design's ``w < t_v - 1/r``. (Own derivation, first order.)
 
     Args:
         coming: Requests without a draft.
@@ -121,5 +124,6 @@ def _values(pace: Pace) -> list[float]:
     for _ in range(pace.limit):
         chance *= pace.agreement
         yielded += chance
-        values.append(pace.tokens_per_step - 1.0 - max(0.0, pace.tokens_per_drafted_step - yielded))
+        loss = max(0.0, pace.tokens_per_drafted_step - yielded)
+        values.append(pace.tokens_per_step - pace.tokens_per_dry_step - loss)
     return values

@@ -234,7 +234,7 @@ class DraftTree:
             node = node.best
         return path
 
-    def draft(self, limit: int, least: float = 0.0) -> tuple[list[int], float]:
+    def draft(self, limit: int, least: float = 0.0) -> tuple[list[int], float, float]:
         """Tokens of the most probable continuation, for verification.
 
         Args:
@@ -242,20 +242,21 @@ class DraftTree:
             least: The draft ends where the calibrated probability that the target takes all of it falls below this.
 
         Returns:
-            The tokens, and how many of them the target can be expected to take.
+            The tokens, how many of them the target can be expected to take, and the chance that it takes all.
         """
         tokens: list[int] = []
         node = None if self._pending else self._cursor.best
         probability, chance, expected = self._calibration.probability, 1.0, 0.0
         while node is not None and limit > 0:
-            chance *= probability[node.bucket]
-            if chance < least:
+            longer = chance * probability[node.bucket]
+            if longer < least:
                 break
+            chance = longer
             expected += chance
             tokens.append(node.token)
             node = node.best
             limit -= 1
-        return tokens, expected
+        return tokens, expected, chance
 
     def _refuse(self, record: NodeRecord) -> NoReturn:
         if record.id <= self._last_id:

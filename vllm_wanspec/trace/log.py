@@ -132,7 +132,9 @@ def _event(path: Path, number: int, record: Mapping[str, Any], header: tuple[str
             raise _broken(path, number, f'{expected} as "{name}" of {call}')
     out = record.get("out", [])
     check, expected = (
-        (_tokens, "a list of token ids") if call == "draft" else (_outputs, "a list of messages or actions")
+        (_tokens, "a list of token ids")
+        if call in {"draft", "fall_back"}
+        else (_outputs, "a list of messages or actions")
     )
     if not check(out):
         raise _broken(path, number, f'{expected} as "out" of {call}')
@@ -222,6 +224,7 @@ _FIELDS: dict[str, dict[str, dict[str, Field]]] = {
         "commit": {"tokens": _TOKENS},
         "receive": {"message": (_one_of(NODES, REJECT), "a nodes or reject message")},
         "draft": {"limit": _COUNT},
+        "fall_back": {"limit": _COUNT},
         "wait": {"waited_s": (lambda value: _number(value) and value >= 0, "seconds from 0")},
         "link_lost": {},
         "close": {},

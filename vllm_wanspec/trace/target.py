@@ -199,7 +199,7 @@ class TargetReplay:
     def follow(self, event: Event) -> None:
         """Take the next event of the request."""
         self.end_s = max(self.end_s, event.at_s)
-        if event.call != "draft":
+        if event.call not in {"draft", "fall_back"}:
             self.figures.bytes_sent += sum(map(_size, event.data.get("out", ())))
         match event.call:
             case "link":
@@ -214,6 +214,9 @@ class TargetReplay:
                 tokens = event.data["out"]
                 nodes = self._tree.path(tokens) if self._tree is not None else []
                 self._draft = (tokens, event.data["limit"], nodes)
+                self._ready_s = event.at_s
+            case "fall_back":
+                self._draft = (event.data["out"], event.data["limit"], [])
                 self._ready_s = event.at_s
             case "wait":
                 self._wait(event)

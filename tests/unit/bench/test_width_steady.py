@@ -11,10 +11,9 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, ToyEngine, draft_m
 
 from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.streams import DraftTokenizer
-from vllm_wanspec.bench.width_measure import CpuClock, SteadyRow
+from vllm_wanspec.bench.width_measure import MAX_NODES, CpuClock, SteadyRow
 from vllm_wanspec.bench.width_steady import (
     LOOKAHEAD,
-    MAX_NODES,
     SHORTEST_STEPS,
     SteadyLoad,
     SteadyWorkload,

@@ -42,7 +42,13 @@ class World:
     """A pool and one drafter."""
 
     def __init__(
-        self, *, queued: Callable[[], int | None] = lambda: 0, names: str = "a", length: str = "fixed", **late: object
+        self,
+        *,
+        queued: Callable[[], int | None] = lambda: 0,
+        names: str = "a",
+        length: str = "fixed",
+        fallback: tuple[str, ...] = (),
+        **late: object,
     ) -> None:
         self.now = 100.0
         self.coming: list[tuple[float, Callable[[], None]]] = []
@@ -50,6 +56,7 @@ class World:
             {
                 "draft_endpoints": [{"name": "d", "url": "http://127.0.0.1:9"}],
                 "length": {"policy": length},
+                "fallback": fallback,
                 "late": {"policy": "adaptive", "max_wait_ms": 15, **late},
             }
         )

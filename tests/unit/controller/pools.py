@@ -18,7 +18,7 @@ PROMPT = [9, 8, 7]
 @contextmanager
 def pool_of(*urls: str, **sections: object) -> Iterator[DraftPool]:
     endpoints = [DraftEndpoint(name=f"d{index}", url=url) for index, url in enumerate(urls)]
-    settings = Settings.model_validate({"draft_endpoints": endpoints, **sections})
+    settings = Settings.model_validate({"draft_endpoints": endpoints, "fallback": [], **sections})
     pool = DraftPool(settings, fingerprint=FINGERPRINT, vocab_size=VOCAB_SIZE, speculation_length=LIMIT, seed=1)
     pool.start()
     try:

@@ -136,7 +136,7 @@ def vllm_config(
     tmp_path: Path, url: str, *, speculative: int = K, more: str = "", parallel: int = 1
 ) -> SimpleNamespace:
     path = tmp_path / "wanspec.yaml"
-    path.write_text(f'draft_endpoints: [{{name: eu, url: "{url}"}}]\n{more}', encoding="utf-8")
+    path.write_text(f'draft_endpoints: [{{name: eu, url: "{url}"}}]\nfallback: []\n{more}', encoding="utf-8")
     return SimpleNamespace(
         additional_config={"wanspec": str(path)},
         speculative_config=SimpleNamespace(num_speculative_tokens=speculative),

@@ -188,9 +188,6 @@ class ShortEngine:
 def test_fuzz_of_the_drafters_connection() -> None:
     sent: list[int] = []
 
-    async def send(frame: bytes) -> None:
-        sent.append(len(decode(frame)))
-
     async def run() -> Counter[str]:
         rng, fuzz = random.Random(8), Fuzz(9)
         seen: Counter[str] = Counter()
@@ -199,26 +196,24 @@ def test_fuzz_of_the_drafters_connection() -> None:
         for _ in range(SESSION_INPUTS):
             if connection is None:
                 seen["connections"] += 1
-                connection = Connection(host, send)
-                writer = asyncio.create_task(connection.write())
-                assert await connection.receive(encode([Hello(PROTOCOL_VERSION, FINGERPRINT, "fuzz")]))
+                connection = Connection(host)
+                assert connection.receive(encode([Hello(PROTOCOL_VERSION, FINGERPRINT, "fuzz")]))
             try:
-                await connection.receive(mostly_valid(rng, [controllers_message(rng, connection)], fuzz))
+                connection.receive(mostly_valid(rng, [controllers_message(rng, connection)], fuzz))
                 seen["taken"] += 1
             except RemoteProtocolError:
                 seen["refused"] += 1
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
-                await connection.close()
+                await host.settled(connection.end())
                 assert (connection.sessions, connection.running, host.running) == (0, 0, 0)
                 connection = None
                 continue
-            await asyncio.sleep(0)
+            for _ in range(3):  # the engine's turn
+                await asyncio.sleep(0)
+            sent.extend(len(decode(frame)) for frame in connection.frames())
             assert connection.sessions <= 8
             assert connection.running <= 16 + 8 * 2
         if connection is not None:
-            writer.cancel()
-            await connection.close()
+            await host.settled(connection.end())
         assert not host.connections
         seen["drafted"] = host.drafted_tokens
         return seen

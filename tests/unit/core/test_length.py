@@ -46,7 +46,7 @@ def test_marginal_ends_where_the_next_token_costs_more_than_it_yields() -> None:
     p = calibration.probability[calibration.bucket(math.log(0.65), best=True)]
     for worth in (0.0, 0.1, 0.3, 0.6, 0.99):
         plan = length_policy("marginal").plan(6, None, worth)
-        tokens, _ = tree.draft(plan.limit, plan.least)
+        tokens, _, _ = tree.draft(plan.limit, plan.least)
         # The i-th is verified iff P(all of 1..i) times what a token is worth is more than it costs.
         assert len(tokens) == sum(p**i >= worth for i in range(1, 7))
 

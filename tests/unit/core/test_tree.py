@@ -295,11 +295,11 @@ def test_a_draft_ends_where_the_target_is_unlikely_to_follow() -> None:
     tree = make_tree(calibration=calibration)
     chain(tree, [1, 2, 3, 4, 5], logprob=math.log(0.65))
     p = calibration.probability[calibration.bucket(math.log(0.65), best=True)]
-    assert tree.draft(9) == ([1, 2, 3, 4, 5], pytest.approx(sum(p**n for n in range(1, 6))))
-    assert tree.draft(9, p**3 - 1e-9) == ([1, 2, 3], pytest.approx(p + p**2 + p**3))
+    assert tree.draft(9) == ([1, 2, 3, 4, 5], pytest.approx(sum(p**n for n in range(1, 6))), pytest.approx(p**5))
+    assert tree.draft(9, p**3 - 1e-9) == ([1, 2, 3], pytest.approx(p + p**2 + p**3), pytest.approx(p**3))
     assert tree.draft(9, p**3 + 1e-9)[0] == [1, 2]
     assert tree.draft(2)[0] == [1, 2]
-    assert tree.draft(0) == ([], 0.0)
-    assert tree.draft(9, 1.0) == ([], 0.0)
+    assert tree.draft(0) == ([], 0.0, 1.0)
+    assert tree.draft(9, 1.0) == ([], 0.0, 1.0)
     tree.commit([9])
-    assert tree.draft(9) == ([], 0.0)
+    assert tree.draft(9) == ([], 0.0, 1.0)

@@ -93,8 +93,8 @@ def plan_lineup(options: BenchOptions, folder: Path) -> Lineup:
             continue
         stats[arm] = _stats_path(folder, arm)
         if is_remote(arm):
-            late = "none" if arm == "wanspec_no_wait" else None
-            path = write_config(folder / f"{arm}.yaml", endpoints.get(arm, wan_port), metrics_port, late)
+            sections = {"late": {"policy": "none"}} if arm == "wanspec_no_wait" else {}
+            path = write_config(folder / f"{arm}.yaml", endpoints.get(arm, wan_port), metrics_port, **sections)
             metrics[arm] = f"http://{HOST}:{metrics_port}/metrics"
             ahead = ["--speculative-tokens", str(options.speculative_tokens)]
             argv = [*wanspec_command("serve", options.target, "--wanspec", str(path)), *ahead, *NAMED]

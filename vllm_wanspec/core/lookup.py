@@ -1,0 +1,90 @@
+"""Prompt lookup: drafts from the request's own text, for steps that no drafter has served. They cost no forward pass.
+
+The last few tokens are sought earlier in the text, the longest match first and the latest of equal ones; what followed
+there is the draft. (Saxena's prompt lookup; how likely a match of a given length is to go on is measured here.)
+"""
+
+from array import array
+from collections.abc import Sequence
+
+LENGTHS = (3, 2, 1)
+"""Tokens of a match, the most telling first."""
+WINDOW_TOKENS = 2048
+"""So far back is sought: a bound on the time that it takes on the serving path."""
+_WIDTH = array("I").itemsize
+
+
+class LookupRates:
+    """How often the token after a match is what the target takes, per length of the match; shared by all sessions.
+
+    Attributes:
+        chance: By length; 0.5 before anything is known, index 0 unused.
+    """
+
+    def __init__(self) -> None:
+        """Start without measurements."""
+        size = max(LENGTHS) + 1
+        self._seen = [2.0] * size
+        self._right = [1.0] * size
+        self.chance = [0.5] * size
+
+    def saw(self, length: int, guess: Sequence[int], taken: Sequence[int]) -> int:
+        """Learn from a guess and what the target took; how many tokens of the guess were right."""
+        right = 0
+        for guessed, token in zip(guess, taken, strict=False):
+            self._seen[length] += 1.0
+            if guessed != token:
+                break
+            right += 1
+        self._right[length] += right
+        self.chance[length] = self._right[length] / self._seen[length]
+        return right
+
+
+class Text:
+    """A request's tokens, searchable."""
+
+    __slots__ = ("_bytes",)
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        """Begin with a prompt."""
+        self._bytes = bytearray(array("I", tokens).tobytes())
+
+    def append(self, tokens: Sequence[int]) -> None:
+        """Add tokens."""
+        self._bytes += array("I", tokens).tobytes()
+
+    def continuation(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
+        """What followed the last tokens when they stood in the text before.
+
+        Args:
+            limit: Most tokens.
+            drafted: Tokens to be taken for the text's end.
+
+        Returns:
+            The length of the match, and at most ``limit`` tokens; 0 and none where nothing matches.
+        """
+        text = self._bytes
+        known = len(text)
+        if drafted:
+            text += array("I", drafted).tobytes()
+        try:
+            return self._after_match(text, limit)
+        finally:
+            del text[known:]
+
+    def _after_match(self, text: bytearray, limit: int) -> tuple[int, list[int]]:
+        size = len(text)
+        first = max(0, size - _WIDTH * WINDOW_TOKENS)
+        for length in LENGTHS:
+            width = length * _WIDTH
+            if size - first <= width:
+                continue
+            last, end = text[size - width :], size - 1
+            while (place := text.rfind(last, first, end)) % _WIDTH and place > 0:
+                end = place + width - 1  # not a token's beginning: on, before it
+            if place >= 0 and not place % _WIDTH:
+                begin = place + width
+                found = array("I", bytes(text[begin : begin + limit * _WIDTH])).tolist()
+                return length, found
+        return 0, []
