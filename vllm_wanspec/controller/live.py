@@ -7,7 +7,7 @@ from vllm_wanspec.core.messages import Limits
 
 
 class LiveSession:
-    """One request: ``expected`` and ``offered`` are of its present draft, in tokens; ``guessed``: by prompt lookup."""
+    """One request: ``expected`` and ``offered`` tokens of its present draft; ``guessed``: no drafter gave it."""
 
     __slots__ = ("core", "expected", "guessed", "link", "number", "offered", "tree")
 

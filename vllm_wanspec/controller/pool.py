@@ -185,7 +185,8 @@ class DraftPool:
                 live.guessed = not drafts[row]
                 if lookups > 0 and len(drafts[row]) < plan.limit:
                     lookups -= 1
-                    drafts[row] = drafts[row] + self._guess(live, plan, len(drafts[row]), now)
+                    drafts[row] = self._look_up(live, plan, now)
+                    live.guessed = live.core.is_guess
                 count = live.offered = len(drafts[row])
                 offered += count
                 expected += live.expected
@@ -282,10 +283,9 @@ class DraftPool:
         tokens, live.expected = live.core.draft(own.limit, own.least, now)
         return tokens
 
-    def _guess(self, live: LiveSession, plan: Plan, drafted: int, now: float) -> list[int]:
+    def _look_up(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
         own = self._own_plan(live, plan)
-        tokens, expected = live.core.fall_back(max(0, own.limit - drafted), own.least, now)
-        live.expected += expected
+        tokens, live.expected = live.core.fall_back(own.limit, own.least, now)
         return tokens
 
     def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:

@@ -22,6 +22,8 @@ from vllm_wanspec.errors import RemoteProtocolError
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
 LONGEST_GAP_S = 0.1
+POOR_DRAFT_TOKENS = 0.5
+"""A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -101,6 +103,7 @@ class ControllerSession:
         "_chance",
         "_context",
         "_drafted",
+        "_expected",
         "_front",
         "_front_s",
         "_guess",
@@ -141,8 +144,9 @@ class ControllerSession:
         self._answered = True
         self._front: int | None = None
         self._front_s = 0.0
-        self._text = Text(self._context)
+        self._text = Text()
         self._drafted: list[int] = []
+        self._expected = 0.0
         self._chance = 1.0
         self._guess: list[int] = []
         self._guess_length = 0
@@ -197,7 +201,6 @@ class ControllerSession:
         counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
-        self._text.append(tokens)
         if self._guess:
             before = len(self._drafted)
             if list(tokens[:before]) == self._drafted:
@@ -257,35 +260,57 @@ class ControllerSession:
         """
         self.changed = False
         if self._state is not ControllerState.SERVED or self._tree is None:
-            self._drafted, self._chance = [], 1.0
-            return [], 0.0
-        self._drafted, expected, self._chance = self._tree.draft(limit, least)
-        return self._drafted, expected
+            self._drafted, self._expected, self._chance = [], 0.0, 1.0
+        else:
+            self._drafted, self._expected, self._chance = self._tree.draft(limit, least)
+        return self._drafted, self._expected
 
     def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
-        """Prompt lookup: what the target may verify after all that `draft` gave last, be it nothing; link or no link.
+        """What the target may verify with the help of prompt lookup, with a link or without.
+
+        It goes on after what `draft` gave last; where that promises little, lookup alone takes its place if it promises
+        more.
 
         Args:
             limit: Most tokens.
-            least: The guess ends where the chance that the target takes all of it falls below this.
+            least: The draft ends where the chance that the target takes all of it falls below this.
             now: Seconds.
 
         Returns:
-            Further token ids, and how many of them the target can be expected to take.
+            As for `draft`.
         """
-        length, found = self._text.continuation(limit, self._drafted)
+        self._text.append(self._context[self._text.length :])
+        drafted, expected = self._drafted, self._expected
+        if expected < POOR_DRAFT_TOKENS:
+            length, guess, worth = self._look_up([], 1.0, limit, least)
+            if worth > expected:
+                drafted, expected = [], 0.0
+            elif drafted:
+                length, guess, worth = self._look_up(drafted, self._chance, limit, least)
+        else:
+            length, guess, worth = self._look_up(drafted, self._chance, limit, least)
+        self._drafted, self._guess, self._guess_length = drafted, guess, length
+        self._shared.counters.fallback_tokens += len(guess)
+        return drafted + guess, expected + worth
+
+    def _look_up(self, drafted: list[int], chance: float, limit: int, least: float) -> tuple[int, list[int], float]:
+        """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
+        length, found = self._text.continuation(max(0, limit - len(drafted)), drafted)
         each = self._shared.lookup.chance[length]
         guess: list[int] = []
-        chance, expected = self._chance, 0.0
+        expected = 0.0
         for token in found:
             chance *= each
             if chance < least:
                 break
             expected += chance
             guess.append(token)
-        self._guess, self._guess_length = guess, length
-        self._shared.counters.fallback_tokens += len(guess)
-        return guess, expected
+        return length, guess, expected
+
+    @property
+    def is_guess(self) -> bool:
+        """Whether all of the present draft is prompt lookup, or there is none."""
+        return not self._drafted
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, for a session that has none; None where none can be expected ``until`` then.

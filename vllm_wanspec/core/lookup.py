@@ -46,9 +46,14 @@ class Text:
 
     __slots__ = ("_bytes",)
 
-    def __init__(self, tokens: Sequence[int]) -> None:
-        """Begin with a prompt."""
-        self._bytes = bytearray(array("I", tokens).tobytes())
+    def __init__(self) -> None:
+        """Begin empty."""
+        self._bytes = bytearray()
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return len(self._bytes) // _WIDTH
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens."""
