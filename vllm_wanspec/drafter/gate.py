@@ -11,6 +11,11 @@ from typing import Any
 from vllm_wanspec.drafter.service import MAX_OUTBOX, HostStats
 from vllm_wanspec.errors import RemoteProtocolError
 
+ANSWER_DEADLINE_S = 60.0
+"""The engine answers between two steps."""
+CLOSE_DEADLINE_S = 1.0
+"""A server that shuts down has no engine any more."""
+
 logger = logging.getLogger("vllm.wanspec.drafter")
 
 
@@ -53,7 +58,8 @@ class EngineGate:
             OSError: The engine is gone.
         """
         try:
-            return await self._call(f"wanspec_{name}", self._name, number, *arguments)
+            async with asyncio.timeout(ANSWER_DEADLINE_S):  # vLLM does not answer for an engine that has ended
+                return await self._call(f"wanspec_{name}", self._name, number, *arguments)
         except Exception as error:
             raise OSError(f"the engine is gone ({type(error).__name__})") from error
 
@@ -138,7 +144,6 @@ class EnginePort:
         """See `Port`."""
         self._gate.forget(self._number)
         if self._connected:
-            try:
-                await self._gate.call("close", self._number)
-            except OSError as error:
-                logger.debug("closing a port: %s", error)
+            with suppress(OSError, TimeoutError):
+                async with asyncio.timeout(CLOSE_DEADLINE_S):
+                    await self._gate.call("close", self._number)

@@ -22,6 +22,7 @@ from vllm_wanspec.core.messages import (
     decode,
     encode,
 )
+from vllm_wanspec.drafter import gate as gate_module
 from vllm_wanspec.drafter import inside
 from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.service import Port
@@ -256,6 +257,24 @@ def test_a_dead_engine_ends_the_connections() -> None:
         peer.engine.dead = True
         with pytest.raises(OSError, match="engine is gone"):
             await peer.port.receive(encode([opened(1)]))
+
+    with_gate(scenario)
+
+
+def test_closing_does_not_wait_for_an_engine_that_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_module, "CLOSE_DEADLINE_S", 0.01)
+
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+
+        async def silent(name: str, *arguments: Any) -> Any:
+            peer.engine.dead = True
+            await asyncio.Event().wait()
+
+        peer.gate._call = silent
+        async with asyncio.timeout(5.0):
+            await peer.port.close()
+        assert peer.engine.dead
 
     with_gate(scenario)
 
