@@ -23,7 +23,7 @@ class EngineGate:
     """Ports to the host in a vLLM engine.
 
     Attributes:
-        stats: The host's counts as it last told them, which it does with every frame.
+        stats: The host's counts as it last told them, which it does with every frame, either way.
     """
 
     def __init__(self, engine_client: Any) -> None:
@@ -120,7 +120,8 @@ class EnginePort:
         if not self._connected:
             self._connected = True
             await self._gate.call("connect", self._number)
-        fault, goes_on, self._leftovers = await self._gate.call("receive", self._number, frame)
+        fault, goes_on, self._leftovers, stats = await self._gate.call("receive", self._number, frame)
+        self._gate.stats = HostStats(*stats)
         if fault is not None:
             raise RemoteProtocolError(fault)
         return bool(goes_on)
@@ -146,4 +147,4 @@ class EnginePort:
         if self._connected:
             with suppress(OSError, TimeoutError):
                 async with asyncio.timeout(CLOSE_DEADLINE_S):
-                    await self._gate.call("close", self._number)
+                    self._gate.stats = HostStats(*await self._gate.call("close", self._number))

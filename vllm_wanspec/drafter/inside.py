@@ -126,18 +126,18 @@ class Inside:
         there.connections[number] = Connection(self._host, lambda: there.written.add(number))
 
     def receive(self, front_end: str, number: int, frame: bytes) -> list[Any]:
-        """A controller's frame; what it broke the protocol with or None, whether it goes on, and last words if not."""
+        """A controller's frame; its breach of the protocol or None, whether it goes on, last words if not; counts."""
         there = self._front_ends[front_end]
         connection = there.connections.get(number)
         if connection is None:
-            return ["the drafter has dropped the connection by a fault of its own", False, []]
+            return ["the drafter has dropped the connection by a fault of its own", False, [], self._counts()]
         try:
             goes_on = connection.receive(frame)
         except RemoteProtocolError as error:
-            return [str(error), False, []]
+            return [str(error), False, [], self._counts()]
         last = [] if goes_on else connection.frames()
         self._flush()
-        return [None, goes_on, last]
+        return [None, goes_on, last, self._counts()]
 
     def poll(self, front_end: str) -> Future[list[Any]]:
         """Frames by controller, and counts (`HostStats`), as soon as there are frames."""
@@ -147,13 +147,17 @@ class Inside:
         self._flush()
         return waiting
 
-    def close(self, front_end: str, number: int) -> None:
-        """A controller is gone."""
+    def close(self, front_end: str, number: int) -> list[Any]:
+        """A controller is gone; counts."""
         there = self._front_ends[front_end]
         connection = there.connections.pop(number, None)
         there.written.discard(number)
         if connection is not None:
             connection.end()
+        return self._counts()
+
+    def _counts(self) -> list[Any]:
+        return list(self._host.stats())
 
     def _flush(self) -> None:
         for there in self._front_ends.values():
@@ -161,7 +165,7 @@ class Inside:
                 waiting, there.waiting = there.waiting, None
                 frames = [[number, there.connections[number].frames()] for number in there.written]
                 there.written.clear()
-                waiting.set_result([frames, list(self._host.stats())])
+                waiting.set_result([frames, self._counts()])
 
     def _wrapped(self, step: Callable[[], tuple[Any, bool]]) -> Callable[[], tuple[Any, bool]]:
         """The engine's step; our requests' outputs stay here."""
@@ -229,6 +233,7 @@ def wanspec_poll(core: Any, front_end: str) -> Future[list[Any]]:
     return result
 
 
-def wanspec_close(core: Any, front_end: str, number: int) -> None:
+def wanspec_close(core: Any, front_end: str, number: int) -> list[Any]:
     """See `Inside.close`."""
-    core.wanspec.close(front_end, number)
+    result: list[Any] = core.wanspec.close(front_end, number)
+    return result

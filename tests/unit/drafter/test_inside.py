@@ -233,8 +233,10 @@ def test_closing_stops_the_engine() -> None:
         await peer.until(lambda: len(peer.engine.core.requests) == 3)
         await peer.port.receive(encode([Close(2)]))
         assert len(peer.engine.core.requests) == 2
+        assert peer.gate.stats.sessions == peer.gate.stats.running == 2
         await peer.port.close()
         assert not peer.engine.core.requests
+        assert peer.gate.stats.sessions == peer.gate.stats.running == 0
 
     with_gate(scenario)
 
