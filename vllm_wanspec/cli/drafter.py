@@ -1,12 +1,15 @@
 """``wanspec drafter``: a draft model that serves remote targets."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
+from vllm_wanspec.config import HOST_ENV
 
-#: A branch begins with the step after the token that it follows: vLLM must not have scheduled that step before.
+#: With the sessions in the engine a branch begins with the step after the token that it follows, which vLLM must not
+#: have scheduled before.
 SYNCHRONOUS = "--no-async-scheduling"
 SCHEDULING = {SYNCHRONOUS, "--async-scheduling"}
 
@@ -21,6 +24,7 @@ def drafter(
     """
     require_vllm()
     arguments = list(context.args)
-    if not any(argument in SCHEDULING for argument in arguments):
+    inside = os.environ.get(HOST_ENV) == "engine"
+    if inside and not any(argument in SCHEDULING for argument in arguments):
         arguments.append(SYNCHRONOUS)
     become_vllm_serve([model, *arguments], routes=True)

@@ -67,7 +67,7 @@ class WanspecRoutes:
 
 
 def host_place(asked: str | None, data_parallel_size: int) -> str:
-    """Where the sessions live: with the engine, or, as several engines need it, in the front end.
+    """Where the sessions live: in the front end, or, if asked for, with the engine.
 
     Raises:
         ConfigError: ``asked`` is neither, or cannot be.
@@ -76,7 +76,7 @@ def host_place(asked: str | None, data_parallel_size: int) -> str:
         raise ConfigError(f"{HOST_ENV}: {asked!r} is neither {ENGINE} nor {FRONT_END}")
     if asked == ENGINE and data_parallel_size > 1:
         raise ConfigError(f"{HOST_ENV}: with --data-parallel-size {data_parallel_size} it can only be {FRONT_END}")
-    return asked or (ENGINE if data_parallel_size == 1 else FRONT_END)
+    return asked or FRONT_END
 
 
 async def serve_controller(websocket: WebSocket) -> None:

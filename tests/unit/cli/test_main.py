@@ -128,6 +128,9 @@ def test_no_vllm_is_one_line_and_2(
 def test_drafter_passes_everything_on(monkeypatch: pytest.MonkeyPatch, executed: list[list[str]]) -> None:
     call(monkeypatch, "drafter", "small", "--port", "8101", "--enforce-eager")
     given = ["serve", "small", "--port", "8101", "--enforce-eager"]
-    assert executed[0][3:] == [*given, "--no-async-scheduling"]
+    assert executed[0][3:] == given
+    monkeypatch.setenv("WANSPEC_DRAFT_HOST", "engine")
+    call(monkeypatch, "drafter", "small", "--port", "8101", "--enforce-eager")
+    assert executed[1][3:] == [*given, "--no-async-scheduling"]
     call(monkeypatch, "drafter", "small", "--async-scheduling")
-    assert executed[1][3:] == ["serve", "small", "--async-scheduling"]
+    assert executed[2][3:] == ["serve", "small", "--async-scheduling"]
