@@ -32,7 +32,7 @@ STEP_S = 0.04
 COMMIT_TOKENS = 3
 SLOWEST_TO_MEAN = 0.5
 MOST_WAITING = STREAMS
-MOST_STOPPING = STREAMS
+MOST_STOPPING = DEFAULT_RUNNING_BRANCHES
 """Branches that were stopped count as running until the engine has let go of them."""
 LIMITS = Limits(
     lookahead=48,
