@@ -25,8 +25,8 @@ from vllm_wanspec.errors import RemoteProtocolError
 logger = logging.getLogger("vllm.wanspec.pool")
 
 ASSUMED_STEP_S = 0.030
-MAX_LOOKUPS = 16
-"""Requests per step that fall back on prompt lookup: a bound on what it adds to the serving path."""
+MAX_LOOKUP_ROWS = 16
+"""Larger batches do not fall back on prompt lookup: a bound on what it adds to the serving path."""
 WAIT_SLICE_S = 0.002
 """While it holds a step back, the pool looks this often whether new requests have come."""
 
@@ -178,13 +178,12 @@ class DraftPool:
                     self._hold_back(dry, limit)
             now, plan = self._clock(), self._plan(limit)
             offered, expected, full = 0, 0.0, True
-            lookups = MAX_LOOKUPS if self._fallback else 0
+            lookup = self._fallback and len(requests) <= MAX_LOOKUP_ROWS
             for row, live in rows:
                 if live.core.changed:
                     drafts[row] = self._draft(live, plan, now)
                 live.guessed = not drafts[row]
-                if lookups > 0 and len(drafts[row]) < plan.limit:
-                    lookups -= 1
+                if lookup and len(drafts[row]) < plan.limit:
                     drafts[row] = self._look_up(live, plan, now)
                     live.guessed = live.core.is_guess
                 count = live.offered = len(drafts[row])
