@@ -236,7 +236,7 @@ def _explanation(result: WidthResult) -> list[str]:
         f"token{'s' * (load.commit_tokens > 1)} every {COMMIT_INTERVAL_S * 1e3:.0f} ms (more where the draft is "
         f"{LONGEST_LEAD} tokens ahead), drawn from the tree by the draft model's probabilities. `step`: time that "
         "branches ran divided by the tokens that they gave, starts and stops included; `gap` between two tokens of a "
-        "branch and `first` token are vLLM's own means; `commits/s`: tokens.",
+        "branch and `first` token are the drafter's own means; `commits/s`: tokens.",
     ]
 
 
