@@ -38,7 +38,7 @@ def run(tmp_path: Path, short_waits: None) -> tuple[DraftPool, list[Path]]:
     with DrafterServer(TOY, sink=far.record) as server:
         endpoints = [{"name": "eu", "url": server.url}]
         pool = DraftPool(
-            Settings.model_validate({"draft_endpoints": endpoints, "late": {"policy": "fixed"}}),
+            Settings.model_validate({"draft_endpoints": endpoints, "fallback": [], "late": {"policy": "fixed"}}),
             fingerprint=FINGERPRINT,
             vocab_size=VOCAB_SIZE,
             speculation_length=LIMIT,
