@@ -6,6 +6,7 @@ gathered here so that demo, benches and tests start their servers alike.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -14,9 +15,20 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cores", "describe", "has_gpu", "missing_vllm", "pin_cores", "server_env", "server_flags", "versions"]
+__all__ = [
+    "cores",
+    "describe",
+    "has_gpu",
+    "missing_vllm",
+    "on_core",
+    "pin_cores",
+    "server_env",
+    "server_flags",
+    "versions",
+]
 
 MAX_MODEL_LEN = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
@@ -61,6 +73,20 @@ def pin_cores(gpu: bool | None = None) -> tuple[int | None, int | None]:
     if (has_gpu() if gpu is None else gpu) or sys.platform != "linux" or len(available) < 2:
         return None, None
     return available[0], available[1]
+
+
+@contextlib.contextmanager
+def on_core(core: int | None) -> Iterator[None]:
+    """Keep this thread's work on one core, off that of what is measured; nothing where cores are not pinned."""
+    if core is None or sys.platform != "linux":
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def server_flags(gpu: bool | None = None) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -135,7 +133,7 @@ class TargetPart:
             if not linked:
                 raise ServerError(f"{SILENT}: no link to the silent drafter after {LINK_DEADLINE_S:.0f} s")
             clients = {name: CompletionClient(http, servers[name].url, MODEL_NAME) for name in names}
-            with _on_core(machine.pin_cores()[1]), _progress(self._console) as progress:
+            with machine.on_core(machine.pin_cores()[1]), _progress(self._console) as progress:
                 for client in clients.values():
                     await client.complete(WARM_UP.text, WARM_UP_TOKENS)
                 before = {name: await self._counters(http, name) for name in self._metrics}
@@ -201,7 +199,7 @@ class DrafterPart:
             async def base(width: int, seconds: float) -> SteadyRow:
                 return await direct_window(http, direct.url, options.load, width, seconds, clocks[1])
 
-            with _on_core(machine.pin_cores()[0]), _progress(self._console) as progress:
+            with machine.on_core(machine.pin_cores()[0]), _progress(self._console) as progress:
                 for side in (ours, base):
                     await side(max(options.widths), WARM_UP_S)
                 rng = Random(options.seed)
@@ -233,17 +231,3 @@ def _drafter_comparison(width: int, pairs: Sequence[tuple[SteadyRow, SteadyRow]]
 def _progress(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-
-
-@contextlib.contextmanager
-def _on_core(core: int | None) -> Iterator[None]:
-    """Keep this process's work off the core of what is measured; nothing where cores are not pinned."""
-    if core is None or sys.platform != "linux":
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)

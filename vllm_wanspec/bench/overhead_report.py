@@ -17,11 +17,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.running import write_output
 from vllm_wanspec.bench.trees_figures import CONFIDENCE, RESAMPLES, Interval, rounded
 from vllm_wanspec.bench.trees_result import git_commit
 from vllm_wanspec.bench.width_measure import CONTEXT_TOKENS, NEAR
 from vllm_wanspec.bench.width_steady import LOOKAHEAD, SteadyLoad
-from vllm_wanspec.errors import WanspecError
 
 __all__ = [
     "BARS",
@@ -287,7 +287,7 @@ def write_json(result: OverheadResult, path: Path) -> None:
     Raises:
         WanspecError: It cannot be written.
     """
-    _write(path, "--json", json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
+    write_output("--json", path, json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_markdown(result: OverheadResult, path: Path) -> None:
@@ -296,11 +296,4 @@ def write_markdown(result: OverheadResult, path: Path) -> None:
     Raises:
         WanspecError: It cannot be written.
     """
-    _write(path, "--markdown", markdown(result))
-
-
-def _write(path: Path, option: str, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error
+    write_output("--markdown", path, markdown(result))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
@@ -14,9 +15,18 @@ from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 
-__all__ = ["check_output", "log_folder", "one_line_errors"]
+__all__ = ["Outputs", "check_output", "log_folder", "one_line_errors", "write_output"]
 
 INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where the results go besides the console; None writes nothing, and keeps logs only after a failure."""
+
+    json_path: Path | None = None
+    markdown_path: Path | None = None
+    log_dir: Path | None = None
 
 
 @contextlib.contextmanager
@@ -86,3 +96,15 @@ def check_output(option: str, path: Path | None) -> None:
     """
     if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
         raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
+
+
+def write_output(option: str, path: Path, text: str) -> None:
+    """Write a result.
+
+    Raises:
+        WanspecError: It cannot be written.
+    """
+    try:
+        path.write_text(text, "utf-8")
+    except OSError as error:
+        raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +24,7 @@ from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import PORTS_NEEDED, DemoPlan, find_models
 from vllm_wanspec.bench.demo_view import starting
 from vllm_wanspec.bench.pacing import Pacing
-from vllm_wanspec.bench.running import check_output, log_folder, one_line_errors
+from vllm_wanspec.bench.running import Outputs, check_output, log_folder, one_line_errors
 from vllm_wanspec.bench.servers import ServerGroup, free_ports
 from vllm_wanspec.bench.trees_measure import Measurement
 from vllm_wanspec.bench.trees_report import print_report, write_json, write_markdown
@@ -46,15 +45,6 @@ START_DEADLINE_S = 300.0
 DYING_S = 3.0
 DRAFTER = "drafter"
 LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Where the results go besides the console; None writes nothing, and keeps logs only after a failure."""
-
-    json_path: Path | None = None
-    markdown_path: Path | None = None
-    log_dir: Path | None = None
 
 
 def run_trees(options: TreesOptions, outputs: Outputs, console: Console) -> TreesResult:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.demo_report import MAX_OVERRUN_SHARE
+from vllm_wanspec.bench.running import write_output
 from vllm_wanspec.bench.trees_figures import ArmFigures, Counters, Interval
 from vllm_wanspec.bench.trees_measure import MIN_CUT
 from vllm_wanspec.bench.trees_result import MAX_RATIO, MIN_PROMPTS, TARGET, TreesResult, command_line, git_commit
@@ -254,7 +255,7 @@ def write_json(result: TreesResult, path: Path) -> None:
     data = result.as_json()
     rows = ",\n  ".join(json.dumps(row) for row in data["rows"])
     text = json.dumps(data | {"rows": []}, indent=1)
-    _write(path, "--json", text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
+    write_output("--json", path, text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
 
 
 def write_markdown(result: TreesResult, path: Path) -> None:
@@ -264,14 +265,7 @@ def write_markdown(result: TreesResult, path: Path) -> None:
         WanspecError: A file cannot be written.
     """
     plot = path.with_suffix(".png")
-    _write(path, "--markdown", markdown(result, plot.name if write_plot(result, plot) else None))
-
-
-def _write(path: Path, option: str, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error
+    write_output("--markdown", path, markdown(result, plot.name if write_plot(result, plot) else None))
 
 
 def write_plot(result: TreesResult, path: Path) -> bool:

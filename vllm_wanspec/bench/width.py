@@ -9,11 +9,9 @@ commits what was drafted, so that branches are started and stopped all the time:
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,7 +206,7 @@ class _Bench:
                     await asyncio.sleep(options.warm_up_s)
                     return (await churning.window(meter, options.window_s)).row(width)
 
-            with _this_process_on(machine.pin_cores()[0]):
+            with machine.on_core(machine.pin_cores()[0]):
                 await steady.window(options.steady, max(options.widths), options.warm_up_s)
                 for load in options.loads:
                     rows = await self._windows(load, steady_window if load == STEADY else churning_window)
@@ -244,20 +242,6 @@ class _Bench:
             async with running:
                 await asyncio.sleep(self.options.warm_up_s)
                 return await record(program, pids, self.options.profile_s, self.folder)
-
-
-@contextlib.contextmanager
-def _this_process_on(core: int | None) -> Iterator[None]:
-    """Keep this thread, which plays the target, off the drafter's core; nothing where cores are not pinned."""
-    if core is None or sys.platform != "linux":
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
 
 
 def main(

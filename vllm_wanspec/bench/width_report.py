@@ -17,6 +17,7 @@ from rich.table import Table
 
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.pacing import Pacing
+from vllm_wanspec.bench.running import write_output
 from vllm_wanspec.bench.trees_result import git_commit
 from vllm_wanspec.bench.width_measure import (
     COMMIT_INTERVAL_S,
@@ -29,7 +30,6 @@ from vllm_wanspec.bench.width_measure import (
     medians,
 )
 from vllm_wanspec.bench.width_steady import LOOKAHEAD, SteadyLoad
-from vllm_wanspec.errors import WanspecError
 
 __all__ = ["BAR_RATIO", "BAR_WIDTH", "Arm", "WidthResult", "markdown", "print_report", "write_json", "write_markdown"]
 
@@ -308,7 +308,7 @@ def write_json(result: WidthResult, path: Path) -> None:
     Raises:
         WanspecError: It cannot be written.
     """
-    _write(path, "--json", json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
+    write_output("--json", path, json.dumps(result.as_json(), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_markdown(result: WidthResult, path: Path) -> None:
@@ -317,11 +317,4 @@ def write_markdown(result: WidthResult, path: Path) -> None:
     Raises:
         WanspecError: It cannot be written.
     """
-    _write(path, "--markdown", markdown(result))
-
-
-def _write(path: Path, option: str, text: str) -> None:
-    try:
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error
+    write_output("--markdown", path, markdown(result))

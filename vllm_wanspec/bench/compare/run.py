@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
@@ -26,7 +25,7 @@ from vllm_wanspec.bench.demo_report import Paced
 from vllm_wanspec.bench.demo_setup import DRAFTER_NAME, MODEL_NAME, Prompt
 from vllm_wanspec.bench.demo_view import starting
 from vllm_wanspec.bench.pacing import STATS_INTERVAL_S
-from vllm_wanspec.bench.running import check_output, log_folder
+from vllm_wanspec.bench.running import Outputs, check_output, log_folder
 from vllm_wanspec.bench.scrape import wait_until_linked
 from vllm_wanspec.bench.servers import Server, ServerError, ServerGroup, ServerSpec
 from vllm_wanspec.bench.trees_setup import read_prompts
@@ -39,15 +38,6 @@ START_DEADLINE_S = 300.0
 LINK_DEADLINE_S = 60.0
 DYING_S = 3.0
 STATS_SETTLE_S = STATS_INTERVAL_S + 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Where the results go besides the console; None writes nothing, and keeps logs only after a failure."""
-
-    json_path: Path | None = None
-    markdown_path: Path | None = None
-    log_dir: Path | None = None
 
 
 def run_bench(options: BenchOptions, outputs: Outputs, console: Console) -> BenchRun:
