@@ -25,7 +25,8 @@ from vllm_wanspec.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost, serve
+from vllm_wanspec.drafter.host import DraftModel, StreamingHost
+from vllm_wanspec.drafter.ports import LocalPort, serve
 
 READY_S = 20.0
 

@@ -15,7 +15,7 @@ import pytest
 from vllm_wanspec.bench.demo_setup import DemoModels
 from vllm_wanspec.bench.streams import DrafterClient, DraftTokenizer, Stream
 from vllm_wanspec.core.messages import Limits
-from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
 
 from .fleet import TOKEN, Drafter
 from .scrape import Page, read_page, until

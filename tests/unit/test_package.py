@@ -44,9 +44,11 @@ BASE = [
     "vllm_wanspec.controller.pool",
     "vllm_wanspec.controller.proposer",
     "vllm_wanspec.controller.hooks",
-    "vllm_wanspec.drafter.service",
+    "vllm_wanspec.drafter.connection",
     "vllm_wanspec.drafter.engines",
+    "vllm_wanspec.drafter.host",
     "vllm_wanspec.drafter.metrics",
+    "vllm_wanspec.drafter.ports",
     "vllm_wanspec.cli.main",
     "vllm_wanspec.plugin",
 ]

@@ -13,7 +13,8 @@ from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.expansion import entropy_nats
 from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, Limits, vocabulary_fingerprint
-from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, DraftModel, LocalPort, StreamingHost, serve
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
+from vllm_wanspec.drafter.ports import LocalPort, serve
 
 VOCABULARY = {f"t{index}": index for index in range(50)}
 FINGERPRINT = vocabulary_fingerprint(VOCABULARY)

@@ -16,7 +16,8 @@ from aiohttp import WSMsgType, web
 from vllm_wanspec.bench.language import TAIL, Language
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH
-from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost, serve
+from vllm_wanspec.drafter.host import DraftModel, StreamingHost
+from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import RemoteProtocolError
 
 __all__ = ["FINGERPRINT", "RUNNING_BRANCHES", "STATS_PATH", "SteppedEngine", "make_app", "synthetic_model"]

@@ -8,7 +8,8 @@ import secrets
 from contextlib import suppress
 from typing import Any
 
-from vllm_wanspec.drafter.service import MAX_OUTBOX, HostStats
+from vllm_wanspec.drafter.connection import MAX_OUTBOX
+from vllm_wanspec.drafter.host import HostStats
 from vllm_wanspec.errors import RemoteProtocolError
 
 ANSWER_DEADLINE_S = 60.0

@@ -14,8 +14,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from vllm_wanspec.core.drafter import StartBranch
+from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.engines import TOP_K, draft_step
-from vllm_wanspec.drafter.service import Connection, DraftModel, Host
+from vllm_wanspec.drafter.host import DraftModel, Host
 from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from vllm_wanspec.drafter.service import HostStats
+from vllm_wanspec.drafter.host import HostStats
 
 
 class HostCollector(Collector):

@@ -17,8 +17,9 @@ from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.drafter.engines import VllmEngine
 from vllm_wanspec.drafter.gate import EngineGate
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
-from vllm_wanspec.drafter.service import DEFAULT_RUNNING_BRANCHES, DraftModel, LocalPort, StreamingHost, serve
+from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
 

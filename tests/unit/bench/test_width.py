@@ -236,8 +236,8 @@ def test_the_report(tmp_path: Path) -> None:
 
 
 SAMPLES = """\
-main (a.py:1);run (asyncio/runners.py:5);Connection._run (vllm_wanspec/drafter/service.py:7) 30
-main (a.py:1);Connection._run (vllm_wanspec/drafter/service.py:7);append (vllm_wanspec/core/tree.py:9) 10
+main (a.py:1);run (asyncio/runners.py:5);Connection._run (vllm_wanspec/drafter/host.py:7) 30
+main (a.py:1);Connection._run (vllm_wanspec/drafter/host.py:7);append (vllm_wanspec/core/tree.py:9) 10
 main (a.py:1);output_handler (vllm/v1/engine/async_llm.py:3);f (vllm/v1/engine/output_processor.py:4);g (x.py:2) 50
 bootstrap (threading.py:1);Condition.wait (threading.py:300) 500
 main (a.py:1);Runner.run (asyncio/runners.py:118) 400

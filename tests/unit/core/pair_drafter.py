@@ -15,7 +15,7 @@ from vllm_wanspec.core.events import RecordedDrafterSession
 from vllm_wanspec.core.expansion import main_line_tip
 from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Reject, decode
 from vllm_wanspec.core.states import DrafterState
-from vllm_wanspec.drafter.service import gathered
+from vllm_wanspec.drafter.connection import gathered
 from vllm_wanspec.errors import RemoteProtocolError
 
 if TYPE_CHECKING:

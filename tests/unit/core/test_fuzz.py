@@ -36,7 +36,8 @@ from vllm_wanspec.core.messages import (
     encode,
     to_wire,
 )
-from vllm_wanspec.drafter.service import Connection, StreamingHost
+from vllm_wanspec.drafter.connection import Connection
+from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError
 
 INPUTS = int(os.environ.get("WANSPEC_FUZZ_INPUTS", "50000"))

@@ -8,7 +8,8 @@ from toys import FINGERPRINT, Toy, ToyEngine, draft_model, limits
 
 from vllm_wanspec.core.messages import Hello, Message, Nodes, Open, decode, encode
 from vllm_wanspec.drafter.engines import DraftEngine
-from vllm_wanspec.drafter.service import DraftModel, LocalPort, StreamingHost
+from vllm_wanspec.drafter.host import DraftModel, StreamingHost
+from vllm_wanspec.drafter.ports import LocalPort
 
 TOY = Toy(seed=5)
 PROMPT = (1, 2, 3)

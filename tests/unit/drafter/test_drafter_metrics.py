@@ -7,8 +7,9 @@ from toys import ToyEngine, draft_model
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.messages import Close
+from vllm_wanspec.drafter.connection import Connection
+from vllm_wanspec.drafter.host import Host, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
-from vllm_wanspec.drafter.service import Connection, Host, StreamingHost
 
 
 def metrics(host: StreamingHost) -> dict[str, float]:

@@ -25,7 +25,7 @@ from vllm_wanspec.core.messages import (
 from vllm_wanspec.drafter import gate as gate_module
 from vllm_wanspec.drafter import inside
 from vllm_wanspec.drafter.gate import EngineGate
-from vllm_wanspec.drafter.service import Port
+from vllm_wanspec.drafter.ports import Port
 from vllm_wanspec.errors import RemoteProtocolError
 
 TOY = Toy(seed=4)

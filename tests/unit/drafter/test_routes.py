@@ -19,8 +19,9 @@ from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_mode
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
 from vllm_wanspec.drafter import routes
+from vllm_wanspec.drafter.host import StreamingHost
+from vllm_wanspec.drafter.ports import LocalPort
 from vllm_wanspec.drafter.routes import WanspecRoutes, authorized, running_branches
-from vllm_wanspec.drafter.service import LocalPort, StreamingHost
 from vllm_wanspec.errors import ConfigError
 
 TOY = Toy(seed=9)

@@ -20,7 +20,8 @@ from vllm_wanspec.core.messages import (
     Reject,
 )
 from vllm_wanspec.core.tree import NodeRecord
-from vllm_wanspec.drafter.service import Connection, StreamingHost, gathered
+from vllm_wanspec.drafter.connection import Connection, gathered
+from vllm_wanspec.drafter.host import StreamingHost
 
 WIDE = {"lookahead": 24, "max_nodes": 512, "max_branches": 4, "running_branches": 64, "branch_depth": 4}
 

@@ -21,8 +21,8 @@ from vllm_wanspec.bench.servers import HOST
 from vllm_wanspec.bench.synthetic import RUNNING_BRANCHES, SteppedEngine, make_app
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import vocabulary_fingerprint
+from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
-from vllm_wanspec.drafter.service import DraftModel, StreamingHost
 
 __all__ = ["RandomTokens", "model_of"]
 

@@ -21,7 +21,7 @@ from vllm_wanspec.core.messages import (
     Reject,
     Welcome,
 )
-from vllm_wanspec.drafter import service
+from vllm_wanspec.drafter import connection
 from vllm_wanspec.errors import RemoteProtocolError
 
 
@@ -195,7 +195,7 @@ def test_garbage() -> None:
 
 
 def test_a_controller_that_sends_without_reading_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "MAX_OUTBOX", 50)
+    monkeypatch.setattr(connection, "MAX_OUTBOX", 50)
 
     async def scenario(peer: Peer) -> None:
         await peer.greet()

@@ -1,0 +1,239 @@
+"""Connection: one controller's sessions, from its frames to their drafts, over a host.
+
+What the engine and the controller say changes sessions; the nodes that follow wait in the connection's outbox until
+its writer takes them, several sessions' nodes in one frame.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
+from vllm_wanspec.core.events import RecordedDrafterSession
+from vllm_wanspec.core.messages import (
+    MAX_NODES_PER_MESSAGE,
+    PROTOCOL_VERSION,
+    Close,
+    Commit,
+    Hello,
+    Message,
+    Nodes,
+    Open,
+    Ping,
+    Pong,
+    Refuse,
+    Reject,
+    Welcome,
+    decode,
+    frames,
+)
+from vllm_wanspec.drafter.host import Host
+from vllm_wanspec.errors import RemoteProtocolError
+
+logger = logging.getLogger("vllm.wanspec.drafter")
+
+MAX_OUTBOX = 16384
+
+
+class Connection:
+    """One controller's connection.
+
+    Feed it with `receive` and put on the wire what `frames` gives. Where one of them raises or refuses the connection
+    ends, and `end` then stops everything that the engine still does for it.
+    """
+
+    def __init__(self, host: Host, wake: Callable[[], None] = lambda: None) -> None:
+        """Serve from ``host``; ``wake`` is called when there is something to send."""
+        self._host = host
+        self._model = host.model
+        self._wake = wake
+        self._calibration = Calibration()
+        self._client = ""
+        self._sessions: dict[int, DrafterSession] = {}
+        self._last_number = 0
+        self._handles: dict[tuple[int, int], int] = {}
+        self._outbox: list[Message] = []
+        self._greeted = False
+        host.connections.add(self)
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions."""
+        return len(self._sessions)
+
+    @property
+    def running(self) -> int:
+        """Branches that the engine is extending."""
+        return len(self._handles)
+
+    def receive(self, frame: bytes) -> bool:
+        """Take one frame; False when the controller was refused and the connection should end.
+
+        Raises:
+            RemoteProtocolError: No correct controller sends that, or it sends without reading. Its sessions' lookahead
+                bounds what one message can put into the outbox, so checking here bounds the outbox.
+        """
+        if len(self._outbox) >= MAX_OUTBOX:
+            raise RemoteProtocolError(f"the controller does not read: {MAX_OUTBOX} messages wait for it")
+        for message in decode(frame):
+            if not self._greeted:
+                return self._greet(message)
+            self._take(message)
+        return True
+
+    def frames(self) -> list[bytes]:
+        """What is to be sent now."""
+        batch, self._outbox = self._outbox, []
+        return list(frames(gathered(batch)))
+
+    def resize(self, width: int) -> None:
+        """Let each session run ``width`` branches."""
+        for number, session in list(self._sessions.items()):
+            if session.width != min(width, session.limits.running_branches):
+                self._do(number, session.resize(width, self._host.now()))
+
+    def drafted(self, number: int, branch: int, steps: Sequence[DraftStep]) -> None:
+        """The engine gave tokens for a session's branch."""
+        session = self._sessions.get(number)
+        if session is not None:
+            self._do(number, session.drafted(branch, steps, self._host.now()))
+
+    def ended(self, number: int, branch: int) -> None:
+        """The engine has given all that a session's branch asked for."""
+        session = self._sessions.get(number)
+        if session is not None:
+            self._do(number, session.ended(branch, self._host.now()))
+
+    def failed(self, number: int, branch: int, reason: str) -> None:
+        """The engine cannot serve a session's branch."""
+        session = self._sessions.get(number)
+        if session is not None and branch in session.running:
+            logger.error("draft engine failed (%s); session %d rejected", reason, number)
+            self._do(number, session.failed(self._host.now()))
+
+    def forget(self, number: int, branch: int) -> None:
+        """The engine is through with a session's branch."""
+        del self._handles[number, branch]
+
+    def end(self) -> list[int]:
+        """End all sessions; the handles of the branches that the engine still has."""
+        for number in list(self._sessions):
+            self._end(number)
+        self._host.connections.discard(self)
+        self._host.share()
+        return list(self._handles.values())
+
+    def _greet(self, message: Message) -> bool:
+        if not isinstance(message, Hello):
+            raise RemoteProtocolError("the first message is not hello")
+        model = self._model
+        refusal: Refuse | None = None
+        if message.version != PROTOCOL_VERSION:
+            refusal = Refuse("version", f"this drafter speaks version {PROTOCOL_VERSION}, not {message.version}")
+        elif message.fingerprint != model.fingerprint:
+            refusal = Refuse("vocabulary", f"the tokenizer of {model.name} maps ids to other tokens than the target's")
+        answer: Message = refusal or Welcome(
+            PROTOCOL_VERSION,
+            model.name,
+            model.vocab_size,
+            model.fingerprint,
+            model.max_sessions,
+            model.max_nodes,
+            model.max_context,
+        )
+        self._greeted = refusal is None
+        self._client = message.client
+        self._post(answer)
+        return self._greeted
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Open():
+                self._open(message)
+            case Commit(session=number):
+                session = self._sessions.get(number)
+                if session is not None:
+                    self._do(number, session.committed(message, self._host.now()))
+                elif number > self._last_number:
+                    raise RemoteProtocolError(f"commit to session {number}, which was never opened")
+            case Close(session=number):
+                self._end(number)
+            case Ping(sent_us=sent_us):
+                self._post(Pong(sent_us))
+            case _:
+                raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
+
+    def _open(self, opened: Open) -> None:
+        number, model = opened.session, self._model
+        if number <= self._last_number:
+            raise RemoteProtocolError(f"session number {number} does not rise above {self._last_number}")
+        self._last_number = number
+        if len(self._sessions) >= model.max_sessions:
+            self._post(Reject(number, "overloaded"))
+        elif len(opened.tokens) > model.max_context:
+            self._post(Reject(number, "too_long"))
+        elif max(opened.tokens) >= model.vocab_size:
+            self._post(Reject(number, "vocabulary"))
+        elif opened.limits.max_nodes > model.max_nodes:
+            raise RemoteProtocolError(f"session {number} wants {opened.limits.max_nodes} nodes of {model.max_nodes}")
+        else:
+            session = self._sessions[number] = self._new_session(opened)
+            now = self._host.now()
+            self._do(number, session.start(now))
+            self._host.share()
+
+    def _new_session(self, opened: Open) -> DrafterSession:
+        settings: dict[str, Any] = {
+            "vocab_size": self._model.vocab_size,
+            "max_context": self._model.max_context,
+            "calibration": self._calibration,
+            "width": 1,  # until all have their share
+        }
+        sink = self._host.sink
+        if sink is None:
+            return DrafterSession(opened, **settings)
+        return RecordedDrafterSession(opened, key=f"{self._client}#{opened.session}", sink=sink, **settings)
+
+    def _do(self, number: int, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case StartBranch(branch=branch):
+                    self._handles[number, branch] = self._host.start(self, number, action)
+                case StopBranch(branch=branch):
+                    self._host.stop(self._handles.get((number, branch), 0))
+                case Reject():
+                    self._sessions.pop(number, None)
+                    self._post(action)
+                    self._host.share()
+                case _:
+                    self._post(action)
+
+    def _end(self, number: int) -> None:
+        session = self._sessions.pop(number, None)
+        if session is not None:
+            self._do(number, session.close(self._host.now()))
+            self._host.share()
+
+    def _post(self, message: Message) -> None:
+        """Queue a message for the writer."""
+        self._outbox.append(message)
+        self._wake()
+
+
+def gathered(messages: Sequence[Message]) -> list[Message]:
+    """The same messages with each session's successive nodes in one: one engine step gives every branch its own."""
+    result: list[Message] = []
+    last: dict[int, int] = {}
+    for message in messages:
+        if isinstance(message, Nodes):
+            place = last.get(message.session)
+            known = result[place] if place is not None else None
+            if place is not None and isinstance(known, Nodes) and known.seen == message.seen:
+                nodes = known.nodes + message.nodes
+                if len(nodes) <= MAX_NODES_PER_MESSAGE:
+                    result[place] = Nodes(known.session, known.seen, nodes)
+                    continue
+            last[message.session] = len(result)
+        result.append(message)
+    return result
