@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from math import inf
 from typing import Protocol
 
 import aiohttp
@@ -25,6 +26,7 @@ from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
     Hello,
     Message,
+    Open,
     Ping,
     Pong,
     Refuse,
@@ -43,6 +45,10 @@ GREETING_TIMEOUT_S = 10.0
 CLOSING_TIMEOUT_S = 0.5
 PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
+IDLE_AFTER_S = 1.0
+"""A drafter that has not answered an open for this long and two round trips more is told of commits less often..."""
+IDLE_FLUSH_INTERVAL_S = 0.05
+"""...at most so often: waking the link thread costs every step of the target some time."""
 
 
 class LinkUser(Protocol):
@@ -95,6 +101,8 @@ class DrafterLink:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
         self._last_trouble: _Trouble | None = None
+        self._asked_s = inf
+        self._flushed_s = 0.0
 
     @property
     def name(self) -> str:
@@ -108,11 +116,22 @@ class DrafterLink:
 
     def send(self, message: Message) -> None:
         """Queue a message; `flush` sets it on its way. Keeps order."""
+        if isinstance(message, Open):
+            self._asked_s = min(self._asked_s, time.monotonic())
+            self._flushed_s = 0.0
         self._outbox.append(message)
 
     def flush(self) -> None:
-        """Wake the writer, if there is anything to send."""
-        if self._outbox and self._loop is not None:
+        """Wake the writer, if there is anything to send; for a drafter that drafts nothing only now and then.
+
+        What is left behind goes with the next flush, or the next ping.
+        """
+        if not self._outbox or self._loop is None:
+            return
+        now = time.monotonic()
+        idle = now - self._asked_s > IDLE_AFTER_S + 2.0 * self.rtt_s
+        if not idle or now - self._flushed_s >= IDLE_FLUSH_INTERVAL_S:
+            self._flushed_s = now
             self._loop.call_soon_threadsafe(self._wake.set)
 
     async def run(self) -> None:
@@ -198,6 +217,7 @@ class DrafterLink:
         self._rtt_s, self.turnaround = Smoothed(), Turnaround()
         self._rtt_s.add(time.monotonic() - began_s)
         self._outbox.clear()
+        self._asked_s = inf
         self.welcome = answer
         if self._last_trouble is not None and not self._last_trouble.fault:
             self._last_trouble = None
@@ -239,10 +259,14 @@ class DrafterLink:
                 messages = await self._receive(socket, SILENCE_LIMIT_S)
             except TimeoutError as error:
                 raise _Trouble(f"silent for {SILENCE_LIMIT_S:.0f} s; connection dropped") from error
+            now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
-                    self._rtt_s.add(max(0.0, time.monotonic() - message.sent_us / 1e6))
-            self._user.link_received(self, [message for message in messages if not isinstance(message, Pong)])
+                    self._rtt_s.add(max(0.0, now - message.sent_us / 1e6))
+            answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
+            if answers:
+                self._asked_s = inf
+            self._user.link_received(self, answers)
 
     async def _receive(self, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> list[Message]:
         frame = await socket.receive(timeout=timeout_s)

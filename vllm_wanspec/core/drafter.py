@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens
-from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
+from vllm_wanspec.core.messages import MAX_NODES_PER_MESSAGE, Commit, Nodes, Open, Reject
 from vllm_wanspec.core.states import DRAFTER_TABLE, DrafterEvent, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, NodeRecord
+
+MAX_UNSENT = 64
+"""So many nodes for tokens that were not drafted wait for drafted ones to travel with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class DrafterSession:
         self._main_tip = self._tree.cursor
         self._candidates = Candidates(opened.limits.min_probability)
         self._dead_end: Node | None = None
+        self._unsent: list[NodeRecord] = []
         self._state = DrafterState.NEW
 
     @property
@@ -135,6 +139,7 @@ class DrafterSession:
     def committed(self, commit: Commit, now: float) -> list[Action]:
         """Follow a commit; what it repeats is skipped, and tokens that were not drafted become nodes.
 
+        Those alone are of no use to the controller: they travel with the next that is drafted, if any is to come.
         A commit that begins after the known context cannot be followed: the session ends with a `Reject`.
         """
         known = self._tree.committed_length
@@ -152,9 +157,10 @@ class DrafterSession:
         actions: list[Action] = [self._stop(branch) for branch in impossible]
         if len(self._candidates) > 2 * self.limits.max_nodes:
             self._candidates.forget(self._tree)
-        if echoes:
-            actions.append(self._nodes(echoes))
-        return actions + self._steer()
+        if len(self._unsent) + len(echoes) > MAX_NODES_PER_MESSAGE:
+            actions.append(self._nodes(()))
+        self._unsent += echoes
+        return actions + self._steer() + self._overdue()
 
     def drafted(self, number: int, steps: Iterable[DraftStep], now: float) -> list[Action]:
         """Take tokens from the engine; those of a branch that was stopped meanwhile are ignored."""
@@ -169,7 +175,7 @@ class DrafterSession:
                 break
         if records:
             actions.insert(0, self._nodes(records))
-        return actions + self._steer()
+        return actions + self._steer() + self._overdue()
 
     def ended(self, number: int, now: float) -> list[Action]:
         """The engine has finished a branch (its ``max_tokens``), and more may be wanted.
@@ -180,7 +186,7 @@ class DrafterSession:
         if branch is None:
             return []
         self._forget(branch)
-        return self._reject("engine") if branch.fruitless else self._steer()
+        return self._reject("engine") if branch.fruitless else self._steer() + self._overdue()
 
     def failed(self, now: float) -> list[Action]:
         """The engine cannot serve the session."""
@@ -207,8 +213,8 @@ class DrafterSession:
         branch.left -= 1
         self._left -= 1
         branch.fruitless = False
-        others = [item for item in step.alternatives if item[0] != step.token and item[0] < self._vocab_size]
-        others = branching_tokens(others, step.entropy_nats, self.limits, self._calibration)
+        usable = (item for item in step.alternatives if item[0] != step.token and item[0] < self._vocab_size)
+        others = branching_tokens(usable, step.entropy_nats, self.limits, self._calibration)
         spare = max(0, room - 1 - self._reserved())
         ranked = [(step.token, step.logprob), *others[:spare]]
         fresh = [
@@ -328,5 +334,13 @@ class DrafterSession:
             node = node.parent
         return path[::-1]
 
+    def _overdue(self) -> list[Action]:
+        """What waits to be sent and has nothing to travel with, or is much."""
+        if self._unsent and (not self._running or len(self._unsent) >= MAX_UNSENT):
+            return [self._nodes(())]
+        return []
+
     def _nodes(self, records: Sequence[NodeRecord]) -> Nodes:
-        return Nodes(self.number, self._tree.committed_length, tuple(records))
+        """The message that takes ``records`` to the controller, after what waits to be sent."""
+        nodes, self._unsent = (*self._unsent, *records), []
+        return Nodes(self.number, self._tree.committed_length, nodes)

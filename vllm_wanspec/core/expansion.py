@@ -34,7 +34,8 @@ def entropy_nats(logprobs: Iterable[float]) -> float:
         p = exp(logprob)
         total -= p * logprob
         mass += p
-        least = min(least, logprob)
+        if logprob < least:
+            least = logprob
     return max(0.0, total - max(0.0, 1.0 - mass) * least)
 
 

@@ -52,10 +52,11 @@ class VllmEngine:
 
 
 def draft_step(token: int, ids: Sequence[int], logprobs: Sequence[float]) -> DraftStep:
-    """One position as vLLM gives it: the sampled token first, and then once more in its place among the ranked ones."""
-    ranked = zip(ids[1:], logprobs[1:], strict=True)
-    others = sorted((item for item in ranked if item[0] != token), key=_LOGPROB, reverse=True)
-    return DraftStep(token, logprobs[0], entropy_nats([logprobs[0], *map(_LOGPROB, others)]), tuple(others))
+    """One position as vLLM gives it: the sampled token first, then once more if it is among the most probable ones."""
+    others = [item for item in zip(ids[1:], logprobs[1:], strict=True) if item[0] != token]
+    others.sort(key=_LOGPROB, reverse=True)
+    known = logprobs if len(others) == len(ids) - 1 else logprobs[1:]
+    return DraftStep(token, logprobs[0], entropy_nats(known), tuple(others))
 
 
 def _step(completion: Any, index: int) -> DraftStep:

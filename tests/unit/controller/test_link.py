@@ -11,12 +11,24 @@ from contextlib import contextmanager
 import pytest
 from aiohttp import WSMsgType, web
 from conftest import LogLines
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Handler, Toy, draft_model, limits, wait_until
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
-from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Refuse, Welcome, encode
+from vllm_wanspec.core.messages import (
+    Close,
+    Commit,
+    Message,
+    Nodes,
+    Open,
+    Ping,
+    Pong,
+    Refuse,
+    Welcome,
+    decode,
+    encode,
+)
 from vllm_wanspec.errors import RemoteProtocolError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -101,6 +113,75 @@ def test_nothing_is_sent_before_flush_and_order_is_kept(server: DrafterServer) -
             link.send(Open(number, (number % VOCAB_SIZE, 2), limits(2, 64)))
         link.flush()
         wait_until(lambda: len({m.session for m in user.messages if isinstance(m, Nodes)}) == 200)
+
+
+def silent(frames: list[list[Message]]) -> Handler:
+    """A drafter that welcomes, keeps what it is sent, and drafts nothing."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_bytes(encode([WELCOME]))
+        async for frame in socket:
+            frames.append(decode(frame.data))
+            for message in frames[-1]:
+                if isinstance(message, Ping):
+                    await socket.send_bytes(encode([Pong(message.sent_us)]))
+        return socket
+
+    return handler
+
+
+def commits(frame: list[Message]) -> list[int]:
+    return [message.position for message in frame if isinstance(message, Commit)]
+
+
+def test_a_drafter_that_drafts_nothing_is_told_of_commits_now_and_then(
+    server: DrafterServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "IDLE_AFTER_S", 0.2)
+    monkeypatch.setattr(link_module, "IDLE_FLUSH_INTERVAL_S", 60.0)
+    monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.5)
+    frames: list[list[Message]] = []
+    server.handler = silent(frames)
+
+    def commit_each_step(link: DrafterLink, positions: range) -> None:
+        for position in positions:
+            link.send(Commit(1, position, (3,)))
+            link.flush()
+            time.sleep(0.01)
+
+    with running(server.url) as (link, user):
+        wait_until(lambda: user.ready)
+        link.send(Open(1, (1, 2), limits(8, 64)))
+        link.flush()
+        commit_each_step(link, range(2, 7))
+        wait_until(lambda: sum(map(len, map(commits, frames))) == 5)
+        assert sum(bool(commits(frame)) for frame in frames) >= 3  # a new session is told at once
+        idle_s = link_module.IDLE_AFTER_S + 2.0 * link.rtt_s
+        time.sleep(idle_s)
+        known = len(frames)
+        commit_each_step(link, range(7, 47))
+        wait_until(lambda: sum(map(len, map(commits, frames))) == 45)  # none stays behind for ever
+        assert sum(bool(commits(frame)) for frame in frames[known:]) <= 4  # by pings alone
+        assert [position for frame in frames for position in commits(frame)] == [*range(2, 47)]
+
+
+def test_a_drafter_that_drafts_again_is_told_at_once(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "IDLE_AFTER_S", -60.0)  # idle until it answers
+    monkeypatch.setattr(link_module, "IDLE_FLUSH_INTERVAL_S", 60.0)
+    monkeypatch.setattr(link_module, "PING_INTERVAL_S", 60.0)
+    with running(server.url) as (link, user):
+        wait_until(lambda: user.ready)
+        for number in (1, 2):  # opening is never put off
+            link.send(Open(number, (1, 2), limits(2, 64)))
+            link.flush()
+        wait_until(lambda: len({m.session for m in user.messages if isinstance(m, Nodes)}) == 2)
+        known = len(user.messages)
+        link.send(Commit(1, 2, tuple(TOY.drafted((1, 2), 2))))
+        link.flush()
+        wait_until(lambda: len(user.messages) > known)
 
 
 def test_nobody_there(log: LogLines) -> None:

@@ -3,9 +3,9 @@
 import pytest
 from toys import VOCAB_SIZE, Toy, limits
 
-from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
+from vllm_wanspec.core.drafter import MAX_UNSENT, Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK
-from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
+from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, Commit, Nodes, Open, Reject, decode, frames
 from vllm_wanspec.core.states import DrafterState
 
 PROMPT = (3, 1, 4, 1, 5)
@@ -177,15 +177,47 @@ def test_committed_tokens_that_were_not_drafted_come_back_as_echoes() -> None:
     others = {*range(VOCAB_SIZE)} - {n.token for n in session.tree.cursor.children[first].children.values()}
     strange = min(others)
     actions = commit(session, len(PROMPT), [first, strange, 8])
-    assert kinds(actions) == [StopBranch, Nodes, StartBranch]
-    echoes = actions[1].nodes  # type: ignore[union-attr]
-    assert [(n.id, n.parent, n.token, n.is_echo) for n in echoes] == [
+    assert kinds(actions) == [StopBranch, StartBranch]
+    start = only_start(actions)
+    assert start.tokens == (*PROMPT, first, strange, 8)
+    assert not session.tree.pending
+    # They are of use once something hangs below them, and travel with it.
+    sent = feed(session, start, 1)[0]
+    assert isinstance(sent, Nodes)
+    assert [(n.id, n.parent, n.token, n.is_echo) for n in sent.nodes[:2]] == [
         (known + 1, 1, strange, True),
         (known + 2, known + 1, 8, True),
     ]
-    assert actions[1].seen == len(PROMPT) + 3  # type: ignore[union-attr]
-    assert only_start(actions).tokens == (*PROMPT, first, strange, 8)
-    assert not session.tree.pending
+    assert sent.seen == len(PROMPT) + 3
+    assert sent.nodes[2].parent == known + 2
+    assert not sent.nodes[2].is_echo
+    assert not any(n.is_echo for action in feed(session, start, 1) if isinstance(action, Nodes) for n in action.nodes)
+
+
+def test_echoes_that_nothing_follows_are_sent_alone() -> None:
+    session = make_session(max_context=len(PROMPT) + 3)
+    only_start(session.start(0.0))
+    actions = commit(session, len(PROMPT), [7, 8, 9])
+    assert kinds(actions) == [StopBranch, Nodes]  # the context is as long as the draft model takes
+    assert [n.is_echo for n in actions[1].nodes] == [True] * 3  # type: ignore[union-attr]
+
+
+def test_echoes_do_not_pile_up() -> None:
+    session = make_session()
+    session.start(0.0)
+    actions = [action for index in range(200) for action in commit(session, len(PROMPT) + index, [7])]
+    assert [len(action.nodes) for action in actions if isinstance(action, Nodes)] == [MAX_UNSENT] * 3
+
+
+def test_the_most_tokens_that_a_commit_can_have_fit_into_messages() -> None:
+    session = make_session(max_context=3 * MAX_COMMIT_TOKENS)
+    session.start(0.0)
+    commit(session, len(PROMPT), [7])
+    actions = commit(session, len(PROMPT) + 1, [7] * MAX_COMMIT_TOKENS)
+    sent = [action for action in actions if isinstance(action, Nodes)]
+    assert [len(message.nodes) for message in sent] == [1, MAX_COMMIT_TOKENS]
+    decoded = [message for frame in frames(sent) for message in decode(frame)]
+    assert sum(len(message.nodes) for message in decoded if isinstance(message, Nodes)) == 1 + MAX_COMMIT_TOKENS
 
 
 def test_commits_are_idempotent() -> None:
