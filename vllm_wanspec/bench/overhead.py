@@ -81,7 +81,7 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
     differences: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:
         if TARGET in options.parts:
-            plan = plan_targets(models, folder)
+            plan = plan_targets(models, folder, options.instances)
             targets = TargetPart(options, plan.metrics, prompts, console)
             rows += _with_servers(folder, console, list(plan.specs.values()), targets.measure)
             differences = targets.differences
@@ -99,6 +99,7 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
         options.max_tokens,
         options.window_s,
         options.rounds,
+        options.instances,
         differences,
         time.monotonic() - began_s,
     )
@@ -128,7 +129,8 @@ def main(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts sent to each target.")] = MIN_PROMPTS,
     max_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens generated for each.")] = 96,
     widths: Annotated[str, typer.Option(metavar="LIST", help="Running branches at the drafter.")] = "1,8,32",
-    rounds: Annotated[int, typer.Option(min=1, help=f"Rounds; fewer than {MIN_ROUNDS} are not judged.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help=f"Rounds; fewer than {MIN_ROUNDS} are not judged.")] = MIN_ROUNDS,
+    instances: Annotated[int, typer.Option(min=1, max=8, help="Processes of each kind of target.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a window at the drafter.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of targets and widths.")] = 0,
     models: Annotated[
@@ -157,6 +159,7 @@ def main(
             max_tokens=max_tokens,
             widths=parse_widths(widths),
             rounds=rounds,
+            instances=instances,
             window_s=seconds,
             seed=seed,
             models=models,

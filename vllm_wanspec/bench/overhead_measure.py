@@ -27,7 +27,7 @@ from vllm_wanspec.bench.demo_setup import (
     write_config,
 )
 from vllm_wanspec.bench.overhead_direct import direct_window
-from vllm_wanspec.bench.overhead_report import DRAFTER, MIN_PROMPTS, TARGET, Comparison
+from vllm_wanspec.bench.overhead_report import DRAFTER, MIN_PROMPTS, MIN_ROUNDS, TARGET, Comparison
 from vllm_wanspec.bench.pacing import MAX_BASE_MS
 from vllm_wanspec.bench.scrape import read_samples, wait_until_linked
 from vllm_wanspec.bench.servers import HOST, Server, ServerError, ServerSpec, free_ports, wanspec_command
@@ -59,6 +59,7 @@ class OverheadOptions:
         widths: Running branches at the drafter.
         load: What its sessions ask for.
         rounds: Of everything.
+        instances: Processes of each kind of target: the same program is some per cent faster in one than in another.
         window_s: Seconds of a window at the drafter.
         seed: Of the order of targets and widths.
         models: Folder with ``target/``, ``draft/`` and ``prompts.jsonl``; None takes the checkout's.
@@ -69,7 +70,8 @@ class OverheadOptions:
     max_tokens: int = 96
     widths: tuple[int, ...] = (1, 8, 32)
     load: SteadyLoad = field(default_factory=SteadyLoad)
-    rounds: int = 7
+    rounds: int = MIN_ROUNDS
+    instances: int = 3
     window_s: float = 3.0
     seed: int = 0
     models: Path | None = None
@@ -88,9 +90,12 @@ class TargetPlan:
     metrics: Mapping[str, str]
 
 
-def plan_targets(models: DemoModels, folder: Path) -> TargetPlan:
-    """Lay out three targets and a drafter that is never done with its first step; writes YAML files to ``folder``."""
-    drafter_port, *ports = free_ports(6)
+def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> TargetPlan:
+    """Lay out targets of three kinds and a drafter that never ends its first step; writes YAML files to ``folder``.
+
+    A target's name is its kind, a hyphen and a number.
+    """
+    drafter_port, *ports = free_ports(1 + 5 * instances)
     target_core, draft_core = machine.pin_cores()
     # Its steps take a minute, and give tokens to what was there at their beginning: no request lives that long.
     drafter = [sys.executable, "-m", "vllm_wanspec.bench.compare.useless", "--port", str(drafter_port)]
@@ -101,20 +106,27 @@ def plan_targets(models: DemoModels, folder: Path) -> TargetPlan:
         "model": "vllm_wanspec.bench.compare.oracle.EmptyProposer",
         "num_speculative_tokens": SPECULATIVE_TOKENS,
     }
-    commands = {EMPTY: [*plain_command(str(models.target)), "--speculative-config", json.dumps(empty)]}
     metrics = {}
-    for name, port, metrics_port in ((SILENT, drafter_port, ports[3]), (DEAD, NOBODY, ports[4])):
-        config = write_config(folder / f"{name}.yaml", port, metrics_port, fallback=[])
-        ours = wanspec_command("serve", str(models.target), "--wanspec", str(config))
-        commands[name] = [*ours, "--speculative-tokens", str(SPECULATIVE_TOKENS)]
-        metrics[name] = f"http://{HOST}:{metrics_port}/metrics"
-    for (name, argv), port in zip(commands.items(), ports, strict=False):
-        specs[name] = vllm_spec(name, [*argv, *NAMED], port, target_core, None, folder / f"{name}.pacing.json")
+    for number in range(1, instances + 1):
+        for kind, endpoint in ((EMPTY, None), (SILENT, drafter_port), (DEAD, NOBODY)):
+            name = f"{kind}-{number}"
+            argv = plain_command(str(models.target))
+            if endpoint is None:
+                argv += ["--speculative-config", json.dumps(empty)]
+            else:
+                metrics_port = ports.pop()
+                metrics[name] = f"http://{HOST}:{metrics_port}/metrics"
+                config = write_config(folder / f"{name}.yaml", endpoint, metrics_port, fallback=[])
+                argv = wanspec_command("serve", str(models.target), "--wanspec", str(config))
+                argv += ["--speculative-tokens", str(SPECULATIVE_TOKENS)]
+            specs[name] = vllm_spec(
+                name, [*argv, *NAMED], ports.pop(), target_core, None, folder / f"{name}.pacing.json"
+            )
     return TargetPlan(specs, metrics)
 
 
 class TargetPart:
-    """The target's part: each prompt through all three, one at a time."""
+    """The target's part: each prompt through all targets, one at a time."""
 
     def __init__(
         self, options: OverheadOptions, metrics: Mapping[str, str], prompts: Sequence[Prompt], console: Console
@@ -124,14 +136,12 @@ class TargetPart:
 
     async def measure(self, servers: dict[str, Server]) -> list[Comparison]:
         """Take all rounds."""
-        names = [EMPTY, *self._metrics]
-        rounds: dict[str, list[float]] = {name: [] for name in names}
+        names = [name for name in servers if name != SILENT_DRAFTER]
+        rounds: dict[str, list[float]] = {EMPTY: [], SILENT: [], DEAD: []}
         async with aiohttp.ClientSession() as http:
-            linked = await wait_until_linked(
-                http, self._metrics[SILENT], DRAFTER_NAME, LINK_DEADLINE_S, servers[SILENT].check_alive
-            )
-            if not linked:
-                raise ServerError(f"{SILENT}: no link to the silent drafter after {LINK_DEADLINE_S:.0f} s")
+            for name in names:
+                if _kind(name) == SILENT:
+                    await self._linked(http, name, servers[name])
             clients = {name: CompletionClient(http, servers[name].url, MODEL_NAME) for name in names}
             with machine.on_core(machine.pin_cores()[1]), _progress(self._console) as progress:
                 for client in clients.values():
@@ -141,40 +151,48 @@ class TargetPart:
                 for number in range(self._options.rounds):
                     progress.update(task, description=f"target, round {number + 1}")
                     paces = await self._round(clients, number, lambda: progress.advance(task))
-                    for name, pace in paces.items():
-                        rounds[name].append(pace)
-            grown = {name: (await self._counters(http, name)).since(before[name]).values for name in self._metrics}
+                    for kind, pace in paces.items():
+                        rounds[kind].append(pace)
+            grown = {name: (await self._counters(http, name)).since(before[name]) for name in self._metrics}
+        rows = []
+        for kind in (SILENT, DEAD):
+            counts = Counters.total(found for name, found in grown.items() if _kind(name) == kind).values
+            rows.append(Comparison(TARGET, f"{kind} drafter", tuple(rounds[kind]), tuple(rounds[EMPTY]), counts))
         # Nodes do arrive: a drafter tells which of its own a commit has led to.
-        if grown[SILENT].get("offered_tokens"):
-            raise WanspecError(f"the silent drafter has drafted {grown[SILENT]['offered_tokens']:.0f} tokens")
-        return [
-            Comparison(TARGET, f"{name} drafter", tuple(rounds[name]), tuple(rounds[EMPTY]), grown[name])
-            for name in self._metrics
-        ]
+        drafted = rows[0].details.get("offered_tokens")
+        if drafted:
+            raise WanspecError(f"the silent drafter has drafted {drafted:.0f} tokens")
+        return rows
+
+    async def _linked(self, http: aiohttp.ClientSession, name: str, server: Server) -> None:
+        url = self._metrics[name]
+        if not await wait_until_linked(http, url, DRAFTER_NAME, LINK_DEADLINE_S, server.check_alive):
+            raise ServerError(f"{name}: no link to the silent drafter after {LINK_DEADLINE_S:.0f} s")
 
     async def _round(
         self, clients: Mapping[str, CompletionClient], number: int, advance: Callable[[], None]
     ) -> dict[str, float]:
-        """Each target's milliseconds per token, over all prompts."""
-        sums = dict.fromkeys(clients, 0.0)
+        """Milliseconds per token of each kind of target, over all prompts."""
+        sums = dict.fromkeys((EMPTY, SILENT, DEAD), 0.0)
         rng = Random(self._options.seed + number)
         for prompt in self._prompts:
             done = {}
             for name in rng.sample([*clients], len(clients)):
                 done[name] = await clients[name].complete(prompt.text, self._options.max_tokens, ignore_eos=True)
-                sums[name] += done[name].tpot_ms or 0.0
+                sums[_kind(name)] += done[name].tpot_ms or 0.0
                 advance()
             self._compare(prompt, done)
-        return {name: total / len(self._prompts) for name, total in sums.items()}
+        return {kind: total / len(self._prompts) / self._options.instances for kind, total in sums.items()}
 
     async def _counters(self, http: aiohttp.ClientSession, name: str) -> Counters:
         return Counters.of(await read_samples(http, self._metrics[name]), WATCHED)
 
     def _compare(self, prompt: Prompt, done: Mapping[str, Completion]) -> None:
+        right = next(completion for name, completion in done.items() if _kind(name) == EMPTY)
         for name, completion in done.items():
-            place = first_difference(done[EMPTY].token_ids, completion.token_ids)
+            place = first_difference(right.token_ids, completion.token_ids)
             if place is not None:
-                self.differences.append(f"{name} drafter, {prompt.module}, token {place + 1}")
+                self.differences.append(f"{_kind(name)} drafter, {prompt.module}, token {place + 1}")
 
 
 class DrafterPart:
@@ -226,6 +244,11 @@ def _drafter_comparison(width: int, pairs: Sequence[tuple[SteadyRow, SteadyRow]]
         for name in ("running", "step_ms", "starts_per_s", "api_cpu", "engine_cpu", "others_cpu", "measured_s")
     }
     return Comparison(DRAFTER, f"{width} branch{'es' * (width > 1)}", tuple(rates[0]), tuple(rates[1]), details)
+
+
+def _kind(name: str) -> str:
+    """The kind of a target by its name."""
+    return name.rpartition("-")[0]
 
 
 def _progress(console: Console) -> Progress:

@@ -138,6 +138,7 @@ class OverheadResult:
         max_tokens: Generated for each.
         window_s: Seconds of a window at the drafter.
         rounds: Of everything.
+        instances: Processes of each kind of target.
         differences: Outputs of the target that differ, one line each.
         seconds: Duration of the whole run.
     """
@@ -148,6 +149,7 @@ class OverheadResult:
     max_tokens: int
     window_s: float
     rounds: int
+    instances: int
     differences: Sequence[str]
     seconds: float
 
@@ -171,6 +173,7 @@ class OverheadResult:
             "prompts": self.prompts,
             "max_tokens": self.max_tokens,
             "rounds": self.rounds,
+            "instances": self.instances,
             "window_s": self.window_s,
             "context_tokens": CONTEXT_TOKENS,
             "differences": list(self.differences),
@@ -235,7 +238,7 @@ def _explanation(result: OverheadResult) -> list[str]:
             f"Target: time per token after the first of {result.prompts} prompts × {result.max_tokens} tokens, greedy, "
             "one at a time, through the OpenAI endpoint; `wanspec serve` divided by the same vLLM whose custom "
             "proposer returns empty lists. `silent drafter`: it welcomes, takes sessions and commits, never drafts. "
-            "`dead drafter`: nobody listens at its port."
+            f"`dead drafter`: nobody listens at its port. Means over {result.instances} processes of each kind."
         )
     if DRAFTER in _parts(result):
         texts.append(

@@ -23,7 +23,7 @@ from vllm_wanspec.bench import machine, overhead, overhead_measure
 from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import DemoModels
 from vllm_wanspec.bench.overhead_direct import DirectLoad, direct_spec, direct_window, make_app
-from vllm_wanspec.bench.overhead_measure import DEAD, EMPTY, SILENT, SILENT_DRAFTER, OverheadOptions, plan_targets
+from vllm_wanspec.bench.overhead_measure import SILENT_DRAFTER, OverheadOptions, plan_targets
 from vllm_wanspec.bench.overhead_report import (
     DRAFTER,
     TARGET,
@@ -63,7 +63,7 @@ def compared(part: str, ratios: Sequence[float], **details: float) -> Comparison
 
 
 def result(*rows: Comparison, differences: Sequence[str] = (), prompts: int = 12, rounds: int = 5) -> OverheadResult:
-    return OverheadResult(rows, SteadyLoad(), prompts, 96, 3.0, rounds, differences, 99.0)
+    return OverheadResult(rows, SteadyLoad(), prompts, 96, 3.0, rounds, 3, differences, 99.0)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_with_its_spread() -> None:
@@ -211,14 +211,17 @@ def test_a_direct_client_that_fails_is_told() -> None:
 
 def test_what_is_started(tmp_path: Path) -> None:
     plan = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
-    assert list(plan.specs) == [SILENT_DRAFTER, EMPTY, SILENT, DEAD]
+    assert list(plan.specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
     silent_port = plan.specs[SILENT_DRAFTER].port
     assert list(plan.specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
-    assert "oracle.EmptyProposer" in plan.specs[EMPTY].argv[plan.specs[EMPTY].argv.index("--speculative-config") + 1]
-    assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent.yaml").read_text().replace("http:", "ws:")
-    assert "127.0.0.1:9\n" in (tmp_path / "dead.yaml").read_text()
-    assert set(plan.metrics) == {SILENT, DEAD}
-    for name in (EMPTY, SILENT, DEAD):
+    assert (
+        "oracle.EmptyProposer"
+        in plan.specs["empty-1"].argv[plan.specs["empty-1"].argv.index("--speculative-config") + 1]
+    )
+    assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent-1.yaml").read_text().replace("http:", "ws:")
+    assert "127.0.0.1:9\n" in (tmp_path / "dead-1.yaml").read_text()
+    assert set(plan.metrics) == {"silent-1", "dead-1"}
+    for name in ("empty-1", "silent-1", "dead-1"):
         env = plan.specs[name].env
         assert env is not None
         assert not any(key.startswith("WANSPEC_") for key in env)  # nothing is paced
@@ -238,15 +241,15 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         (tmp_path / folder / "config.json").write_text("{}")
     (tmp_path / "prompts.jsonl").write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
 
-    def targets(models: DemoModels, folder: Path) -> Any:
-        plan = plan_targets(models, folder)
+    def targets(models: DemoModels, folder: Path, instances: int) -> Any:
+        plan = plan_targets(models, folder, instances)
         specs = {}
         for name, spec in plan.specs.items():
             argv = [sys.executable, str(HERE / "fake_vllm.py"), "--port", str(spec.port), "--stats"]
             argv.append(str(folder / f"{name}.stats"))
             if name in plan.metrics:
                 argv += ["--metrics-port", plan.metrics[name].rpartition(":")[2].partition("/")[0]]
-            if name == DEAD and (tmp_path / "differ").exists():
+            if name == "dead-2" and (tmp_path / "differ").exists():
                 argv += ["--differ-at", "5"]
             specs[name] = replace(spec, argv=argv)
         return replace(plan, specs=specs)
@@ -270,7 +273,20 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def invoke(folder: Path, *arguments: str) -> Any:
     app = Typer()
     app.command()(overhead.main)
-    common = ["--models", str(folder), "--prompts", "2", "--max-tokens", "8", "--rounds", "2", "--seconds", "0.3"]
+    common = [
+        "--models",
+        str(folder),
+        "--prompts",
+        "2",
+        "--max-tokens",
+        "8",
+        "--rounds",
+        "2",
+        "--seconds",
+        "0.3",
+        "--instances",
+        "2",
+    ]
     return CliRunner().invoke(app, [*common, "--widths", "1,4", *arguments])
 
 
@@ -286,8 +302,9 @@ def test_a_whole_run(stand_ins: Path) -> None:
         assert row["ours"] > 0.0
         assert row["base"] > 0.0
         assert row["held"] is None
-    # Two prompts in two rounds, four steps each.
-    assert data["rows"][0]["details"]["steps"] == 16
+    # Two prompts in two rounds through two processes, four steps each.
+    assert data["rows"][0]["details"]["steps"] == 32
+    assert data["instances"] == 2
     assert data["rows"][3]["details"]["running_base"] == pytest.approx(4.0, abs=0.4)
     assert data["differences"] == []
     assert "| 4 branches |" in (stand_ins / "o.md").read_text()
@@ -312,7 +329,7 @@ def test_a_drafter_that_is_not_silent_is_an_error(stand_ins: Path, monkeypatch: 
     monkeypatch.setattr(overhead_measure, "read_samples", samples)
     done = invoke(stand_ins, "--parts", "target")
     assert done.exit_code == 1
-    assert "the silent drafter has drafted 2 tokens" in done.output
+    assert "the silent drafter has drafted 8 tokens" in done.output
 
 
 def test_a_run_that_cannot_be(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
