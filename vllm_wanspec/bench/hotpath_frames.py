@@ -58,7 +58,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
             times_ns.append(time.perf_counter_ns() - began_ns)
             sizes.append(len(frame))
             if number >= deep - 1:
-                pool.step([(f"request-{index}", writer.oldest()) for index, writer in enumerate(writers)], 8)
+                pool.step([(f"request-{index}", writer.oldest()) for index, writer in enumerate(writers)])
             on_frame()
     return Frames(FRAME_NODES, sessions, tuple(times_ns[deep:]), sum(sizes[deep:]) / count)
 

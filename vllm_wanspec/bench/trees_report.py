@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.cells import interval, number, share
 from vllm_wanspec.bench.demo_report import MAX_OVERRUN_SHARE
 from vllm_wanspec.bench.running import write_output
-from vllm_wanspec.bench.trees_figures import ArmFigures, Counters, Interval
+from vllm_wanspec.bench.trees_figures import ArmFigures, Counters
 from vllm_wanspec.bench.trees_measure import MIN_CUT
 from vllm_wanspec.bench.trees_result import MAX_RATIO, MIN_PROMPTS, TARGET, TreesResult, command_line, git_commit
 from vllm_wanspec.bench.trees_setup import DEFAULT_ARM, MAIN_LINE
@@ -24,55 +25,42 @@ from vllm_wanspec.errors import WanspecError
 
 __all__ = ["print_report", "write_json", "write_markdown", "write_plot"]
 
-UNKNOWN = "–"
 
 _Column = tuple[str, Callable[[ArmFigures], str]]
 _Grid = tuple[list[str], list[list[str]]]
 
 
-def _number(value: float | None, digits: int = 0) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
-
-
-def _share(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.0%}"
-
-
-def _interval(interval: Interval | None) -> str:
-    return UNKNOWN if interval is None else f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"
-
-
 def _count(name: str) -> _Column:
-    return name.replace("_", " "), lambda one: _number(one.counters.get(name))
+    return name.replace("_", " "), lambda one: number(one.counters.get(name))
 
 
 def _main_columns(baseline: str) -> list[_Column]:
     """What width costs and buys."""
     return [
         ("arm", lambda one: one.arm.name),
-        ("ms per token", lambda one: _number(one.timed.per_token_ms, 2)),
-        (f"÷ {baseline} (95 %)", lambda one: _interval(one.ratio)),
-        ("tokens per step", lambda one: _number(one.tokens_per_step, 2)),
-        ("nodes drafted", lambda one: _number(one.counters.get("drafted_tokens"))),
-        ("running branches", lambda one: _number(one.running_branches, 1)),
+        ("ms per token", lambda one: number(one.timed.per_token_ms, 2)),
+        (f"÷ {baseline} (95 %)", lambda one: interval(one.ratio)),
+        ("tokens per step", lambda one: number(one.tokens_per_step, 2)),
+        ("nodes drafted", lambda one: number(one.counters.get("drafted_tokens"))),
+        ("running branches", lambda one: number(one.running_branches, 1)),
         _count("branch_hits"),
         _count("misses"),
-        ("bytes per accepted token", lambda one: _number(one.bytes_per_accepted_token)),
+        ("bytes per accepted token", lambda one: number(one.bytes_per_accepted_token)),
     ]
 
 
 DETAIL_COLUMNS: list[_Column] = [
     ("arm", lambda one: one.arm.name),
-    ("÷ off (95 %)", lambda one: _interval(one.plain_ratio)),
-    ("median ms", lambda one: _number(one.median_ms, 2)),
-    ("nodes sent", lambda one: _number(one.counters.get("received_nodes"))),
+    ("÷ off (95 %)", lambda one: interval(one.plain_ratio)),
+    ("median ms", lambda one: number(one.median_ms, 2)),
+    ("nodes sent", lambda one: number(one.counters.get("received_nodes"))),
     _count("hits"),
-    ("no draft", lambda one: _number(one.counters.get("blind_steps"))),
-    ("late", lambda one: _number(one.counters.get("late_drafts"))),
-    ("stale", lambda one: _number(one.counters.get("stale_nodes"))),
-    ("withheld", lambda one: _number(one.counters.get("unpaid_steps"))),
-    ("waits", lambda one: _number(one.counters.get("waits"))),
-    ("waited s", lambda one: _number(one.counters.get("wait_seconds"), 2)),
+    ("no draft", lambda one: number(one.counters.get("blind_steps"))),
+    ("late", lambda one: number(one.counters.get("late_drafts"))),
+    ("stale", lambda one: number(one.counters.get("stale_nodes"))),
+    ("withheld", lambda one: number(one.counters.get("unpaid_steps"))),
+    ("waits", lambda one: number(one.counters.get("waits"))),
+    ("waited s", lambda one: number(one.counters.get("wait_seconds"), 2)),
 ]
 
 
@@ -89,7 +77,7 @@ def _caught_grid(result: TreesResult) -> _Grid:
     """Share of misses caught by a branch, arms × entropy ranges."""
     ranges = _entropy_ranges(result)
     rows = [
-        [one.arm.name, *(_share(one.share_of_misses(entropy, "branch")) for entropy in (*ranges, None))]
+        [one.arm.name, *(share(one.share_of_misses(entropy, "branch")) for entropy in (*ranges, None))]
         for one in result.figures
         if one.arm.drafts
     ]
@@ -101,8 +89,8 @@ def _outcome_grid(one: ArmFigures) -> _Grid:
     rows = []
     for entropy in one.counters.ranges():
         total = sum(one.counters.outcomes(entropy).values())
-        misses = (_share(one.share_of_misses(entropy, outcome)) for outcome in OUTCOMES[1:])
-        rows.append([entropy, _number(total), _share(one.share(entropy, "agreed")), *misses])
+        misses = (share(one.share_of_misses(entropy, outcome)) for outcome in OUTCOMES[1:])
+        rows.append([entropy, number(total), share(one.share(entropy, "agreed")), *misses])
     return ["nats", "positions", "agreed", "misses: in a branch", "as a leaf", "not in the tree"], rows
 
 
@@ -325,7 +313,7 @@ def _plot_caught(axes: Any, result: TreesResult) -> None:
     ranges = _entropy_ranges(result)
     for one in _by_threshold(result):
         points = [(place, one.share_of_misses(entropy, "branch")) for place, entropy in enumerate(ranges)]
-        known = [(place, 100.0 * share) for place, share in points if share is not None]
+        known = [(place, 100.0 * part) for place, part in points if part is not None]
         if known:
             axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=_label(one))
     axes.set_xticks(range(len(ranges)), ranges, rotation=30, ha="right")

@@ -41,7 +41,7 @@ LEDGER = (
         "GPUModelRunner.take_draft_token_ids (of one runner)",
         "Drafts that arrive after propose() would wait a whole step; here they are still in time, and waiting here "
         "does not hold back tokens already produced.",
-        "Instance wrap: replaces the proposed lists in place, then calls the original.",
+        "Instance wrap: fills in the proposed lists in place, then calls the original.",
         "vLLM asks custom proposers for drafts when it schedules.",
     ),
     Wrap(
@@ -141,7 +141,7 @@ def attach(runner: Any, proposer: Any) -> None:
 
     @functools.wraps(original)
     def take_draft_token_ids() -> Any:
-        proposer.redraft(runner._draft_token_ids)
+        proposer.draft(runner._draft_token_ids)
         return original()
 
     runner.take_draft_token_ids = take_draft_token_ids

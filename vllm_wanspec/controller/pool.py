@@ -125,26 +125,20 @@ class DraftPool:
                 self._add(request, context, tree or self._settings.tree)
         self._flush()
 
-    def step(self, rows: Sequence[tuple[str, Sequence[int]]], limit: int) -> list[list[int]]:
-        """Commit what a step yielded and draft for the next one.
+    def step(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Commit what a step yielded.
 
         Args:
             rows: Per batch row the request id and the tokens that were verified; none for rows still in prefill.
-            limit: Most tokens to draft per row.
-
-        Returns:
-            Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
         now = self._clock()
         self._measure(rows, now)
-        sessions, plan = self._sessions, self._plan(limit)
-        drafts: list[list[int]] = []
+        sessions = self._sessions
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
         with self._arrived:
             for request, tokens in rows:
                 live = sessions.get(request)
                 if live is None or not tokens:
-                    drafts.append([])
                     continue
                 if live.offered and not live.guessed:
                     drafted_rows += 1
@@ -153,35 +147,39 @@ class DraftPool:
                     dry_rows += 1
                     dry_yield += len(tokens)
                 self._commit(live, tokens, now)
-                drafts.append(self._draft(live, plan, now))
         self._flush()
         if drafted_rows:
             self._tokens_per_drafted_step.add(drafted_yield / drafted_rows)
         if dry_rows and self._fallback:  # without it such a step yields one token
             self._tokens_per_dry_step.add(dry_yield / dry_rows)
-        return drafts
 
-    def redraft(self, requests: Sequence[str | None], drafts: list[list[int]], limit: int) -> None:
-        """Replace drafts in place by the best that has arrived meanwhile, waiting as configured.
+    def draft(self, requests: Sequence[str | None], limit: int) -> list[list[int]]:
+        """Draft for the step to come with all that has arrived by now, waiting as configured.
 
         Args:
             requests: Per row the request id, None for rows that get no draft.
-            drafts: What `step` returned.
-            limit: As for `step`.
+            limit: Most tokens to draft per row.
+
+        Returns:
+            Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
+        drafts: list[list[int]] = [[] for _ in requests]
         with self._arrived:
             sessions = self._sessions
             rows = [(row, sessions[r]) for row, r in enumerate(requests) if r is not None and r in sessions]
+            now, plan = self._clock(), self._plan(limit)
+            for row, live in rows:
+                drafts[row] = self._draft(live, plan, now)
             if self._settings.late.policy != "none":
                 dry = [live for row, live in rows if not drafts[row] and live.link is not None]
-                if dry:
-                    self._hold_back(dry, limit)
-            now, plan = self._clock(), self._plan(limit)
+                if dry and self._hold_back(dry, limit):
+                    now = self._clock()
+                    for row, live in rows:
+                        if live.core.changed:
+                            drafts[row] = self._draft(live, plan, now)
             offered, expected, full = 0, 0.0, True
             lookup = self._fallback and len(requests) <= MAX_LOOKUP_ROWS
             for row, live in rows:
-                if live.core.changed:
-                    drafts[row] = self._draft(live, plan, now)
                 live.guessed = not drafts[row]
                 if lookup and len(drafts[row]) < plan.limit:
                     drafts[row] = self._look_up(live, plan, now)
@@ -198,6 +196,7 @@ class DraftPool:
                     drafts[row], live.offered = [], 0
                 offered = 0
             self.counters.offered_tokens += offered
+        return drafts
 
     def length(self, request: str) -> int | None:
         """Tokens in a request's committed context; None where it has no session."""
@@ -341,8 +340,8 @@ class DraftPool:
         yield_per_s = self._rows * self._tokens_per_step.get(1.0) / self.step_s.get(ASSUMED_STEP_S)
         return self.shared.times.token_s * yield_per_s
 
-    def _hold_back(self, dry: Sequence[LiveSession], limit: int) -> None:
-        """Wait for drafts about to arrive, as configured; gives the lock free meanwhile."""
+    def _hold_back(self, dry: Sequence[LiveSession], limit: int) -> bool:
+        """Wait for drafts about to arrive, as configured; gives the lock free meanwhile. Whether it waited."""
         late, began_s = self._settings.late, self._clock()
         adaptive = late.policy == "adaptive"
         if adaptive:
@@ -350,7 +349,7 @@ class DraftPool:
         else:
             wait, waiting = Wait(late.max_wait_ms / 1000.0, 1), dry
         if wait is None or all(_has_drafts(live, wait.drafts) for live in waiting):
-            return
+            return False
         began_s = self._clock()
         while not all(_has_drafts(live, wait.drafts) for live in waiting):
             left_s = began_s + wait.seconds - self._clock()
@@ -363,6 +362,7 @@ class DraftPool:
         for live in waiting:
             if isinstance(live.core, RecordedControllerSession):
                 live.core.note("wait", ended_s, waited_s=ended_s - began_s)
+        return True
 
     def _worthwhile(
         self, dry: Sequence[LiveSession], limit: int, now: float

@@ -87,7 +87,7 @@ class RemoteProposer:
         token_ids_cpu: Any,
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """Drafts for the next step.
+        """Take what a step yielded; the drafts for the next one are filled in later, by `draft`.
 
         Args:
             sampled_token_ids: Per batch row the tokens that this step yielded; empty for rows still in prefill.
@@ -96,29 +96,29 @@ class RemoteProposer:
             slot_mappings: Unused.
 
         Returns:
-            One list per row, of at most ``num_speculative_tokens`` ids of the vocabulary; never raises.
+            One empty list per row; never raises.
         """
-        empty: list[list[int]] = [[] for _ in sampled_token_ids]
-        self._drafts = empty
+        self._drafts = [[] for _ in sampled_token_ids]
         if self.pool is None or self._runner is None or self._failed:
-            return empty
+            return self._drafts
         try:
             rows = self._verified(self.pool, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             self._rows = [request if tokens else None for request, tokens in rows]
-            self._drafts = self.pool.step(rows, self._scheduled_limit)
+            self.pool.step(rows)
         except Exception as error:
             self._fail(error)
         return self._drafts
 
-    def redraft(self, drafts: object) -> None:
-        """Improve the drafts of this step in place just before the scheduler takes them; never raises."""
+    def draft(self, drafts: object) -> None:
+        """Fill in the lists of `propose`, in place, just before the scheduler takes them; never raises.
+
+        Each becomes a draft of at most ``num_speculative_tokens`` ids of the vocabulary.
+        """
         if self.pool is None or self._failed or drafts is not self._drafts:
             return
         try:
-            self.pool.redraft(self._rows, self._drafts, self._scheduled_limit)
+            self._drafts[:] = self.pool.draft(self._rows, self._scheduled_limit)
         except Exception as error:
-            for draft in self._drafts:
-                draft.clear()
             self._fail(error)
 
     def _verified(
@@ -164,7 +164,6 @@ class RemoteProposer:
 
     def _fail(self, error: Exception) -> None:
         """A fault of ours: say so once, and serve without drafts from now on."""
-        self._drafts = [[] for _ in self._drafts]
         if not self._failed:
             self._failed = True
             logger.error("remote drafting stops by a fault of its own; requests are served on", exc_info=error)

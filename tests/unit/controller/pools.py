@@ -66,8 +66,8 @@ class Target:
             self.accepted += len(tokens) - 1
             context += tokens
             rows.append((name, tokens))
-        drafts = self.pool.step(rows, LIMIT)
-        self.pool.redraft([name for name, _ in rows], drafts, LIMIT)
+        self.pool.step(rows)
+        drafts = self.pool.draft([name for name, _ in rows], LIMIT)
         self.drafts = dict(zip(self.contexts, drafts, strict=True))
 
     def run_until_accepted(self, count: int) -> None:

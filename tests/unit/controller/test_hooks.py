@@ -132,8 +132,8 @@ class Proposer:
     def begin_step(self, runner: object, output: object) -> None:
         self.calls.append(("begin", runner, output))
 
-    def redraft(self, drafts: object) -> None:
-        self.calls.append(("redraft", drafts))
+    def draft(self, drafts: object) -> None:
+        self.calls.append(("draft", drafts))
 
 
 def test_update_states_tells_the_proposer_first_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +153,13 @@ def test_update_states_tells_the_proposer_first_and_is_wrapped_once(monkeypatch:
     assert runner._update_states("output") == "updated output"
 
 
-def test_attach_drafts_again_before_drafts_are_taken() -> None:
+def test_attach_drafts_before_drafts_are_taken() -> None:
     runner, proposer = GoodRunner(), Proposer()
     hooks.attach(runner, proposer)
     drafts = [[1], [2]]
     runner._draft_token_ids = drafts
     assert runner.take_draft_token_ids() == ("taken", drafts)
-    assert proposer.calls == [("redraft", drafts)]
+    assert proposer.calls == [("draft", drafts)]
     assert runner.effective_drafter_max_model_len == hooks.NO_DRAFTER_LIMIT
 
 

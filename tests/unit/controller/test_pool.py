@@ -41,7 +41,8 @@ def test_sessions_open_when_the_request_arrives_and_close_when_it_ends() -> None
         pool.begin(["a"], [])
         assert pool.length("a") is None
         wait_until(lambda: server.sessions == 0 and server.engine.running == 0)
-        assert pool.step([("a", [1])], LIMIT) == [[]]
+        pool.step([("a", [1])])
+        assert pool.draft(["a"], LIMIT) == [[]]
 
 
 def test_an_id_can_return() -> None:
@@ -68,20 +69,15 @@ def test_rows_without_tokens_or_without_a_session_get_nothing() -> None:
     with served() as (pool, _):
         pool.begin([], [("a", PROMPT)])
         wait_until(lambda: len(peek(pool, "a")) == LIMIT)
-        drafts = pool.step([("a", []), ("ghost", [1])], LIMIT)
-        assert drafts == [[], []]
-        pool.redraft([None, "ghost"], drafts, LIMIT)
-        assert drafts == [[], []]
+        pool.step([("a", []), ("ghost", [1])])
+        assert pool.draft([None, "ghost"], LIMIT) == [[], []]
 
 
-def test_redraft_replaces_in_place() -> None:
+def test_drafts_are_counted_and_no_longer_than_asked_for() -> None:
     with served() as (pool, _):
         pool.begin([], [("a", PROMPT)])
         wait_until(lambda: len(peek(pool, "a")) == LIMIT)
-        drafts: list[list[int]] = [[], []]
-        given = drafts
-        pool.redraft(["a", None], drafts, 2)
-        assert given == [TOY.drafted(PROMPT, 2), []]
+        assert pool.draft(["a", None], 2) == [TOY.drafted(PROMPT, 2), []]
         assert pool.counters.offered_tokens == 2
 
 
@@ -285,8 +281,8 @@ def test_sixty_four_sessions_are_handled_in_little_time() -> None:
                 context += tokens
                 rows.append((name, tokens))
             began_s = time.perf_counter()
-            lists = pool.step(rows, LIMIT)
-            pool.redraft([name for name, _ in rows], lists, LIMIT)
+            pool.step(rows)
+            lists = pool.draft([name for name, _ in rows], LIMIT)
             times_ms.append((time.perf_counter() - began_s) * 1000)
             target.drafts = dict(zip(target.contexts, lists, strict=True))
             pause.wait(0.01)

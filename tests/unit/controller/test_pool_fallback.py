@@ -4,13 +4,12 @@ import pytest
 from pool_world import LIMIT, World
 from pools import peek, pool_of
 
-from vllm_wanspec.controller.pool import MAX_LOOKUP_ROWS
+from vllm_wanspec.controller.pool import MAX_LOOKUP_ROWS, DraftPool
 
 
-def handed_out(pool: object, rows: list[tuple[str, list[int]]], limit: int = LIMIT) -> list[list[int]]:
-    drafts = pool.step(rows, limit)  # type: ignore[attr-defined]
-    pool.redraft([request for request, _ in rows], drafts, limit)  # type: ignore[attr-defined]
-    return drafts
+def handed_out(pool: DraftPool, rows: list[tuple[str, list[int]]], limit: int = LIMIT) -> list[list[int]]:
+    pool.step(rows)
+    return pool.draft([request for request, _ in rows], limit)
 
 
 def test_without_a_drafter_the_text_itself_is_looked_up() -> None:
@@ -47,10 +46,10 @@ def test_not_in_large_batches(rows: int) -> None:
 def test_a_drafter_s_own_tokens_come_first() -> None:
     world = World(fallback=("ngram",))
     drafts = world.step({"a": peek(world.pool, "a")[:1]})
-    before = [list(draft) for draft in drafts]
-    world.redraft(drafts)
-    assert before[0]
-    assert drafts[0][: len(before[0])] == before[0]
+    known = peek(world.pool, "a")
+    world.draft(drafts)
+    assert known
+    assert drafts[0][: len(known)] == known
 
 
 def test_what_looked_up_steps_yield_is_kept_apart_from_what_drafters_give() -> None:

@@ -6,7 +6,6 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.estimates import StepTimes
 from vllm_wanspec.core.length import LEARNING_STEPS, PROBE_STEPS
 
@@ -37,7 +36,7 @@ def run_badly(world: World, drafts: list[list[int]], steps: int) -> list[int]:
         here = world.length["a"]
         drafts[:] = world.step({"a": [here]}, drafts=count, step_s=0.03 if count else 0.02)
         world.arrive("a", LIMIT, echo=here, wrong=True)
-        world.redraft(drafts)
+        world.draft(drafts)
     return offered
 
 
@@ -57,7 +56,7 @@ def test_a_useless_drafter_is_found_out_though_no_step_was_ever_without_its_draf
     world = World(policy="none")
     drafts = world.miss("a")
     world.arrive("a", LIMIT, echo=world.length["a"] - 1 + WRONG, wrong=True)
-    world.redraft(drafts)
+    world.draft(drafts)
     assert world.pool.shared.times.plain.samples == 0.0
     offered = run_badly(world, drafts, LEARNING_STEPS - 1)
     assert all(offered)
@@ -81,7 +80,7 @@ def test_a_drafter_that_gets_better_is_used_again() -> None:
             drafts = world.step({"a": tokens}, drafts=count, step_s=0.024 if count else 0.02)
             missed = world.pending("a")
             world.arrive("a", LIMIT if missed else len(tokens), echo=tokens[-1] if missed else None, wrong=not good)
-            world.redraft(drafts)
+            world.draft(drafts)
         assert bool(drafts[0]) is good
 
 
@@ -89,30 +88,8 @@ def test_steps_without_drafts_do_not_count_as_unpaid() -> None:
     world = running_well("a")
     for _ in range(50):
         drafts = world.miss("a")
-        world.redraft(drafts)
+        world.draft(drafts)
     assert world.pool.counters.unpaid_steps == 0
-
-
-def test_only_sessions_whose_trees_have_changed_are_drafted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    world = running_well("abc")
-    drafts = world.miss("a")
-    before = [list(draft) for draft in drafts]
-    calls: list[ControllerSession] = []
-    draft = ControllerSession.draft
-
-    def watched(self: ControllerSession, *args: float) -> tuple[list[int], float]:
-        calls.append(self)
-        return draft(self, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ControllerSession, "draft", watched)
-    world.arrive("b", 3)
-    world.redraft(drafts)
-    assert calls == [world.pool._sessions["b"].core]
-    assert drafts[0] == before[0] == []
-    assert drafts[2] == before[2]
-    calls.clear()
-    world.redraft(drafts)
-    assert calls == []
 
 
 # What steps cost
@@ -122,12 +99,12 @@ def test_the_step_time_is_measured_between_begin_and_end() -> None:
     now = [100.0]
     settings = Settings.model_validate({"draft_endpoints": [{"name": "a", "url": "http://127.0.0.1:9"}]})
     pool = DraftPool(settings, fingerprint="", vocab_size=9, speculation_length=4, clock=lambda: now[0], seed=1)
-    pool.step([], 4)
+    pool.step([])
     assert pool.step_s.get(-1.0) == -1.0
     for _ in range(3):
         pool.step_begins()
         now[0] += 0.25
-        pool.step([], 4)
+        pool.step([])
         now[0] += 60.0
     assert pool.step_s.get(-1.0) == 0.25
     pool._thread._loop.close()
@@ -152,22 +129,16 @@ def test_drafts_are_full_only_where_every_row_has_them(others: list[str | None],
         times.add(6, drafts=4, full=False, seconds=0.08)
         times.add(10, drafts=8, full=True, seconds=0.02)
     line = list(range(world.length["a"], world.length["a"] + LIMIT))
-    drafts = [line, list(line) if pays else []]
-    world.pool.redraft(["a", *others], drafts, LIMIT)
-    assert bool(drafts[0]) is pays
+    assert world.pool.draft(["a", *others], LIMIT) == ([line, line] if pays else [[], []])
 
 
 def test_the_yield_of_requests_that_had_drafts_is_kept_apart() -> None:
     world = running_well("ab")
+    drafted, dry = (world.pool._sessions[name] for name in "ab")
     for _ in range(300):
-        drafts: list[list[int]] = [[1, 2, 3], []]  # the second request has none
-        world.pool._sessions["a"].expected = 2.9
-        world.pool._sessions["a"].core.changed = world.pool._sessions["b"].core.changed = False
-        world.pool.redraft(["a", "b"], drafts, LIMIT)
-        offered = [world.pool._sessions[name].offered for name in "ab"]
-        assert offered == [3, 0]
+        drafted.offered, drafted.guessed, dry.offered = 3, False, 0
         world.pool.step_begins(5, 3)
-        world.pool.step([("a", [7, 7, 7]), ("b", [7])], LIMIT)
+        world.pool.step([("a", [7, 7, 7]), ("b", [7])])
     assert world.pool._tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)
     assert world.pool._tokens_per_drafted_step.get(0.0) == pytest.approx(3.0, abs=0.01)
 
@@ -176,6 +147,6 @@ def test_steps_that_are_no_example_are_not_timed() -> None:
     world = World(policy="none")
     world.pool.step_begins(0, 0)
     world.now += 5.0
-    world.pool.step([("a", [3])], LIMIT)
+    world.pool.step([("a", [3])])
     times = world.pool.shared.times
     assert (times.plain.samples, times.drafted.samples, times.full.samples) == (0.0, 0.0, 0.0)

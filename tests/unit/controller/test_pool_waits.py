@@ -10,6 +10,7 @@ from pools import LIMIT, PROMPT, pool_of, served
 from toys import wait_until
 
 from vllm_wanspec.controller.pool import WAIT_SLICE_S
+from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.lateness import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -33,23 +34,42 @@ def test_a_step_is_held_back_for_drafts_about_to_arrive() -> None:
     here = world.length["a"]
     assert drafts == [[]]
     world.later(0.008, "a", LIMIT, echo=here - 1 + WRONG)
-    assert world.redraft(drafts) == pytest.approx(0.008)
+    assert world.draft(drafts) == pytest.approx(0.008)
     assert drafts == [list(range(here, here + LIMIT))]
     counters = world.pool.counters
     assert (counters.waits, counters.wait_seconds) == (1, pytest.approx(0.008))
+
+
+def test_after_a_wait_only_sessions_whose_trees_have_changed_are_drafted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = ready("abc")
+    drafts = world.miss("a", "b")
+    calls: list[ControllerSession] = []
+    draft = ControllerSession.draft
+
+    def watched(self: ControllerSession, *args: float) -> tuple[list[int], float]:
+        calls.append(self)
+        return draft(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ControllerSession, "draft", watched)
+    for name in "ab":
+        world.later(0.008, name, LIMIT, echo=world.length[name] - 1 + WRONG)
+    assert world.draft(drafts) > 0.0
+    sessions = [world.pool._sessions[name].core for name in "abc"]
+    assert calls == [*sessions, *sessions[:2]]
+    assert all(drafts)
 
 
 def test_it_goes_on_at_once_when_they_are_there() -> None:
     world = ready()
     drafts = world.miss("a")
     world.later(0.003, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)  # sooner than expected
-    assert world.redraft(drafts) == pytest.approx(0.003)
+    assert world.draft(drafts) == pytest.approx(0.003)
 
 
 def test_the_wait_ends_where_it_was_expected_to_though_nothing_came() -> None:
     world = ready()
     drafts = world.miss("a")
-    waited_s = world.redraft(drafts)
+    waited_s = world.draft(drafts)
     assert waited_s == pytest.approx(0.008 + (LIMIT - 1) * 0.0005)
     assert drafts == [[]]
     assert world.pool.counters.wait_seconds == pytest.approx(waited_s)
@@ -58,15 +78,15 @@ def test_the_wait_ends_where_it_was_expected_to_though_nothing_came() -> None:
 @pytest.mark.parametrize("answer_s", [0.016, 0.1])
 def test_what_comes_too_late_is_not_waited_for(answer_s: float) -> None:
     world = ready(answer_s=answer_s)
-    assert world.redraft(world.miss("a")) == 0.0
+    assert world.draft(world.miss("a")) == 0.0
     assert world.pool.counters.waits == 0
 
 
 def test_the_configured_maximum_holds_whatever_would_be_worth_it() -> None:
     world = ready(max_wait_ms=6)
-    assert world.redraft(world.miss("a")) == 0.0
+    assert world.draft(world.miss("a")) == 0.0
     world = ready(max_wait_ms=9)
-    assert 0.0 < world.redraft(world.miss("a")) <= 0.009 + 1e-9
+    assert 0.0 < world.draft(world.miss("a")) <= 0.009 + 1e-9
 
 
 @pytest.mark.parametrize("queued", [lambda: 1, lambda: 7, lambda: None])
@@ -74,7 +94,7 @@ def test_no_step_is_held_back_while_requests_wait_or_where_that_is_unknown(queue
     world = ready(queued=queued)
     drafts = world.miss("a")
     world.later(0.001, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
-    assert world.redraft(drafts) == 0.0
+    assert world.draft(drafts) == 0.0
     assert world.pool.counters.waits == 0
 
 
@@ -84,7 +104,7 @@ def test_the_wait_ends_when_a_request_comes() -> None:
     drafts = world.miss("a")
     world.coming.append((world.now + 0.003, lambda: arrivals.append(world.now)))
     world.later(0.008, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
-    assert 0.003 <= world.redraft(drafts) <= 0.003 + WAIT_SLICE_S
+    assert 0.003 <= world.draft(drafts) <= 0.003 + WAIT_SLICE_S
     assert world.pool.counters.waits == 1
     assert drafts == [[]]
 
@@ -94,7 +114,7 @@ def test_the_wait_ends_when_the_queue_is_no_longer_known() -> None:
     world = ready(queued=lambda: known[-1])
     drafts = world.miss("a")
     world.coming.append((world.now + 0.003, lambda: known.append(None)))
-    assert 0.003 <= world.redraft(drafts) <= 0.003 + WAIT_SLICE_S
+    assert 0.003 <= world.draft(drafts) <= 0.003 + WAIT_SLICE_S
     assert world.pool.counters.waits == 1
 
 
@@ -103,7 +123,7 @@ def test_one_of_many_does_not_hold_up_the_batch() -> None:
     drafts = world.miss("c")
     for name in "abdefgh":
         world.arrive(name, LIMIT + 1)
-    assert world.redraft(drafts) == 0.0
+    assert world.draft(drafts) == 0.0
     assert [len(draft) for draft in drafts] == [LIMIT, LIMIT, 0, LIMIT, LIMIT, LIMIT, LIMIT, LIMIT]
 
 
@@ -113,7 +133,7 @@ def test_all_of_a_few_do() -> None:
     for name in "abc":
         world.later(0.004, name, LIMIT, echo=world.length[name] - 1 + WRONG)
     world.measured(answer_s=0.004, gap_s=0.0005)
-    assert world.redraft(drafts) == pytest.approx(0.004)
+    assert world.draft(drafts) == pytest.approx(0.004)
     assert [len(draft) for draft in drafts] == [LIMIT] * 3
 
 
@@ -124,7 +144,7 @@ def test_the_wait_is_over_when_those_it_is_for_have_drafts() -> None:
     far.answer_s.add(0.5)
     world.pool._sessions["b"].core._turnaround = far
     world.later(0.003, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
-    assert world.redraft(drafts) == pytest.approx(0.003)
+    assert world.draft(drafts) == pytest.approx(0.003)
     assert [len(draft) for draft in drafts] == [LIMIT, 0]
 
 
@@ -133,7 +153,7 @@ def test_a_request_that_no_drafter_serves_is_not_waited_for() -> None:
     drafts = world.miss("a")
     world.link.welcome = None
     world.pool.link_lost(world.link)
-    assert world.redraft(drafts) == 0.0
+    assert world.draft(drafts) == 0.0
 
 
 def test_a_lost_link_ends_the_wait_at_once() -> None:
@@ -145,7 +165,7 @@ def test_a_lost_link_ends_the_wait_at_once() -> None:
         world.pool.link_lost(world.link)
 
     world.coming.append((world.now + 0.002, lose))
-    assert world.redraft(drafts) == pytest.approx(0.002)
+    assert world.draft(drafts) == pytest.approx(0.002)
 
 
 def test_without_a_miss_there_is_nothing_to_wait_for() -> None:
@@ -161,17 +181,17 @@ def test_without_a_policy_nobody_waits() -> None:
     world = ready(policy="none")
     drafts = world.miss("a")
     world.later(0.001, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
-    assert world.redraft(drafts) == 0.0
+    assert world.draft(drafts) == 0.0
 
 
 @pytest.mark.parametrize("queued", [lambda: 0, lambda: 7, lambda: None])
 def test_the_fixed_wait_asks_nobody(queued: Callable[[], int | None]) -> None:
     world = ready(policy="fixed", queued=queued, answer_s=9.0)
-    assert world.redraft(world.miss("a")) == pytest.approx(0.015)
+    assert world.draft(world.miss("a")) == pytest.approx(0.015)
     world.arrive("a", 0, echo=world.length["a"] - 1 + WRONG)
     drafts = world.step({"a": [world.length["a"]]})
     world.later(0.004, "a", 1, echo=world.length["a"] - 1)
-    assert world.redraft(drafts) == pytest.approx(0.004)  # one draft is enough
+    assert world.draft(drafts) == pytest.approx(0.004)  # one draft is enough
 
 
 # On sockets, in real time
@@ -181,11 +201,9 @@ def test_the_wait_for_late_drafts_is_bounded() -> None:
     with served(late={"policy": "fixed", "max_wait_ms": 80}) as (pool, server):
         server.engine.open.clear()
         pool.begin([], [("a", PROMPT)])
-        drafts: list[list[int]] = [[]]
         began_s = time.monotonic()
-        pool.redraft(["a"], drafts, LIMIT)
+        assert pool.draft(["a"], LIMIT) == [[]]
         waited_s = time.monotonic() - began_s
-        assert drafts == [[]]
         assert 0.075 <= waited_s < 1.0
         server.engine.open.set()
 
@@ -193,9 +211,8 @@ def test_the_wait_for_late_drafts_is_bounded() -> None:
 def test_the_wait_ends_when_drafts_are_there() -> None:
     with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, _):
         pool.begin([], [("a", PROMPT), ("b", [1])])
-        drafts: list[list[int]] = [[], []]
         began_s = time.monotonic()
-        pool.redraft(["a", "b"], drafts, LIMIT)
+        drafts = pool.draft(["a", "b"], LIMIT)
         assert time.monotonic() - began_s < 0.9
         assert all(drafts)
 
@@ -204,7 +221,7 @@ def test_nobody_waits_for_requests_that_no_drafter_serves() -> None:
     with pool_of("http://127.0.0.1:9", late={"policy": "fixed", "max_wait_ms": 1000}) as pool:
         pool.begin([], [("a", PROMPT)])
         began_s = time.monotonic()
-        pool.redraft(["a"], [[]], LIMIT)
+        pool.draft(["a"], LIMIT)
         assert time.monotonic() - began_s < 0.5
 
 
@@ -216,6 +233,6 @@ def test_a_lost_drafter_ends_the_wait() -> None:
         stopper = threading.Thread(target=server.stop)
         began_s = time.monotonic()
         stopper.start()
-        pool.redraft(["a"], [[]], LIMIT)
+        pool.draft(["a"], LIMIT)
         assert time.monotonic() - began_s < 0.95
         stopper.join()

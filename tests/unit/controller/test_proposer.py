@@ -134,8 +134,8 @@ def test_lists_that_are_not_those_proposed_are_left_alone(engine: Engine) -> Non
     wait_until(lambda: pool_of(engine)._sessions["a"].core.tree.best_path(K))
     before = pool_of(engine).counters.offered_tokens
     other = [[1, 2, 3]]
-    engine.remote.redraft(other)
-    engine.remote.redraft(None)
+    engine.remote.draft(other)
+    engine.remote.draft(None)
     assert other == [[1, 2, 3]]
     assert pool_of(engine).counters.offered_tokens == before
 
@@ -144,7 +144,7 @@ def test_before_the_first_step_there_is_nothing(engine: Engine) -> None:
     assert engine.remote.propose([[1], []], None, None) == [[], []]
 
 
-@pytest.mark.parametrize("broken", ["begin", "step_begins", "step", "redraft", "length"])
+@pytest.mark.parametrize("broken", ["begin", "step_begins", "step", "draft", "length"])
 def test_a_fault_of_ours_ends_drafting_not_the_engine(
     engine: Engine, log: LogLines, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

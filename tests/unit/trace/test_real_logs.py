@@ -25,9 +25,8 @@ def play(pool: DraftPool) -> None:
     for _ in range(STEPS):
         tokens = TOY.verify(context, draft)
         context += tokens
-        drafts = pool.step([("a", tokens)], LIMIT)
-        pool.redraft(["a"], drafts, LIMIT)
-        draft = drafts[0]
+        pool.step([("a", tokens)])
+        [draft] = pool.draft(["a"], LIMIT)
     pool.begin(["a"], [])
 
 

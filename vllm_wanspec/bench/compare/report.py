@@ -11,18 +11,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_wanspec.bench import machine
+from vllm_wanspec.bench.cells import UNKNOWN, interval, number, share
 from vllm_wanspec.bench.compare.figures import Bar, Figures, Row, figures
 from vllm_wanspec.bench.compare.measure import BenchRun
 from vllm_wanspec.bench.compare.plan import ARMS
 from vllm_wanspec.bench.compare.plots import write_plot
 from vllm_wanspec.bench.compare.result import command_line, write_json, write_text
 from vllm_wanspec.bench.demo_report import MAX_OVERRUN_SHARE
-from vllm_wanspec.bench.trees_figures import Interval
 from vllm_wanspec.bench.trees_result import git_commit
 
 __all__ = ["markdown", "print_report", "write_json", "write_markdown"]
 
-UNKNOWN = "–"
 MARKS = {True: "✓", False: "✗", None: UNKNOWN}
 STYLES = {True: "green", False: "bold red", None: "dim"}
 #: So many wrong outputs are named; the result file has all.
@@ -55,25 +54,13 @@ class Section:
 _Column = tuple[str, Callable[[Row], str]]
 
 
-def _number(value: float | None, digits: int = 0) -> str:
-    return UNKNOWN if value is None else f"{value:,.{digits}f}"
-
-
-def _share(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.0%}"
-
-
-def _interval(interval: Interval | None) -> str:
-    return UNKNOWN if interval is None else f"{interval.value:.3f} ({interval.low:.3f}–{interval.high:.3f})"
-
-
 def _trip(row: Row) -> str:
     return UNKNOWN if row.cell.rtt_ms is None else f"{row.cell.rtt_ms:g}"
 
 
 def _passes(row: Row) -> str:
     about = "≈ " if row.passes_estimated and row.local_draft_passes else ""
-    return about + _number(row.local_draft_passes)
+    return about + number(row.local_draft_passes)
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -83,12 +70,12 @@ def _spread(values: Sequence[float]) -> str:
 ARM: _Column = ("arm", lambda row: row.cell.arm)
 TRIP: _Column = ("R ms", _trip)
 STREAMS: _Column = ("streams", lambda row: str(row.cell.concurrency))
-PER_TOKEN: _Column = ("ms per token", lambda row: _number(row.tpot_ms, 2))
-TO_COLOCATED: _Column = ("÷ co-located (95 %)", lambda row: _interval(row.to_draft_model))
-TO_PLAIN: _Column = ("÷ plain constrained (95 %)", lambda row: _interval(row.to_constrained))
-PER_STEP: _Column = ("tokens per step", lambda row: _number(row.tokens_per_step, 2))
+PER_TOKEN: _Column = ("ms per token", lambda row: number(row.tpot_ms, 2))
+TO_COLOCATED: _Column = ("÷ co-located (95 %)", lambda row: interval(row.to_draft_model))
+TO_PLAIN: _Column = ("÷ plain constrained (95 %)", lambda row: interval(row.to_constrained))
+PER_STEP: _Column = ("tokens per step", lambda row: number(row.tokens_per_step, 2))
 PASSES: _Column = ("local passes", _passes)
-FIRST: _Column = ("first token ms", lambda row: _number(row.ttft_ms, 1))
+FIRST: _Column = ("first token ms", lambda row: number(row.ttft_ms, 1))
 
 SINGLE_COLUMNS: list[_Column] = [
     ARM,
@@ -96,7 +83,7 @@ SINGLE_COLUMNS: list[_Column] = [
     PER_TOKEN,
     TO_COLOCATED,
     TO_PLAIN,
-    ("ideal ms", lambda row: _number(row.ideal_tpot_ms, 2)),
+    ("ideal ms", lambda row: number(row.ideal_tpot_ms, 2)),
     ("÷ ideal", lambda row: UNKNOWN if row.to_ideal is None else f"{row.to_ideal.value:.3f}"),
     PER_STEP,
     PASSES,
@@ -106,7 +93,7 @@ CONCURRENT_COLUMNS: list[_Column] = [
     ARM,
     TRIP,
     STREAMS,
-    ("tokens/s", lambda row: _number(row.throughput_tok_s, 1)),
+    ("tokens/s", lambda row: number(row.throughput_tok_s, 1)),
     ("of the repeats", lambda row: _spread(row.throughput_runs)),
     PER_TOKEN,
     TO_COLOCATED,
@@ -119,20 +106,20 @@ DETAIL_COLUMNS: list[_Column] = [
     ARM,
     TRIP,
     STREAMS,
-    ("median ms", lambda row: _number(row.median_tpot_ms, 2)),
-    ("÷ none (95 %)", lambda row: _interval(row.to_none)),
-    ("tokens/s", lambda row: _number(row.throughput_tok_s, 1)),
-    ("accepted", lambda row: _share(row.acceptance)),
-    ("drafted", lambda row: _number(row.drafted)),
-    ("wasted", lambda row: _number(row.wasted)),
-    ("bytes up", lambda row: _number(row.bytes_up_per_token)),
-    ("bytes down", lambda row: _number(row.bytes_down_per_token)),
-    ("waits", lambda row: _number(row.waits)),
-    ("waited s", lambda row: _number(row.wait_s, 2)),
-    ("target CPU", lambda row: _share(row.cpu_target)),
-    ("drafter CPU", lambda row: _share(row.cpu_drafter)),
-    ("ties", lambda row: _number(row.ties)),
-    ("wrong", lambda row: _number(row.wrong)),
+    ("median ms", lambda row: number(row.median_tpot_ms, 2)),
+    ("÷ none (95 %)", lambda row: interval(row.to_none)),
+    ("tokens/s", lambda row: number(row.throughput_tok_s, 1)),
+    ("accepted", lambda row: share(row.acceptance)),
+    ("drafted", lambda row: number(row.drafted)),
+    ("wasted", lambda row: number(row.wasted)),
+    ("bytes up", lambda row: number(row.bytes_up_per_token)),
+    ("bytes down", lambda row: number(row.bytes_down_per_token)),
+    ("waits", lambda row: number(row.waits)),
+    ("waited s", lambda row: number(row.wait_s, 2)),
+    ("target CPU", lambda row: share(row.cpu_target)),
+    ("drafter CPU", lambda row: share(row.cpu_drafter)),
+    ("ties", lambda row: number(row.ties)),
+    ("wrong", lambda row: number(row.wrong)),
 ]
 SINGLE_NOTE = (
     "`co-located`: arm `draft_model`, paired by prompt. `plain constrained`: arm `none_constrained`. `ideal`: what a "
@@ -183,7 +170,7 @@ def _sections(run: BenchRun, found: Figures) -> Iterator[Section]:
 def _bar_cells(bar: Bar) -> list[str]:
     text = bar.text + (" (hoped for)" if bar.stretch else "")
     digits = 3 if bar.limit else 0  # nothing but counts may be 0 at most
-    return [MARKS[bar.held], text, *(_number(value, digits) for value in (bar.limit, bar.value, bar.upper))]
+    return [MARKS[bar.held], text, *(number(value, digits) for value in (bar.limit, bar.value, bar.upper))]
 
 
 BAR_TITLES = ("", "time per token, or what else is said", "at most", "is", "95 % up to")
@@ -206,7 +193,7 @@ def _remarks(run: BenchRun, found: Figures) -> list[str]:
     for row in found.rows:
         bare = found.row("wanspec_no_wait", row.cell.rtt_ms, row.cell.concurrency)
         if row.cell.arm == "wanspec" and bare is not None and row.cell.concurrency > 1:
-            with_ms, without_ms = _number(row.ttft_ms, 1), _number(bare.ttft_ms, 1)
+            with_ms, without_ms = number(row.ttft_ms, 1), number(bare.ttft_ms, 1)
             at = f"{row.cell.concurrency} streams, R = {_trip(row)} ms"
             texts.append(f"First token at {at}: {with_ms} ms with the rule for late drafts, {without_ms} ms without.")
     return texts
