@@ -14,6 +14,7 @@ import pytest
 from compare_runs import TIMES_MS, full_run, options, reference
 from rich.console import Console
 
+import vllm_wanspec
 from vllm_wanspec.bench.compare.figures import figures
 from vllm_wanspec.bench.compare.measure import BenchRun
 from vllm_wanspec.bench.compare.plots import write_plot
@@ -178,6 +179,14 @@ def test_json_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     request = dict(zip(data["request_columns"], raw[-1]["requests"][23], strict=True))
     assert request["prompt"] == 23 and request["tokens"] == 39 and request["ttft_ms"] == 80
     assert len(lines_of(path.read_text(), '["none", null, 1, 0')) == 24  # one line each
+
+
+def test_paths_in_the_checkout_are_told_from_there(tmp_path: Path) -> None:
+    root = Path(vllm_wanspec.__file__).resolve().parents[1]
+    changes = {"target": str(root / "examples" / "target"), "draft": "/elsewhere/draft", "prompts": root / "p.jsonl"}
+    write_json(full_run(options=options(**changes)), tmp_path / "bench.json")
+    shown = json.loads((tmp_path / "bench.json").read_text())["options"]
+    assert [shown[name] for name in changes] == ["examples/target", "/elsewhere/draft", "p.jsonl"]
 
 
 def test_ranks_that_nobody_asked_for_are_no_disagreement(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import vllm_wanspec
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.compare.figures import figures
 from vllm_wanspec.bench.compare.measure import BenchRun
@@ -50,13 +51,21 @@ def as_json(run: BenchRun) -> dict[str, Any]:
         "batch_columns": [*BATCH_COLUMNS, "requests", *counters],
         "request_columns": list(REQUEST_COLUMNS),
         "batches": [_batch_json(batch, counters) for batch in run.batches],
-        "options": options.as_json(),
+        "options": {name: _shown(value) for name, value in options.as_json().items()},
         "seconds": round(run.seconds, 1),
         "machine": machine.describe(),
         "versions": machine.versions(),
         "commit": git_commit(),
         "command": command_line(),
     }
+
+
+def _shown(value: Any) -> Any:
+    """An option's value; a path in the checkout without the way to the checkout."""
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    root = Path(vllm_wanspec.__file__).resolve().parents[1]
+    return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
 
 
 def _reference_json(reference: Reference, ranked: bool) -> dict[str, Any]:
