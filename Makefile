@@ -36,7 +36,7 @@ bench: install
 bench-hotpath: install
 	@$(BIN)/python -m vllm_wanspec.bench.hotpath --json build/hotpath.json
 
-# What remote drafting costs target and drafter where nothing is paced; takes about seven minutes and two quiet cores.
+# What remote drafting costs target and drafter where nothing is paced; takes about ten minutes and two quiet cores.
 bench-overhead: install
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.bench.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
