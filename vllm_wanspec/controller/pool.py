@@ -63,6 +63,7 @@ class DraftPool:
         self.step_s = Smoothed()
         self._settings = settings
         self._policy = length_policy(settings.length.policy)
+        self._windowed = self._policy.windowed
         self._payoff = Payoff(self.shared.times)
         self._fallback = "ngram" in settings.fallback
         self._vocab_size = vocab_size
@@ -164,31 +165,35 @@ class DraftPool:
             Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
         drafts: list[list[int]] = [[] for _ in requests]
+        rows: list[tuple[int, LiveSession]] = []
+        dry: list[LiveSession] = []
         with self._arrived:
-            sessions = self._sessions
-            rows = [(row, sessions[r]) for row, r in enumerate(requests) if r is not None and r in sessions]
-            now, plan = self._clock(), self._plan(limit)
-            for row, live in rows:
+            sessions, plan, now = self._sessions, self._plan(limit), self._clock()
+            for row, request in enumerate(requests):
+                live = sessions.get(request) if request is not None else None
+                if live is None:
+                    continue
+                rows.append((row, live))
                 drafts[row] = self._draft(live, plan, now)
-            if self._settings.late.policy != "none":
-                dry = [live for row, live in rows if not drafts[row] and live.link is not None]
-                if dry and self._hold_back(dry, limit):
-                    now = self._clock()
-                    for row, live in rows:
-                        if live.core.changed:
-                            drafts[row] = self._draft(live, plan, now)
-            offered, expected, full = 0, 0.0, True
+                if not drafts[row] and live.link is not None:
+                    dry.append(live)
+            if dry and self._settings.late.policy != "none" and self._hold_back(dry, limit):
+                now = self._clock()
+                for row, live in rows:
+                    if live.core.changed:
+                        drafts[row] = self._draft(live, plan, now)
+            offered, expected = 0, 0.0
             lookup = self._fallback and len(requests) <= MAX_LOOKUP_ROWS
             for row, live in rows:
-                live.guessed = not drafts[row]
-                if lookup and len(drafts[row]) < plan.limit:
+                count = len(drafts[row])
+                live.guessed = not count
+                if lookup and count < plan.limit:
                     drafts[row] = self._look_up(live, plan, now)
-                    live.guessed = live.core.is_guess
-                count = live.offered = len(drafts[row])
+                    live.guessed, count = live.core.is_guess, len(drafts[row])
+                live.offered = count
                 offered += count
                 expected += live.expected
-                full = full and count == self._speculation_length
-            full = full and len(rows) == len(requests)
+            full = offered == self._speculation_length * len(requests)
             judged = offered > 0 and self._settings.length.shut_off
             if judged and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
                 self.counters.unpaid_steps += 1
@@ -257,7 +262,7 @@ class DraftPool:
 
     def _add(self, request: str, context: Sequence[int], tree: TreeSettings) -> None:
         now = self._clock()
-        window = Window() if self._policy.windowed else None
+        window = Window() if self._windowed else None
         if self._sink is None:
             core = ControllerSession(context, self.shared, window)
         else:
@@ -274,20 +279,20 @@ class DraftPool:
 
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
-        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self._token_worth())
+        return Plan(limit) if self._windowed else self._policy.plan(limit, None, self._token_worth())
 
     def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan)
+        own = self._own_plan(live, plan) if self._windowed else plan
         tokens, live.expected = live.core.draft(own.limit, own.least, now)
         return tokens
 
     def _look_up(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan)
+        own = self._own_plan(live, plan) if self._windowed else plan
         tokens, live.expected = live.core.fall_back(own.limit, own.least, now)
         return tokens
 
     def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
-        return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan
+        return self._policy.plan(plan.limit, live.core.window, 0.0)
 
     def _open(self, live: LiveSession, now: float) -> None:
         ready = [
@@ -332,7 +337,7 @@ class DraftPool:
         full = drafts == self._speculation_length * len(rows)
         self.shared.times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
         self._tokens_per_step.add(sum(len(tokens) for _, tokens in rows) / max(1, len(rows)))
-        if self._policy.windowed:
+        if self._windowed:
             self.shared.cost = StepCost.of(self.shared.times)
 
     def _token_worth(self) -> float:
