@@ -25,7 +25,7 @@ def newline_first(tokenizer: data.Tokenizer) -> np.ndarray:
 
 
 def note(out: Path, step: str, facts: dict) -> None:
-    """Keep what a step wants the evaluation to report, in OUT/work/notes.json."""
+    """Keep what a step wants the evaluation to report, beside the checkpoints."""
     path = out / "work" / "notes.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     notes = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

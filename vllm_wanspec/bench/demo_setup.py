@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-import vllm_wanspec
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.pacing import PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.bench.servers import HOST, ServerSpec, wanspec_command
@@ -112,7 +111,7 @@ def find_models(folder: Path | None) -> DemoModels:
     Raises:
         ConfigError: Something is missing there; the message says where it was sought.
     """
-    root = folder or Path(vllm_wanspec.__file__).resolve().parents[1] / "examples" / "demo_models"
+    root = folder or machine.checkout() / "examples" / "demo_models"
     models = DemoModels(root / "target", root / "draft", root / "prompts.jsonl")
     wanted = [models.target / "config.json", models.draft / "config.json", models.prompts]
     missing = [str(path.relative_to(root)) for path in wanted if not path.is_file()]

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
+    "checkout",
     "cores",
     "describe",
     "has_gpu",
@@ -41,6 +42,11 @@ FOREIGN_ENV = (
     "WANSPEC_DRAFT_PACING",
     "WANSPEC_PACING_STATS",
 )
+
+
+def checkout() -> Path:
+    """Return the folder that this package lies in: the checkout, or where packages are installed."""
+    return Path(__file__).resolve().parents[2]
 
 
 @functools.cache

@@ -99,12 +99,13 @@ def check_output(option: str, path: Path | None) -> None:
 
 
 def write_output(option: str, path: Path, text: str) -> None:
-    """Write a result.
+    """Write a result, making its folder if need be.
 
     Raises:
         WanspecError: It cannot be written.
     """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     except OSError as error:
         raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error

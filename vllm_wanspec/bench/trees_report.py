@@ -25,7 +25,6 @@ from vllm_wanspec.errors import WanspecError
 
 __all__ = ["print_report", "write_json", "write_markdown", "write_plot"]
 
-
 _Column = tuple[str, Callable[[ArmFigures], str]]
 _Grid = tuple[list[str], list[list[str]]]
 

@@ -8,10 +8,8 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import vllm_wanspec
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.demo_report import MAX_OVERRUN_SHARE, Divergence, Paced
 from vllm_wanspec.bench.trees_figures import ROW_COLUMNS, ArmFigures, Row, arm_figures, rounded
@@ -160,8 +158,7 @@ def command_line() -> str:
 
 def git_commit() -> str | None:
     """Return the checkout's commit, with ``-dirty`` where files have changed; None outside a checkout."""
-    folder = Path(vllm_wanspec.__file__).resolve().parents[1]
-    argv = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--exclude=*"]
+    argv = ["git", "-C", str(machine.checkout()), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):

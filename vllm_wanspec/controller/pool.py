@@ -63,7 +63,6 @@ class DraftPool:
         self.step_s = Smoothed()
         self._settings = settings
         self._policy = length_policy(settings.length.policy)
-        self._windowed = self._policy.windowed
         self._payoff = Payoff(self.shared.times)
         self._fallback = "ngram" in settings.fallback
         self._vocab_size = vocab_size
@@ -262,7 +261,7 @@ class DraftPool:
 
     def _add(self, request: str, context: Sequence[int], tree: TreeSettings) -> None:
         now = self._clock()
-        window = Window() if self._windowed else None
+        window = Window() if self._policy.windowed else None
         if self._sink is None:
             core = ControllerSession(context, self.shared, window)
         else:
@@ -279,20 +278,20 @@ class DraftPool:
 
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
-        return Plan(limit) if self._windowed else self._policy.plan(limit, None, self._token_worth())
+        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self._token_worth())
 
     def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan) if self._windowed else plan
+        own = self._own_plan(live, plan)
         tokens, live.expected = live.core.draft(own.limit, own.least, now)
         return tokens
 
     def _look_up(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan) if self._windowed else plan
+        own = self._own_plan(live, plan)
         tokens, live.expected = live.core.fall_back(own.limit, own.least, now)
         return tokens
 
     def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
-        return self._policy.plan(plan.limit, live.core.window, 0.0)
+        return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan
 
     def _open(self, live: LiveSession, now: float) -> None:
         ready = [
@@ -337,7 +336,7 @@ class DraftPool:
         full = drafts == self._speculation_length * len(rows)
         self.shared.times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
         self._tokens_per_step.add(sum(len(tokens) for _, tokens in rows) / max(1, len(rows)))
-        if self._windowed:
+        if self._policy.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
 
     def _token_worth(self) -> float:

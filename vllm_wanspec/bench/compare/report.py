@@ -16,8 +16,9 @@ from vllm_wanspec.bench.compare.figures import Bar, Figures, Row, figures
 from vllm_wanspec.bench.compare.measure import BenchRun
 from vllm_wanspec.bench.compare.plan import ARMS
 from vllm_wanspec.bench.compare.plots import write_plot
-from vllm_wanspec.bench.compare.result import command_line, write_json, write_text
+from vllm_wanspec.bench.compare.result import command_line, write_json
 from vllm_wanspec.bench.demo_report import MAX_OVERRUN_SHARE
+from vllm_wanspec.bench.running import write_output
 from vllm_wanspec.bench.trees_result import git_commit
 
 __all__ = ["markdown", "print_report", "write_json", "write_markdown"]
@@ -332,4 +333,4 @@ def write_markdown(run: BenchRun, path: Path) -> None:
         WanspecError: A file cannot be written.
     """
     plot = path.with_suffix(".png")
-    write_text(path, "--markdown", markdown(run, plot.name if write_plot(run, plot, _pacing(run)) else None))
+    write_output("--markdown", path, markdown(run, plot.name if write_plot(run, plot, _pacing(run)) else None))

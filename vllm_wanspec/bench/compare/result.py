@@ -9,16 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import vllm_wanspec
 from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.compare.figures import figures
 from vllm_wanspec.bench.compare.measure import BenchRun
 from vllm_wanspec.bench.compare.records import Batch, Reference
+from vllm_wanspec.bench.running import write_output
 from vllm_wanspec.bench.trees_figures import rounded
 from vllm_wanspec.bench.trees_result import git_commit
-from vllm_wanspec.errors import WanspecError
 
-__all__ = ["as_json", "command_line", "write_json", "write_text"]
+__all__ = ["as_json", "command_line", "write_json"]
 
 BATCH_COLUMNS = ("arm", "rtt_ms", "concurrency", "repeat", "seconds", "cpu_target", "cpu_drafter", "ties", "wrong")
 REQUEST_COLUMNS = ("prompt", "ttft_ms", "time_ms", "tokens", "steps")
@@ -64,7 +63,7 @@ def _shown(value: Any) -> Any:
     """An option's value; a path in the checkout without the way to the checkout."""
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
-    root = Path(vllm_wanspec.__file__).resolve().parents[1]
+    root = machine.checkout()
     return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
 
 
@@ -103,17 +102,4 @@ def write_json(run: BenchRun, path: Path) -> None:
     for name in FLAT:
         lines = ",\n  ".join(json.dumps(one, ensure_ascii=False) for one in data[name])
         text = text.replace(f'\n "{name}": []', f'\n "{name}": [\n  {lines}\n ]', 1)
-    write_text(path, "--json", text + "\n")
-
-
-def write_text(path: Path, option: str, text: str) -> None:
-    """Write a file that an option named.
-
-    Raises:
-        WanspecError: It cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    except OSError as error:
-        raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error
+    write_output("--json", path, text + "\n")
