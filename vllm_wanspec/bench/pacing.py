@@ -91,6 +91,14 @@ class Pacing:
         """Return the milliseconds that a forward of ``tokens`` rows takes."""
         return self.base_ms + self.per_token_ms * tokens
 
+    def scaled(self, factor: float) -> Pacing:
+        """Return the pace of forwards that take ``factor`` times as long.
+
+        Raises:
+            ConfigError: They would take longer than a pace may.
+        """
+        return Pacing(self.base_ms * factor, self.per_token_ms * factor)
+
     def __str__(self) -> str:
         return f"{self.base_ms:g} ms + {self.per_token_ms:g} ms per token"
 

@@ -58,6 +58,9 @@ def bench(
     draft_pace: Annotated[
         str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
     ] = "5+0.02",
+    time_scale: Annotated[
+        float, typer.Option(help="Make paces and round trips this many times as long, where a machine is too slow.")
+    ] = 1.0,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
     markdown_file: Annotated[
         Path | None,
@@ -100,6 +103,7 @@ def bench(
             seed=seed,
             target_pace=Pacing.parse(target_pace, "--target-pace") if pace else None,
             draft_pace=Pacing.parse(draft_pace, "--draft-pace") if pace else None,
+            time_scale=time_scale,
         )
         run = run_bench(options, Outputs(json_file, markdown_file, keep_log), _console())
         found = figures(run)

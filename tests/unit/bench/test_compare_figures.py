@@ -154,6 +154,14 @@ def test_the_ideal_is_that_of_the_measured_prompts() -> None:
     assert row_of(unpaced, WANSPEC).ideal_tpot_ms is None and row_of(unpaced, WANSPEC).to_ideal is None
 
 
+def test_the_ideal_is_scaled_like_the_run() -> None:
+    plain = run_of(batch(WANSPEC, [request(0, 780.0)]), references=[reference(0, (0, None, 0, None, 1) * 6)])
+    ideal_ms = row_of(plain, WANSPEC).ideal_tpot_ms
+    assert ideal_ms is not None
+    scaled = replace(plain, options=options(time_scale=1.5))
+    assert row_of(scaled, WANSPEC).ideal_tpot_ms == pytest.approx(1.5 * ideal_ms)
+
+
 def test_rows_are_in_the_order_of_the_cells() -> None:
     run = run_of(batch(WANSPEC, [request(0, 9.0)]), batch(NONE, [request(0, 9.0)]))
     assert [row.cell for row in figures(run).rows] == [NONE, WANSPEC]

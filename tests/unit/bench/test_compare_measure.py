@@ -164,6 +164,14 @@ def test_the_round_trip_is_set_before_each_block_and_its_links_are_warmed_up(jou
     assert [stage.log[place + 1] for place in trips] == ["wanspec warm-up"] * 2
 
 
+def test_a_time_scale_lengthens_the_round_trips(journals: Any) -> None:
+    stage = Stage(options_for(repeats=1, time_scale=1.5), with_references(journals()))
+    stage.run()
+    assert {entry for entry in stage.log if entry.startswith("R ")} == {"R 0", "R 30"}
+    assert set(stage.probes["wanspec"].settled_at) == {0.0, 30.0}
+    assert {batch.cell.rtt_ms for batch in stage.measurement.journal.batches} == {None, 0.0, 20.0}
+
+
 def test_arms_alternate_within_a_block(journals: Any) -> None:
     options = options_for(arms=("none", "ngram", "oracle"), repeats=1)
     stage = Stage(options, with_references(journals()))

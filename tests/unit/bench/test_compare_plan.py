@@ -14,6 +14,7 @@ from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.compare.lineup import plan_lineup, reference_arm, trial_spec
 from vllm_wanspec.bench.compare.plan import ARMS, BenchOptions, blocks, cells, orders, parse_list, uses_wan
 from vllm_wanspec.bench.compare.records import Cell
+from vllm_wanspec.bench.pacing import DRAFT_PACING_ENV, PACING_ENV, Pacing
 from vllm_wanspec.bench.servers import ServerSpec
 from vllm_wanspec.config import load_settings
 from vllm_wanspec.errors import ConfigError
@@ -56,6 +57,9 @@ def test_other_arms_and_round_trips_may_run_above_concurrency_1() -> None:
         ({"gammas": (65,)}, "--gammas: 65 is not from 1 to 64"),
         ({"arms": ("draft_model",), "gammas": ()}, "--gammas: the arm draft_model needs at least one"),
         ({"arms": (), "concurrent_arms": ()}, "--arms: nothing to measure"),
+        ({"time_scale": 0.0}, "--time-scale: 0 is not from 0.1 to 20"),
+        ({"time_scale": float("nan")}, "--time-scale: nan"),
+        ({"time_scale": 2.0, "target_pace": None}, "--time-scale: forwards that are not paced"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], problem: str) -> None:
@@ -186,6 +190,21 @@ def test_ten_servers_on_one_machine_keep_small_caches(tmp_path: Path, monkeypatc
         assert "VLLM_CPU_KVCACHE_SPACE" not in spec.env  # it would prevail, and no value of it says nothing
     monkeypatch.setattr(machine, "has_gpu", lambda: True)
     assert "512M" not in plan_lineup(options_for(arms=("none",)), tmp_path).targets["none"].argv
+
+
+def test_a_time_scale_stretches_every_pace_alike(tmp_path: Path) -> None:
+    arms = ("none", "draft_model", "wanspec", "wanspec_random")
+    options = options_for(arms=arms, time_scale=2.0, target_pace=Pacing(30.0, 0.1), draft_pace=Pacing(5.0, 0.02))
+    lineup = plan_lineup(options, tmp_path)
+    drafter, _, nonsense = lineup.sources
+    home = trial_spec(options, 3, tmp_path)
+    assert [(spec.env or {})[PACING_ENV] for spec in lineup.targets.values()] == ["60.0+0.2"] * 3
+    assert (drafter.env or {})[PACING_ENV] == "10.0+0.04"
+    assert "--pace 10.0+0.04" in " ".join(nonsense.argv)
+    assert (home.env or {})[PACING_ENV] == "60.0+0.2" and (home.env or {})[DRAFT_PACING_ENV] == "10.0+0.04"
+    assert options.emulated_ms(30.0) == 60.0
+    named = options.as_json()
+    assert (named["time_scale"], named["target_pace"], named["rtt_ms"][1]) == (2.0, "30.0+0.1", 10.0)
 
 
 def test_without_pacing_there_are_no_statistics(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from vllm_wanspec.bench.compare.measure import BenchRun
 from vllm_wanspec.bench.compare.plots import write_plot
 from vllm_wanspec.bench.compare.records import Batch
 from vllm_wanspec.bench.compare.report import markdown, print_report, write_json, write_markdown
+from vllm_wanspec.bench.compare.result import as_json
 from vllm_wanspec.bench.demo_report import Paced
 from vllm_wanspec.errors import WanspecError
 
@@ -86,6 +87,15 @@ def test_every_title_says_the_pace() -> None:
     assert all(line.endswith(f"({PACED})") for line in headings)
     assert "nothing is paced" in markdown(bare, None)
     assert "paced to" not in markdown(bare, None)
+
+
+def test_every_title_says_the_time_scale() -> None:
+    run = full_run(options=options(time_scale=1.5))
+    headings = [line for line in markdown(run, None).splitlines() if line.startswith("## ") and "How" not in line]
+    assert all(line.endswith(f"({PACED}, these and R × 1.5)") for line in headings)
+    assert "R = 30 ms took 45 ms" in markdown(run, None)
+    assert "Times are as measured" not in markdown(full_run(), None)
+    assert (as_json(run)["time_scale"], as_json(run)["pacing"]) == (1.5, as_json(full_run())["pacing"])
 
 
 @pytest.mark.parametrize("width", [72, 80, 100, 132])

@@ -76,12 +76,12 @@ def plan_lineup(options: BenchOptions, folder: Path) -> Lineup:
         stats[DRAFTER] = _stats_path(folder, DRAFTER)
         argv = [*wanspec_command("drafter", options.draft), *NAMED]
         sources = [
-            _vllm_spec(DRAFTER, argv, drafter_port, draft_core, options.draft_pace, stats[DRAFTER]),
+            _vllm_spec(DRAFTER, argv, drafter_port, draft_core, options.draft_forward, stats[DRAFTER]),
             wan_spec(wan_port, drafter_port, 0.0, control_port),
         ]
     if "wanspec_random" in arms:
         argv = [sys.executable, "-m", "vllm_wanspec.bench.compare.useless", "--model", options.target]
-        pace = [] if options.draft_pace is None else ["--pace", options.draft_pace.setting]
+        pace = [] if options.draft_forward is None else ["--pace", options.draft_forward.setting]
         argv += ["--port", str(random_port), *pace]
         sources.append(ServerSpec(RANDOM, argv, random_port, machine.server_env(draft_core), draft_core))
     endpoints = {"wanspec_dead": dead_port, "wanspec_random": random_port}
@@ -101,7 +101,7 @@ def plan_lineup(options: BenchOptions, folder: Path) -> Lineup:
         else:
             argv = [*plain_command(options.target), *_own_flags(arm, options), *NAMED]
         env = {ORACLE_ENV: str(oracle_path)} if arm == "oracle" else {}
-        targets[arm] = _vllm_spec(arm, argv, port, target_core, options.target_pace, stats[arm], env)
+        targets[arm] = _vllm_spec(arm, argv, port, target_core, options.target_forward, stats[arm], env)
     control_url = f"http://{HOST}:{control_port}" if any(map(uses_wan, arms)) else None
     paced = stats if options.target_pace is not None else {}
     return Lineup(tuple(sources), targets, metrics, paced, control_url, oracle_path)
@@ -112,9 +112,9 @@ def trial_spec(options: BenchOptions, gamma: int, folder: Path, name: str = "dra
     core, _ = machine.pin_cores()
     config = {"method": "draft_model", "model": options.draft, "num_speculative_tokens": gamma}
     argv = [*plain_command(options.target), *_speculative(config), *NAMED]
-    env = {} if options.draft_pace is None else {DRAFT_PACING_ENV: options.draft_pace.setting}
+    env = {} if options.draft_forward is None else {DRAFT_PACING_ENV: options.draft_forward.setting}
     (port,) = free_ports(1)
-    return _vllm_spec(name, argv, port, core, options.target_pace, _stats_path(folder, name), env)
+    return _vllm_spec(name, argv, port, core, options.target_forward, _stats_path(folder, name), env)
 
 
 def _vllm_spec(

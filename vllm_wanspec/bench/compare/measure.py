@@ -153,7 +153,7 @@ class Measurement:
         """Set the round trip, and give estimates on both sides of the fresh links something to go by."""
         if block.rtt_ms is None or self._wan is None:
             return
-        if not await self._wan.set(block.rtt_ms):
+        if not await self._wan.set(self._options.emulated_ms(block.rtt_ms)):
             self._console.print(f"warning: the links do not measure R = {block.rtt_ms:g} ms", style="yellow")
         for arm, station in self._stations.items():
             if uses_wan(arm):
@@ -195,7 +195,8 @@ class Measurement:
                 worker.cancel()
         seconds = self._clock() - began_s
         cpu_s = {side: value - cpu_before.get(side, 0.0) for side, value in station.probe.cpu_s().items()}
-        counters = (await station.probe.settled(cell.rtt_ms)).since(before).values
+        trip_ms = None if cell.rtt_ms is None else self._options.emulated_ms(cell.rtt_ms)
+        counters = (await station.probe.settled(trip_ms)).since(before).values
         verdicts = [await self._verdict(cell, reference, answers[reference.index][0]) for reference in references]
         return Batch(
             cell=cell,

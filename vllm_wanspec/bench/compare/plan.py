@@ -44,6 +44,7 @@ DEFAULT_RTT_MS = (0.0, 10.0, 20.0, 30.0, 50.0, 70.0, 100.0)
 DEFAULT_GAMMAS = (2, 3, 4, 5, 6, 7, 8)
 DEFAULT_COUNT = 24
 MAX_SPECULATIVE_TOKENS = 64
+MAX_TIME_SCALE = 20.0
 
 
 def is_remote(arm: str) -> bool:
@@ -81,8 +82,10 @@ class BenchOptions:
         gammas: Draft tokens per step that the pre-pass tries for the co-located draft model.
         trial_prompts: Prompts of the pre-pass.
         seed: Of the order of blocks and arms, and of the bootstrap.
-        target_pace: Duration of a target forward; None does not pace.
-        draft_pace: Duration of a draft forward; None does not pace.
+        target_pace: Duration of a target forward at time scale 1; None does not pace.
+        draft_pace: Duration of a draft forward at time scale 1; None does not pace.
+        time_scale: Both paces and every round trip last this many times as long, for machines that cannot keep the
+            pace: ratios stay comparable. Times are reported as they are measured.
     """
 
     target: str
@@ -102,6 +105,7 @@ class BenchOptions:
     seed: int = 0
     target_pace: Pacing | None = TARGET_PACE
     draft_pace: Pacing | None = DRAFT_PACE
+    time_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for option, arms in (("--arms", self.arms), ("--concurrent-arms", self.concurrent_arms)):
@@ -121,6 +125,10 @@ class BenchOptions:
             raise ConfigError("--arms: nothing to measure: name at least one arm, round trip and concurrency")
         if "draft_model" in self.started and not self.gammas:
             raise ConfigError("--gammas: the arm draft_model needs at least one")
+        if not 0.1 <= self.time_scale <= MAX_TIME_SCALE:  # also refuses nan
+            raise ConfigError(f"--time-scale: {self.time_scale:g} is not from 0.1 to {MAX_TIME_SCALE:g}")
+        if self.time_scale != 1.0 and (self.target_pace is None or self.draft_pace is None):
+            raise ConfigError("--time-scale: forwards that are not paced cannot be scaled; leave out --no-pace")
 
     @property
     def prompt_count(self) -> int:
@@ -132,6 +140,20 @@ class BenchOptions:
         """Arms that have any cell, in the order of `ARMS`."""
         used = {cell.arm for cell in cells(self)}
         return tuple(arm for arm in ARMS if arm in used)
+
+    @property
+    def target_forward(self) -> Pacing | None:
+        """How long a target forward lasts here, by the time scale; None is not paced."""
+        return self.target_pace and self.target_pace.scaled(self.time_scale)
+
+    @property
+    def draft_forward(self) -> Pacing | None:
+        """How long a draft forward lasts here, by the time scale; None is not paced."""
+        return self.draft_pace and self.draft_pace.scaled(self.time_scale)
+
+    def emulated_ms(self, rtt_ms: float) -> float:
+        """Return how long the round trip ``rtt_ms`` of a cell lasts here, by the time scale."""
+        return rtt_ms * self.time_scale
 
     def as_json(self) -> dict[str, Any]:
         """Return all settings as JSON values."""
@@ -152,6 +174,7 @@ class BenchOptions:
             "gammas": list(self.gammas),
             "trial_prompts": self.trial_prompts,
             "seed": self.seed,
+            "time_scale": self.time_scale,
             **{name: pace and pace.setting for name, pace in paces.items()},
         }
 

@@ -142,7 +142,10 @@ def _pacing(run: BenchRun) -> str:
     """What every table's title says."""
     named = ((run.options.target_pace, "target"), (run.options.draft_pace, "draft"))
     paces = [f"{pace.base_ms:g} + {pace.per_token_ms:g} ms ({name})" for pace, name in named if pace is not None]
-    return f"paced to {', '.join(paces)}" if paces else "not paced"
+    if not paces:
+        return "not paced"
+    scale = run.options.time_scale
+    return f"paced to {', '.join(paces)}" + (f", these and R × {scale:g}" if scale != 1.0 else "")
 
 
 def _of_rows(title: str, columns: Sequence[_Column], rows: Sequence[Row], keys: int, note: str) -> Section:
@@ -228,6 +231,8 @@ def _conditions(run: BenchRun, found: Figures) -> str:
     paced = "nothing is paced"
     if options.target_pace is not None:
         paced = f"{_pacing(run)}, ms + ms per token, by sleeping in the model forward; everything else is real"
+    if options.time_scale != 1.0:
+        paced += f". Times are as measured: R = 30 ms took {options.emulated_ms(30.0):g} ms"
     return (
         f"{len(run.references)} prompts, the same in all arms, up to {options.max_tokens} tokens each, cut where the "
         f"text begins to repeat 16 tokens; {times} through each arm, arms in changing order; round trips emulated by a "

@@ -40,6 +40,7 @@ def as_json(run: BenchRun) -> dict[str, Any]:
         "doubts": list(found.doubts),
         "bars": [bar.as_json() for bar in found.bars],
         "pacing": target and {"target": target.setting, "draft": draft and draft.setting},
+        "time_scale": options.time_scale,
         "gamma": run.gamma,
         "trials": [{"gamma": trial.gamma, "tpot_ms": rounded(trial.tpot_ms)} for trial in run.trials],
         "rows": [row.as_json() for row in found.rows],

@@ -218,10 +218,10 @@ def _local_passes(cell: Cell, batches: Sequence[Batch], gamma: int | None) -> fl
 
 def _ideals(run: BenchRun, cell: Cell, prompts: Collection[int]) -> dict[int, Timed]:
     """The ideal drafter's time for each prompt; empty where there is none."""
-    target, draft = run.options.target_pace, run.options.draft_pace
+    target, draft = run.options.target_forward, run.options.draft_forward
     if not uses_wan(cell.arm) or cell.rtt_ms is None or cell.concurrency > 1 or target is None or draft is None:
         return {}
-    limit, rtt_ms = run.options.speculative_tokens, cell.rtt_ms
+    limit, rtt_ms = run.options.speculative_tokens, run.options.emulated_ms(cell.rtt_ms)
 
     def per_token_ms(one: Reference) -> float | None:
         return ideal_tpot_ms([one], rtt_ms=rtt_ms, target=target, draft=draft, limit=limit)
