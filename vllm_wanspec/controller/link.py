@@ -26,6 +26,7 @@ from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
     Hello,
     Message,
+    Nodes,
     Open,
     Ping,
     Pong,
@@ -46,7 +47,7 @@ CLOSING_TIMEOUT_S = 0.5
 PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
 IDLE_AFTER_S = 1.0
-"""A drafter that has not answered an open for this long and two round trips more is told of commits less often..."""
+"""A drafter that has drafted nothing for an open for so long and two round trips is told of commits less often..."""
 IDLE_FLUSH_INTERVAL_S = 0.05
 """...at most so often: waking the link thread costs every step of the target some time."""
 
@@ -264,7 +265,7 @@ class DrafterLink:
                 if isinstance(message, Pong):
                     self._rtt_s.add(max(0.0, now - message.sent_us / 1e6))
             answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
-            if answers:
+            if any(map(_has_drafts, answers)):
                 self._asked_s = inf
             self._user.link_received(self, answers)
 
@@ -285,6 +286,11 @@ class DrafterLink:
 
     def _who(self) -> tuple[str, str]:
         return self.name, self.endpoint.url
+
+
+def _has_drafts(message: Message) -> bool:
+    """Whether a drafter has drafted anything for it: repeating what was committed is no answer."""
+    return isinstance(message, Nodes) and not all(record.is_echo for record in message.nodes)
 
 
 class LinkThread:
