@@ -23,6 +23,7 @@ from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo import DYING_S, START_DEADLINE_S
 from vllm_wanspec.bench.demo_setup import choose_prompts, find_models
 from vllm_wanspec.bench.demo_view import starting
+from vllm_wanspec.bench.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
 from vllm_wanspec.bench.overhead_direct import direct_spec
 from vllm_wanspec.bench.overhead_measure import DrafterPart, OverheadOptions, TargetPart, plan_targets
 from vllm_wanspec.bench.overhead_report import (
@@ -133,17 +134,10 @@ def main(
     instances: Annotated[int, typer.Option(min=1, max=8, help="Processes of each kind of target.")] = 3,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds of a window at the drafter.")] = 3.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of targets and widths.")] = 0,
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
-        ),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables here.")
-    ] = None,
-    keep_log: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the servers' logs here.")] = None,
+    models: ModelsFolder = None,
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    keep_log: LogFolder = None,
     check: Annotated[bool, typer.Option("--check", help="Fail unless every bar is kept.")] = False,
 ) -> None:
     """Measure what remote drafting costs target and drafter where nothing is paced.

@@ -23,6 +23,7 @@ from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import PORTS_NEEDED, DemoPlan, find_models
 from vllm_wanspec.bench.demo_view import starting
+from vllm_wanspec.bench.options import DraftPace, JsonFile, LogFolder, MarkdownFile, ModelsFolder, TargetPace
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.running import Outputs, check_output, log_folder, one_line_errors
 from vllm_wanspec.bench.servers import ServerGroup, free_ports
@@ -142,27 +143,12 @@ def main(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the arms' order and of the intervals.")] = 0,
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
-        ),
-    ] = None,
-    target_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
-    ] = "35+0.1",
-    draft_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
-    ] = "5+0.02",
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
-    markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write tables here, and a plot beside it (.png)."),
-    ] = None,
-    keep_log: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
-    ] = None,
+    models: ModelsFolder = None,
+    target_pace: TargetPace = "35+0.1",
+    draft_pace: DraftPace = "5+0.02",
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    keep_log: LogFolder = None,
     check: Annotated[bool, typer.Option("--check", help="Fail unless trees buy what they have to.")] = False,
 ) -> None:
     """Measure what drafting more than the most probable path buys, per entropy threshold.

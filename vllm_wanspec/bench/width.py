@@ -27,6 +27,7 @@ from vllm_wanspec.bench import machine
 from vllm_wanspec.bench.client import ClientError
 from vllm_wanspec.bench.demo_setup import DRAFT_PACE, find_models
 from vllm_wanspec.bench.demo_view import starting
+from vllm_wanspec.bench.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
 from vllm_wanspec.bench.pacing import PACING_ENV, Pacing
 from vllm_wanspec.bench.running import check_output, log_folder, one_line_errors
 from vllm_wanspec.bench.servers import HOST, Server, ServerGroup, ServerSpec, free_ports, wanspec_command
@@ -262,15 +263,10 @@ def main(
     warm_up: Annotated[float, typer.Option(min=0.0, help="Seconds before a churning window.")] = 1.0,
     profile: Annotated[int, typer.Option(min=0, help="Seconds of the profile; 0 takes none. Needs py-spy.")] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of the order of the widths and of what is committed.")] = 0,
-    models: Annotated[
-        Path | None,
-        typer.Option(help="Folder with draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
-    markdown_file: Annotated[
-        Path | None, typer.Option("--markdown", metavar="FILE", help="Write the tables here.")
-    ] = None,
-    keep_log: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep logs and samples here.")] = None,
+    models: ModelsFolder = None,
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    keep_log: LogFolder = None,
     check: Annotated[bool, typer.Option("--check", help="Fail unless the step at 32 branches keeps its bar.")] = False,
 ) -> None:
     """Measure the drafter's step time by running branches of one session.

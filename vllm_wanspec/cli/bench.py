@@ -13,6 +13,7 @@ from vllm_wanspec.bench.compare.figures import figures
 from vllm_wanspec.bench.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
 from vllm_wanspec.bench.compare.run import Outputs, run_bench
 from vllm_wanspec.bench.demo_setup import find_models
+from vllm_wanspec.bench.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.running import one_line_errors
 
@@ -52,24 +53,14 @@ def bench(
     ] = "2,3,4,5,6,7,8",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of the intervals.")] = 0,
     pace: Annotated[bool, typer.Option("--pace/--no-pace", help="Stretch forwards to the paces below.")] = True,
-    target_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
-    ] = "35+0.1",
-    draft_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
-    ] = "5+0.02",
+    target_pace: TargetPace = "35+0.1",
+    draft_pace: DraftPace = "5+0.02",
     time_scale: Annotated[
         float, typer.Option(help="Make paces and round trips this many times as long, where a machine is too slow.")
     ] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")] = None,
-    markdown_file: Annotated[
-        Path | None,
-        typer.Option("--markdown", metavar="FILE", help="Write tables here, and plots beside it (.png)."),
-    ] = None,
-    keep_log: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
-    ] = None,
+    json_file: JsonFile = None,
+    markdown_file: MarkdownFile = None,
+    keep_log: LogFolder = None,
     check: Annotated[bool, typer.Option("--check", help="Fail unless the figures are as good as they have to be.")] = (
         False
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from vllm_wanspec.bench.demo import run_demo
 from vllm_wanspec.bench.demo_setup import DemoOptions
+from vllm_wanspec.bench.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
 from vllm_wanspec.bench.pacing import Pacing
 from vllm_wanspec.bench.running import one_line_errors
 
@@ -21,23 +21,11 @@ def demo(
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts to send to each target.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, max=512, help="Tokens to generate per prompt.")] = 96,
     speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")] = 8,
-    models: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
-        ),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here too.")] = None,
-    target_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")
-    ] = "35+0.1",
-    draft_pace: Annotated[
-        str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")
-    ] = "5+0.02",
-    logs: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Keep the servers' logs here.", show_default="kept only after a failure"),
-    ] = None,
+    models: ModelsFolder = None,
+    json_file: JsonFile = None,
+    target_pace: TargetPace = "35+0.1",
+    draft_pace: DraftPace = "5+0.02",
+    logs: LogFolder = None,
 ) -> None:
     """Compare a plain vLLM target with one that takes drafts from across an emulated WAN.
 

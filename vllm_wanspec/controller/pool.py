@@ -14,17 +14,16 @@ from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.controller.live import LiveSession, limits_for
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
-from vllm_wanspec.core.estimates import Smoothed
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.expansion import lookahead_tokens
-from vllm_wanspec.core.lateness import Pace, Wait, worthwhile_wait
+from vllm_wanspec.core.lateness import Wait, worthwhile_wait
 from vllm_wanspec.core.length import Payoff, Plan, StepCost, Window, length_policy
 from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Limits, Message, Nodes, Reject
+from vllm_wanspec.core.meter import StepMeter
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.pool")
 
-ASSUMED_STEP_S = 0.030
 MAX_LOOKUP_ROWS = 16
 """Larger batches do not fall back on prompt lookup: a bound on what it adds to the serving path."""
 WAIT_SLICE_S = 0.002
@@ -60,13 +59,13 @@ class DraftPool:
             seed: For the jitter of back-offs.
         """
         self.shared = Shared()
-        self.step_s = Smoothed()
         self._settings = settings
         self._policy = length_policy(settings.length.policy)
         self._payoff = Payoff(self.shared.times)
         self._fallback = "ngram" in settings.fallback
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
+        self.meter = StepMeter(self.shared.times, self._speculation_length)
         self._clock = clock
         self._queued = queued
         self._sink = sink
@@ -76,11 +75,6 @@ class DraftPool:
         self.links = [DrafterLink(e, fingerprint, self, rng) for e in settings.draft_endpoints]
         self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
         self._thread = LinkThread(self.links)
-        self._began: tuple[float, int, int] | None = None
-        self._rows = 1
-        self._tokens_per_step = Smoothed(0.05)
-        self._tokens_per_drafted_step = Smoothed(0.05)
-        self._tokens_per_dry_step = Smoothed(0.05)
 
     @property
     def counters(self) -> Counters:
@@ -98,13 +92,8 @@ class DraftPool:
     # What the model runner's thread calls.
 
     def step_begins(self, tokens: int = 0, drafts: int = 0) -> None:
-        """The target begins a step; `step` ends it, and the time between is the step time t_v.
-
-        Args:
-            tokens: Tokens in the step, where all of its rows decode; 0 for a step whose time is no example.
-            drafts: How many of them are drafts.
-        """
-        self._began = (self._clock(), tokens, drafts)
+        """The target begins a step, of which ``drafts`` among ``tokens`` as in `StepMeter`; `step` ends it."""
+        self.meter.begins(self._clock(), tokens, drafts)
 
     def begin(
         self,
@@ -132,7 +121,8 @@ class DraftPool:
             rows: Per batch row the request id and the tokens that were verified; none for rows still in prefill.
         """
         now = self._clock()
-        self._measure(rows, now)
+        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows)) and self._policy.windowed:
+            self.shared.cost = StepCost.of(self.shared.times)
         sessions = self._sessions
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
         with self._arrived:
@@ -149,9 +139,9 @@ class DraftPool:
                 self._commit(live, tokens, now)
         self._flush()
         if drafted_rows:
-            self._tokens_per_drafted_step.add(drafted_yield / drafted_rows)
+            self.meter.tokens_per_drafted_step.add(drafted_yield / drafted_rows)
         if dry_rows and self._fallback:  # without it such a step yields one token
-            self._tokens_per_dry_step.add(dry_yield / dry_rows)
+            self.meter.tokens_per_dry_step.add(dry_yield / dry_rows)
 
     def draft(self, requests: Sequence[str | None], limit: int) -> list[list[int]]:
         """Draft for the step to come with all that has arrived by now, waiting as configured.
@@ -278,7 +268,7 @@ class DraftPool:
 
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
-        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self._token_worth())
+        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self.meter.token_worth())
 
     def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
         own = self._own_plan(live, plan)
@@ -320,29 +310,8 @@ class DraftPool:
         link.send(message)
 
     def _limits(self, tree: TreeSettings, link: DrafterLink, max_nodes: int) -> Limits:
-        step_s = self.step_s.get(ASSUMED_STEP_S)
-        return limits_for(tree, max_nodes, lookahead_tokens(link.rtt_s, step_s, self._speculation_length))
-
-    def _measure(self, rows: Sequence[tuple[str, Sequence[int]]], now: float) -> None:
-        """Learn from the step that ends now what steps cost and yield."""
-        if self._began is None:
-            return
-        began_s, tokens, drafts = self._began
-        self._began = None
-        self.step_s.add(now - began_s)
-        if not tokens:
-            return
-        self._rows = len(rows)
-        full = drafts == self._speculation_length * len(rows)
-        self.shared.times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
-        self._tokens_per_step.add(sum(len(tokens) for _, tokens in rows) / max(1, len(rows)))
-        if self._policy.windowed:
-            self.shared.cost = StepCost.of(self.shared.times)
-
-    def _token_worth(self) -> float:
-        """Extra step time of one token divided by the time that a token is worth to the whole batch."""
-        yield_per_s = self._rows * self._tokens_per_step.get(1.0) / self.step_s.get(ASSUMED_STEP_S)
-        return self.shared.times.token_s * yield_per_s
+        lookahead = lookahead_tokens(link.rtt_s, self.meter.seconds, self._speculation_length)
+        return limits_for(tree, max_nodes, lookahead)
 
     def _hold_back(self, dry: Sequence[LiveSession], limit: int) -> bool:
         """Wait for drafts about to arrive, as configured; gives the lock free meanwhile. Whether it waited."""
@@ -375,15 +344,7 @@ class DraftPool:
         if self._queued() != 0:
             return None, ()
         agreement = self.shared.calibration.agreement()
-        pace = Pace(
-            rows=self._rows,
-            step_s=self.step_s.get(ASSUMED_STEP_S),
-            tokens_per_step=self._tokens_per_step.get(1.0),
-            tokens_per_drafted_step=self._tokens_per_drafted_step.get(1.0),
-            agreement=agreement,
-            limit=limit,
-            tokens_per_dry_step=self._tokens_per_dry_step.get(1.0),
-        )
+        pace = self.meter.pace(agreement, limit)
         max_wait_s = min(self._settings.late.max_wait_ms / 1000.0, pace.longest_wait_s(len(dry)))
         until = now + max_wait_s
         expected = [(live, coming) for live in dry if (coming := live.core.coming(now, agreement, until)) is not None]

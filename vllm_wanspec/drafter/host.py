@@ -104,7 +104,6 @@ class Host(ABC):
         self._places = running_branches
         self._handles = itertools.count(1)
         self._owners: dict[int, _Owner] = {}
-        self._running = 0
         self._branch_seconds = 0.0
         self._changed_s = clock()
 
@@ -116,19 +115,12 @@ class Host(ABC):
     @property
     def running(self) -> int:
         """Branches that the engine is extending."""
-        return self._running
+        return len(self._owners)
 
     @property
     def branch_seconds(self) -> float:
         """Time that branches have run, summed over them: its growth per second is their mean number."""
-        return self._branch_seconds + self._running * (self.now() - self._changed_s)
-
-    def count_running(self, change: int) -> None:
-        """A branch began (1) or ended (-1)."""
-        self._branch_seconds = self.branch_seconds
-        self._changed_s = self.now()
-        self._running += change
-        self.branches_started += change > 0
+        return self._branch_seconds + self.running * (self.now() - self._changed_s)
 
     def width(self) -> int:
         """Branches that one session may run now: an equal share of the places, at least one."""
@@ -155,9 +147,10 @@ class Host(ABC):
 
     def start(self, connection: "Connection", number: int, start: StartBranch) -> int:
         """Let the engine extend a branch of a session; its handle."""
+        self._settle()
         handle = next(self._handles)
-        self._owners[handle] = _Owner(connection, number, start.branch, self.now())
-        self.count_running(1)
+        self._owners[handle] = _Owner(connection, number, start.branch, self._changed_s)
+        self.branches_started += 1
         self._extend(handle, start)
         return handle
 
@@ -187,9 +180,15 @@ class Host(ABC):
 
     def gone(self, handle: int) -> None:
         """The engine is through with a branch."""
+        self._settle()
         owner = self._owners.pop(handle)
         owner.connection.forget(owner.number, owner.branch)
-        self.count_running(-1)
+
+    def _settle(self) -> None:
+        """Add up the time that branches have run, before their number changes."""
+        now = self.now()
+        self._branch_seconds += self.running * (now - self._changed_s)
+        self._changed_s = now
 
     def _time(self, owner: _Owner, tokens: int) -> None:
         """Count tokens of a branch, and how long it took to give them."""

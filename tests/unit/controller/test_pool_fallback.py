@@ -57,5 +57,5 @@ def test_what_looked_up_steps_yield_is_kept_apart_from_what_drafters_give() -> N
         pool.begin([], [("a", [1, 2, 3, 4, 5, 1, 2])])
         handed_out(pool, [("a", [3])])
         handed_out(pool, [("a", [4, 5, 1])])
-        assert pool._tokens_per_dry_step.get(0.0) > 1.0
-        assert pool._tokens_per_drafted_step.get(0.0) == 0.0
+        assert pool.meter.tokens_per_dry_step.get(0.0) > 1.0
+        assert pool.meter.tokens_per_drafted_step.get(0.0) == 0.0

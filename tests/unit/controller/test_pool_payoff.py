@@ -100,13 +100,13 @@ def test_the_step_time_is_measured_between_begin_and_end() -> None:
     settings = Settings.model_validate({"draft_endpoints": [{"name": "a", "url": "http://127.0.0.1:9"}]})
     pool = DraftPool(settings, fingerprint="", vocab_size=9, speculation_length=4, clock=lambda: now[0], seed=1)
     pool.step([])
-    assert pool.step_s.get(-1.0) == -1.0
+    assert pool.meter.step_s.get(-1.0) == -1.0
     for _ in range(3):
         pool.step_begins()
         now[0] += 0.25
         pool.step([])
         now[0] += 60.0
-    assert pool.step_s.get(-1.0) == 0.25
+    assert pool.meter.step_s.get(-1.0) == 0.25
     pool._thread._loop.close()
 
 
@@ -139,8 +139,8 @@ def test_the_yield_of_requests_that_had_drafts_is_kept_apart() -> None:
         drafted.offered, drafted.guessed, dry.offered = 3, False, 0
         world.pool.step_begins(5, 3)
         world.pool.step([("a", [7, 7, 7]), ("b", [7])])
-    assert world.pool._tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)
-    assert world.pool._tokens_per_drafted_step.get(0.0) == pytest.approx(3.0, abs=0.01)
+    assert world.pool.meter.tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)
+    assert world.pool.meter.tokens_per_drafted_step.get(0.0) == pytest.approx(3.0, abs=0.01)
 
 
 def test_steps_that_are_no_example_are_not_timed() -> None:

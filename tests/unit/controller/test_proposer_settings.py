@@ -178,7 +178,7 @@ def test_steps_are_timed_by_what_they_decode(engine: Engine) -> None:
     engine.run_until_accepted("a", 30)
     times = pool_of(engine).shared.times
     assert times.drafted.samples + times.full.samples > 0.0
-    assert pool_of(engine).step_s.get(0.0) > 0.0
+    assert pool_of(engine).meter.step_s.get(0.0) > 0.0
 
 
 def test_steps_are_held_back_only_where_the_queue_is_known(

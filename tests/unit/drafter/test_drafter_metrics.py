@@ -1,5 +1,8 @@
 """The drafter's metrics, and the counts behind them."""
 
+from typing import cast
+from unittest.mock import Mock
+
 import pytest
 from host_peer import TOY, Peer, opened, with_peer
 from prometheus_client import CollectorRegistry, generate_latest
@@ -54,18 +57,20 @@ def test_they_follow_what_happens() -> None:
     with_peer(scenario)
 
 
+class PlayedHost(Host):
+    """A host whose engine does what the test says."""
+
+    def _extend(self, handle: int, start: StartBranch) -> None:
+        pass
+
+    def _cease(self, handle: int) -> None:
+        self.gone(handle)
+
+
 def test_times_to_the_first_token_and_between_tokens() -> None:
     now = [100.0]
     step = DraftStep(1, -0.1, 0.3)
-
-    class Played(Host):
-        def _extend(self, handle: int, start: StartBranch) -> None:
-            pass
-
-        def _cease(self, handle: int) -> None:
-            self.gone(handle)
-
-    host = Played(draft_model(), clock=lambda: now[0])
+    host = PlayedHost(draft_model(), clock=lambda: now[0])
     connection = Connection(host)
     handles = [host.start(connection, 1, StartBranch(branch, 0, (1,), 8)) for branch in (1, 2)]
     for handle, seconds, tokens in ((handles[0], 2.0, 1), (handles[1], 1.0, 1), (handles[0], 3.0, 2)):
@@ -77,13 +82,19 @@ def test_times_to_the_first_token_and_between_tokens() -> None:
 
 def test_the_mean_number_of_running_branches_is_the_growth_of_their_time() -> None:
     now = [100.0]
-    host = StreamingHost(ToyEngine(TOY), draft_model(), clock=lambda: now[0])
-    for change, seconds, total in ((1, 2.0, 2.0), (1, 3.0, 8.0), (1, 1.0, 11.0), (-1, 4.0, 19.0), (-1, 0.5, 19.5)):
-        host.count_running(change)
+    host = PlayedHost(draft_model(), clock=lambda: now[0])
+    connection = cast(Connection, Mock())
+    handles = []
+    for starts, seconds, total in ((True, 2.0, 2.0), (True, 3.0, 8.0), (True, 1.0, 11.0), (False, 4.0, 19.0)):
+        if starts:
+            handles.append(host.start(connection, 1, StartBranch(len(handles), 0, (1,), 8)))
+        else:
+            host.stop(handles.pop())
         now[0] += seconds
         assert host.branch_seconds == pytest.approx(total)
-    host.count_running(-1)
+    for handle in handles:
+        host.stop(handle)
     now[0] += 1000.0
-    assert host.branch_seconds == pytest.approx(19.5)
+    assert host.branch_seconds == pytest.approx(19.0)
     assert host.running == 0
     assert host.branches_started == 3
