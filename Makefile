@@ -53,7 +53,7 @@ fuzz: install
 	@WANSPEC_FUZZ_INPUTS=1000000 $(BIN)/pytest -q -s tests/unit/core/test_fuzz.py
 	echo "make fuzz: $$SECONDS s"
 
-# What running branches cost the drafter; takes about eight minutes and two quiet cores. A profile needs py-spy.
+# What running branches cost the drafter; takes about six minutes and two quiet cores.
 bench-width: install
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.bench.width --json docs/results/width.json --markdown docs/results/width.md
