@@ -265,7 +265,7 @@ class DrafterLink:
                 if isinstance(message, Pong):
                     self._rtt_s.add(max(0.0, now - message.sent_us / 1e6))
             answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
-            if any(map(_has_drafts, answers)):
+            if any(map(_has_draft, answers)):
                 self._asked_s = inf
             self._user.link_received(self, answers)
 
@@ -288,7 +288,7 @@ class DrafterLink:
         return self.name, self.endpoint.url
 
 
-def _has_drafts(message: Message) -> bool:
+def _has_draft(message: Message) -> bool:
     """Whether a drafter has drafted anything for it: repeating what was committed is no answer."""
     return isinstance(message, Nodes) and not all(record.is_echo for record in message.nodes)
 

@@ -147,7 +147,7 @@ class Host(ABC):
 
     def start(self, connection: "Connection", number: int, start: StartBranch) -> int:
         """Let the engine extend a branch of a session; its handle."""
-        self._settle()
+        self._add_up()
         handle = next(self._handles)
         self._owners[handle] = _Owner(connection, number, start.branch, self._changed_s)
         self.branches_started += 1
@@ -180,11 +180,11 @@ class Host(ABC):
 
     def gone(self, handle: int) -> None:
         """The engine is through with a branch."""
-        self._settle()
+        self._add_up()
         owner = self._owners.pop(handle)
         owner.connection.forget(owner.number, owner.branch)
 
-    def _settle(self) -> None:
+    def _add_up(self) -> None:
         """Add up the time that branches have run, before their number changes."""
         now = self.now()
         self._branch_seconds += self.running * (now - self._changed_s)
