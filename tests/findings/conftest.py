@@ -1,10 +1,9 @@
-"""Puts the unit tests' helpers on the path (`toys`, `pools` and the like), and this folder's own."""
+"""Puts this folder and the unit tests' helpers on the path."""
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
-UNIT = HERE.parent / "unit"
+_TESTS = Path(__file__).resolve().parents[1]
+_FOLDERS = ("unit", "unit/controller", "unit/core", "unit/drafter", "findings")
 
-# The unit tests' folder comes first: its helpers mean its own conftest where they import `conftest`.
-sys.path[:0] = [str(folder) for folder in (UNIT, UNIT / "controller", UNIT / "core", UNIT / "drafter", HERE)]
+sys.path[:0] = [str(_TESTS / folder) for folder in _FOLDERS]
