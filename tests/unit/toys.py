@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import ssl
 import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -155,10 +156,12 @@ class DrafterServer:
         token: str | None = None,
         running_branches: int = DEFAULT_RUNNING_BRANCHES,
         sink: Sink | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.engine = ToyEngine(toy)
         self.host = StreamingHost(self.engine, model or draft_model(), running_branches=running_branches, sink=sink)
         self.token = token
+        self.tls = tls
         self.handler: Handler | None = None
         self.attempts = 0
         self.port = 0
@@ -202,7 +205,7 @@ class DrafterServer:
         app.router.add_get(PATH, self._handle)
         runner = web.AppRunner(app, shutdown_timeout=0.2)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True)
+        site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self.port = runner.addresses[0][1]
         ready.set()
