@@ -34,18 +34,18 @@ bench: install
 
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install
-	@$(BIN)/python -m vllm_wanspec.bench.hotpath --json build/hotpath.json
+	@$(BIN)/python -m vllm_wanspec.lab.target.hotpath --json build/hotpath.json
 
 # What remote drafting costs target and drafter where nothing is paced; takes about ten minutes and two quiet cores.
 bench-overhead: install
 	@mkdir -p docs/results
-	$(BIN)/python -m vllm_wanspec.bench.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
+	$(BIN)/python -m vllm_wanspec.lab.target.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
 	echo "make bench-overhead: $$SECONDS s"
 
 # What redundancy buys, live; takes about twenty minutes and two quiet cores.
 bench-trees: install
 	@mkdir -p docs/results
-	$(BIN)/python -m vllm_wanspec.bench.trees --json docs/results/trees.json --markdown docs/results/trees.md
+	$(BIN)/python -m vllm_wanspec.lab.compare.trees --json docs/results/trees.json --markdown docs/results/trees.md
 	echo "make bench-trees: $$SECONDS s"
 
 # A million broken, hostile and valid frames; `make test` takes 50,000 of them.
@@ -56,7 +56,7 @@ fuzz: install
 # What running branches cost the drafter; takes about six minutes and two quiet cores.
 bench-width: install
 	@mkdir -p docs/results
-	$(BIN)/python -m vllm_wanspec.bench.width --json docs/results/width.json --markdown docs/results/width.md
+	$(BIN)/python -m vllm_wanspec.lab.drafter.width --json docs/results/width.json --markdown docs/results/width.md
 	echo "make bench-width: $$SECONDS s"
 
 # Docs that are made from the code; a test says when they are behind.

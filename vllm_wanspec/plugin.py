@@ -1,8 +1,8 @@
 """The general plugin: what vLLM calls in each of its processes before it builds anything."""
 
-from vllm_wanspec.bench import pacing
-from vllm_wanspec.controller import hooks
+from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.drafter import inside
+from vllm_wanspec.emulate import pacing
 
 
 def register() -> None:

@@ -20,8 +20,8 @@ from vllm_wanspec.config import TOKEN_ENV
 from vllm_wanspec.core import messages
 from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.drafter import DraftStep
-from vllm_wanspec.core.lateness import Turnaround
 from vllm_wanspec.core.messages import Commit, Hello, Message, Nodes, Ping, Pong, Reject, decode, encode, frames
+from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import RemoteProtocolError

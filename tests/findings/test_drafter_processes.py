@@ -18,7 +18,7 @@ from test_routes import client
 from toys import FINGERPRINT, ToyEngine
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
-from vllm_wanspec.controller import hooks
+from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import Hello, Nodes, decode, encode
 from vllm_wanspec.drafter import inside, routes
 from vllm_wanspec.drafter.gate import EngineGate

@@ -13,9 +13,9 @@ from pools import pool_of, up
 from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, wait_until
 from two_drafters import TwoDrafters
 
-from vllm_wanspec.bench.wan import WanProxy, WanSettings
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.core.messages import Message, Open, Ping, Pong, Reject, Welcome, decode, encode
+from vllm_wanspec.emulate.wan import WanProxy, WanSettings
 
 WELCOME = Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)
 

@@ -9,11 +9,11 @@ from finding import finding
 from proposer_engine import Runner, new_request
 from worlds import Costs, Distance, DistantWorld, World, unconnected_pool
 
-from vllm_wanspec.controller.proposer import RemoteProposer
-from vllm_wanspec.core.calibration import OUTCOMES, Calibration
-from vllm_wanspec.core.expansion import lookahead_tokens
-from vllm_wanspec.core.lookup import LookupRates
+from vllm_wanspec.controller.v1.proposer import RemoteProposer
+from vllm_wanspec.core.learned.calibration import OUTCOMES, Calibration
 from vllm_wanspec.core.messages import Nodes
+from vllm_wanspec.core.policy.expansion import lookahead_tokens
+from vllm_wanspec.core.policy.lookup import LookupRates
 from vllm_wanspec.core.tree import NodeRecord
 
 NEVER_SLOWER = 0.98

@@ -18,7 +18,7 @@ from proposer_engine import Runner, new_request
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.controller.proposer import RemoteProposer
+from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Welcome
 from vllm_wanspec.core.tree import NodeRecord
 

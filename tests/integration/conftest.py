@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_wanspec.bench.demo_setup import DemoModels
-from vllm_wanspec.bench.servers import ServerGroup
+from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.servers import ServerGroup
 
 from .fleet import MODEL_NAME, Drafter, Fleet, Target, find_test_models, read_prompts
 from .peers import Peers, serve_peers

@@ -12,7 +12,6 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from vllm_wanspec.bench.servers import HOST, free_ports
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
     PATH,
@@ -27,6 +26,7 @@ from vllm_wanspec.core.messages import (
 )
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
+from vllm_wanspec.lab.harness.servers import HOST, free_ports
 
 READY_S = 20.0
 

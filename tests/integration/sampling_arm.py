@@ -161,7 +161,7 @@ class Watch:
 
 def leave_expand_faulty() -> None:
     """Keep the package from mending the CPU build's expansion of sampling parameters."""
-    from vllm_wanspec.controller import hooks
+    from vllm_wanspec.controller.v1 import hooks
 
     hooks.repair_cpu_expand = lambda: False
 

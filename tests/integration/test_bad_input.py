@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_wanspec.bench import machine
-from vllm_wanspec.bench.demo_setup import DemoModels
-from vllm_wanspec.bench.servers import wanspec_command
+from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.servers import wanspec_command
 
 from .fleet import flags, vllm_command
 from .programs import Ended, Program

@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from vllm_wanspec.bench.client import Completion
+from vllm_wanspec.lab.harness.client import Completion
 
 from .fleet import START_DEADLINE_S, Drafter, Target
 from .scrape import Drafts, drafts_decide, is_up, read_drafts, until

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from scipy.stats import chi2_contingency
 
-from vllm_wanspec.bench import machine
-from vllm_wanspec.bench.demo_setup import DemoModels
+from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.demo_setup import DemoModels
 
 from .fleet import Drafter, token_env
 from .programs import Program

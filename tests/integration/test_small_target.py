@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from vllm_wanspec.bench.client import Completion
+from vllm_wanspec.lab.harness.client import Completion
 
 from .fleet import CHUNK, CONTEXT_LIMIT, MODEL_NAME, SPECULATIVE_TOKENS, Target
 from .peers import Peers

@@ -7,7 +7,7 @@ from typing import Any
 
 import aiohttp
 
-from vllm_wanspec.bench.client import Completion, CompletionClient, first_difference
+from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 
 from .fleet import MODEL_NAME, Target
 

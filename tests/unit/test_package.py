@@ -31,19 +31,19 @@ BASE = [
     "vllm_wanspec.eventlog",
     "vllm_wanspec.core.tree",
     "vllm_wanspec.core.messages",
-    "vllm_wanspec.core.calibration",
+    "vllm_wanspec.core.learned.calibration",
     "vllm_wanspec.core.controller",
     "vllm_wanspec.core.drafter",
     "vllm_wanspec.core.events",
-    "vllm_wanspec.core.expansion",
-    "vllm_wanspec.core.estimates",
-    "vllm_wanspec.core.lateness",
-    "vllm_wanspec.core.length",
+    "vllm_wanspec.core.policy.expansion",
+    "vllm_wanspec.core.learned.estimates",
+    "vllm_wanspec.core.policy.lateness",
+    "vllm_wanspec.core.policy.length",
     "vllm_wanspec.core.states",
     "vllm_wanspec.controller.link",
     "vllm_wanspec.controller.pool",
-    "vllm_wanspec.controller.proposer",
-    "vllm_wanspec.controller.hooks",
+    "vllm_wanspec.controller.v1.proposer",
+    "vllm_wanspec.controller.v1.hooks",
     "vllm_wanspec.drafter.connection",
     "vllm_wanspec.drafter.engines",
     "vllm_wanspec.drafter.host",
@@ -99,8 +99,8 @@ def test_entry_points(group: str, value: str) -> None:
 
 
 def test_the_proposer_is_found_by_the_name_that_vllm_is_given() -> None:
-    from vllm_wanspec.controller.hooks import PROPOSER
-    from vllm_wanspec.controller.proposer import RemoteProposer
+    from vllm_wanspec.controller.v1.hooks import PROPOSER
+    from vllm_wanspec.controller.v1.proposer import RemoteProposer
 
     module, name = PROPOSER.rsplit(".", 1)
     assert module == "vllm_wanspec"

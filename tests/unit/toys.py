@@ -12,8 +12,8 @@ from aiohttp import web
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.events import Sink
-from vllm_wanspec.core.expansion import entropy_nats
 from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, Limits, vocabulary_fingerprint
+from vllm_wanspec.core.policy.expansion import entropy_nats
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_wanspec.bench.compare.figures import figures
-from vllm_wanspec.bench.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
-from vllm_wanspec.bench.compare.run import Outputs, run_bench
-from vllm_wanspec.bench.demo_setup import find_models
-from vllm_wanspec.bench.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
-from vllm_wanspec.bench.pacing import Pacing
-from vllm_wanspec.bench.running import one_line_errors
+from vllm_wanspec.emulate.pacing import Pacing
+from vllm_wanspec.lab.compare.figures import figures
+from vllm_wanspec.lab.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
+from vllm_wanspec.lab.compare.run import Outputs, run_bench
+from vllm_wanspec.lab.harness.demo_setup import find_models
+from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
+from vllm_wanspec.lab.harness.running import one_line_errors
 
 __all__ = ["bench"]
 

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_wanspec.bench.demo import run_demo
-from vllm_wanspec.bench.demo_setup import DemoOptions
-from vllm_wanspec.bench.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
-from vllm_wanspec.bench.pacing import Pacing
-from vllm_wanspec.bench.running import one_line_errors
+from vllm_wanspec.emulate.pacing import Pacing
+from vllm_wanspec.lab.compare.demo import run_demo
+from vllm_wanspec.lab.harness.demo_setup import DemoOptions
+from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
+from vllm_wanspec.lab.harness.running import one_line_errors
 
 __all__ = ["demo"]
 

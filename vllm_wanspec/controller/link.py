@@ -18,8 +18,7 @@ from typing import Protocol
 import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
-from vllm_wanspec.core.estimates import Smoothed
-from vllm_wanspec.core.lateness import Turnaround
+from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PATH,
@@ -35,6 +34,7 @@ from vllm_wanspec.core.messages import (
     decode,
     frames,
 )
+from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.link")

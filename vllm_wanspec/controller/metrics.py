@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.calibration import OUTCOMES, entropy_ranges
+from vllm_wanspec.core.learned.calibration import OUTCOMES, entropy_ranges
 
 logger = logging.getLogger("vllm.wanspec.metrics")
 

@@ -15,11 +15,11 @@ from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.controller.live import LiveSession, limits_for
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
-from vllm_wanspec.core.expansion import lookahead_tokens
-from vllm_wanspec.core.lateness import Wait, worthwhile_wait
-from vllm_wanspec.core.length import Payoff, Plan, StepCost, Window, length_policy
+from vllm_wanspec.core.learned.meter import StepMeter
 from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Limits, Message, Nodes, Reject
-from vllm_wanspec.core.meter import StepMeter
+from vllm_wanspec.core.policy.expansion import lookahead_tokens
+from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait
+from vllm_wanspec.core.policy.length import Payoff, Plan, StepCost, Window, length_policy
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.pool")

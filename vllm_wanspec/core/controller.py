@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
 
-from vllm_wanspec.core.calibration import Calibration
-from vllm_wanspec.core.estimates import StepTimes
-from vllm_wanspec.core.expansion import main_line_tip
-from vllm_wanspec.core.lateness import ASSUMED_GAP_S, Coming, Turnaround
-from vllm_wanspec.core.length import StepCost, Window
-from vllm_wanspec.core.lookup import LookupRates, Text
+from vllm_wanspec.core.learned.calibration import Calibration
+from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
+from vllm_wanspec.core.policy.expansion import main_line_tip
+from vllm_wanspec.core.policy.lateness import ASSUMED_GAP_S, Coming, Turnaround
+from vllm_wanspec.core.policy.length import StepCost, Window
+from vllm_wanspec.core.policy.lookup import LookupRates, Text
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import Committed, DraftTree
 from vllm_wanspec.errors import RemoteProtocolError

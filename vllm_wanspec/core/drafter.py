@@ -9,9 +9,9 @@ never over its budget of nodes.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vllm_wanspec.core.calibration import Calibration
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import MAX_NODES_PER_MESSAGE, Commit, Nodes, Open, Reject
+from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens
 from vllm_wanspec.core.states import DRAFTER_TABLE, DrafterEvent, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, NodeRecord
 

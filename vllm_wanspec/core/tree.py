@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import log
 from typing import NamedTuple, NoReturn
 
-from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.errors import RemoteProtocolError
 
 ROOT_ID = 0

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.events import RecordedDrafterSession
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import (
     MAX_NODES_PER_MESSAGE,
     PROTOCOL_VERSION,

@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import Any, Protocol
 
 from vllm_wanspec.core.drafter import DraftStep
-from vllm_wanspec.core.expansion import entropy_nats
+from vllm_wanspec.core.policy.expansion import entropy_nats
 
 TOP_K = 8
 _LOGPROB = itemgetter(1)

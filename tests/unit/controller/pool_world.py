@@ -10,7 +10,7 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import WAIT_SLICE_S, DraftPool
-from vllm_wanspec.core.estimates import Smoothed, StepTimes
+from vllm_wanspec.core.learned.estimates import Smoothed, StepTimes
 from vllm_wanspec.core.messages import Nodes, Welcome
 from vllm_wanspec.core.tree import NodeRecord
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from toys import VOCAB_SIZE, VOCABULARY, Toy, wait_until
 
-from vllm_wanspec.controller import hooks, proposer
-from vllm_wanspec.controller.proposer import RemoteProposer
+from vllm_wanspec.controller.v1 import hooks, proposer
+from vllm_wanspec.controller.v1.proposer import RemoteProposer
 
 TOY = Toy(seed=6)
 MAX_LEN = 6000

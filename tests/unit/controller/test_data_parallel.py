@@ -11,7 +11,7 @@ from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, pool_of, running, stub_vllm, vllm_config
 from toys import DrafterServer, draft_model, wait_until
 
-from vllm_wanspec.controller import hooks, proposer
+from vllm_wanspec.controller.v1 import hooks, proposer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

@@ -6,8 +6,8 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.estimates import StepTimes
-from vllm_wanspec.core.length import LEARNING_STEPS, PROBE_STEPS
+from vllm_wanspec.core.learned.estimates import StepTimes
+from vllm_wanspec.core.policy.length import LEARNING_STEPS, PROBE_STEPS
 
 
 def running_well(names: str) -> World:

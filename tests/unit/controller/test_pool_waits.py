@@ -11,7 +11,7 @@ from toys import wait_until
 
 from vllm_wanspec.controller.pool import WAIT_SLICE_S
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.lateness import Turnaround
+from vllm_wanspec.core.policy.lateness import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

@@ -10,7 +10,7 @@ from proposer_engine import MAX_LEN, TOY, Engine, pool_of, running, stub_vllm, v
 from toys import DrafterServer, draft_model
 
 from vllm_wanspec.config import PROPOSER
-from vllm_wanspec.controller import hooks
+from vllm_wanspec.controller.v1 import hooks
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

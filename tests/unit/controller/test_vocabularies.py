@@ -9,8 +9,8 @@ from conftest import LogLines
 from proposer_engine import stub_vllm, vllm_config
 from toys import VOCABULARY, DrafterServer, Toy, draft_model, wait_until
 
-from vllm_wanspec.controller import proposer
-from vllm_wanspec.controller.proposer import RemoteProposer
+from vllm_wanspec.controller.v1 import proposer
+from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 
 pytestmark = pytest.mark.usefixtures("short_waits")

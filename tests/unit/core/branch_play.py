@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from toys import limits
 
-from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import Commit, Nodes, Open
 from vllm_wanspec.core.tree import Node, NodeRecord
 

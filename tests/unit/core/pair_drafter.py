@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import pair_checks as rules
 from toys import VOCAB_SIZE, Toy, draft_model
 
-from vllm_wanspec.core.calibration import Calibration
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.events import RecordedDrafterSession
-from vllm_wanspec.core.expansion import main_line_tip
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Reject, decode
+from vllm_wanspec.core.policy.expansion import main_line_tip
 from vllm_wanspec.core.states import DrafterState
 from vllm_wanspec.drafter.connection import gathered
 from vllm_wanspec.errors import RemoteProtocolError

@@ -4,7 +4,7 @@ from pair import PROMPTS, Request, World
 from pair_checks import shape
 
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK
+from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import ControllerState, DrafterState
 
 TRIES = 40

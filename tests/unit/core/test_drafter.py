@@ -4,8 +4,8 @@ import pytest
 from toys import VOCAB_SIZE, Toy, limits
 
 from vllm_wanspec.core.drafter import MAX_UNSENT, Action, DrafterSession, DraftStep, StartBranch, StopBranch
-from vllm_wanspec.core.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, Commit, Nodes, Open, Reject, decode, frames
+from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import DrafterState
 
 PROMPT = (3, 1, 4, 1, 5)

@@ -19,7 +19,6 @@ from wire_fuzz import KINDS, Fuzz, same, some_limits, some_nodes, some_tokens
 
 from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.drafter import DraftStep
-from vllm_wanspec.core.lateness import Turnaround
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
@@ -36,6 +35,7 @@ from vllm_wanspec.core.messages import (
     encode,
     to_wire,
 )
+from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError

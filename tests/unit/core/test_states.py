@@ -9,8 +9,8 @@ from tree_checks import record
 
 from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.drafter import DrafterSession, DraftStep, StartBranch
-from vllm_wanspec.core.lateness import Turnaround
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
+from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.states import (
     CONTROLLER_TABLE,
     DRAFTER_TABLE,

@@ -5,7 +5,7 @@ import math
 import pytest
 from tree_checks import CONTEXT, chain, check_consistent, make_tree, reachable, record
 
-from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.tree import Appended, Committed, NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
 

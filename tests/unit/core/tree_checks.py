@@ -1,6 +1,6 @@
 """Draft trees by hand, and what must hold for every one."""
 
-from vllm_wanspec.core.calibration import Calibration
+from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.tree import ROOT_ID, DraftTree, Node, NodeRecord
 
 CONTEXT = 10

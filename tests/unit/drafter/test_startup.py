@@ -11,7 +11,7 @@ from toys import VOCABULARY, Toy, ToyEngine
 
 from vllm_wanspec import plugin
 from vllm_wanspec.config import HOST_ENV, WIDTH_ENV
-from vllm_wanspec.controller import hooks
+from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.drafter import routes
 

@@ -1,0 +1,320 @@
+"""The side-by-side bench's requests and prompts, with stand-ins for the servers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.compare.measure import Measurement, Station, best_gamma, remaining
+from vllm_wanspec.lab.compare.plan import BenchOptions
+from vllm_wanspec.lab.compare.probes import Probe, Wan
+from vllm_wanspec.lab.compare.references import RankingClient, read_ranks, take_references
+from vllm_wanspec.lab.compare.trees_figures import Counters
+from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
+from vllm_wanspec.lab.harness.demo_setup import Prompt
+from vllm_wanspec.lab.records import Cell, Journal, Reference, Trial
+
+EXPECTED = tuple(range(100, 125))
+
+
+def options_for(**changes: Any) -> BenchOptions:
+    settings: dict[str, Any] = {"target": "/big", "draft": "/small", "prompts": Path("/p"), "repeats": 2, "count": 3}
+    return BenchOptions(**(settings | {"arms": ("none", "wanspec"), "rtt_ms": (0.0, 20.0)} | changes))
+
+
+@pytest.fixture
+def journals(tmp_path: Path) -> Iterator[Any]:
+    """Takes up one and the same journal, again and again."""
+    with ExitStack() as stack:
+
+        def take_up() -> Journal:
+            journal = Journal(tmp_path / "journal", {})
+            stack.callback(journal.close)
+            return journal
+
+        yield take_up
+
+
+def with_references(journal: Journal, count: int = 3) -> Journal:
+    for index in range(count):
+        journal.add(Reference(index, f"m{index}", "def", (index,), EXPECTED, (0,) * len(EXPECTED)))
+    return journal
+
+
+class FakeClient:
+    """Gives the expected text in pieces of two tokens after the first, except where told otherwise."""
+
+    def __init__(self, log: list[str], name: str, wrong_at: int | None = None, tie: bool = False) -> None:
+        self.log, self.name, self.wrong_at, self.tie = log, name, wrong_at, tie
+        self.running = self.most_running = 0
+        self.fail_at: int | None = None
+        self.salts: list[str] = []
+
+    async def complete(
+        self, prompt: Any, max_tokens: int, *, extra: Any = None, on_text: Any = lambda text, tokens: None
+    ) -> Completion:
+        if isinstance(prompt, str):
+            self.log.append(f"{self.name} warm-up")
+            return Completion((0,), (1,), "", 1.0, 1.0, "length")
+        if self.fail_at is not None and len(self.log) >= self.fail_at:
+            raise ClientError("the server is gone")
+        self.log.append(f"{self.name} {prompt[0]}")
+        self.salts.append(f"{prompt[0]} {extra['cache_salt']}")
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        await asyncio.sleep(0)
+        self.running -= 1
+        ids = [token + (place == self.wrong_at) for place, token in enumerate(EXPECTED[:max_tokens])]
+        on_text("", 1)
+        for _ in range(0, max_tokens - 1, 2):
+            on_text("", 2)
+        on_text("\n", 0)  # text alone is no step
+        return Completion(tuple(prompt), tuple(ids), "", 40.0, 40.0 + 10.0 * (max_tokens - 1), "length")
+
+    async def is_tie(self, plain: Completion, other: Completion, position: int) -> bool:
+        assert plain.token_ids == EXPECTED
+        return self.tie
+
+
+class FakeProbe:
+    """Counts up by one per reading."""
+
+    def __init__(self) -> None:
+        self.count = 0.0
+        self.settled_at: list[float | None] = []
+
+    def cpu_s(self) -> dict[str, float]:
+        self.count += 1.0
+        return {"target": self.count / 4}
+
+    async def read(self) -> Counters:
+        return Counters({"hits": self.count})
+
+    async def settled(self, rtt_ms: float | None) -> Counters:
+        self.settled_at.append(rtt_ms)
+        return Counters({"hits": self.count + 5.0})
+
+
+class FakeWan:
+    def __init__(self, log: list[str], near: bool = True) -> None:
+        self.log, self.near = log, near
+
+    async def set(self, rtt_ms: float) -> bool:
+        self.log.append(f"R {rtt_ms:g}")
+        return self.near
+
+
+class Stage:
+    """A measurement over stand-ins."""
+
+    def __init__(self, options: BenchOptions, journal: Journal, near: bool = True) -> None:
+        self.log: list[str] = []
+        self.screen = Console(file=io.StringIO(), width=160)
+        self.clients = {arm: FakeClient(self.log, arm) for arm in options.started}
+        self.probes = {arm: FakeProbe() for arm in options.started}
+        stations = {
+            arm: Station(cast(CompletionClient, self.clients[arm]), cast(Probe, self.probes[arm]))
+            for arm in options.started
+        }
+        plain = cast(CompletionClient, self.clients["none"])
+        wan = cast(Wan, FakeWan(self.log, near))
+        self.measurement = Measurement(options, journal, plain, stations, wan, self.screen)
+
+    def run(self) -> None:
+        asyncio.run(self.measurement.run())
+
+    @property
+    def printed(self) -> str:
+        assert isinstance(self.screen.file, io.StringIO)
+        return self.screen.file.getvalue()
+
+
+def test_every_prompt_goes_once_per_repeat_through_every_cell(journals: Any) -> None:
+    options = options_for()
+    journal = with_references(journals())
+    assert remaining(options, journal) == 2 * 3 * 3
+    stage = Stage(options, journal)
+    stage.run()
+    assert remaining(options, journal) == 0
+    done = [(batch.cell, batch.repeat, request.prompt) for batch in journal.batches for request in batch.requests]
+    wanted = [Cell("none", None, 1), Cell("wanspec", 0.0, 1), Cell("wanspec", 20.0, 1)]
+    assert Counter(done) == Counter(itertools.product(wanted, range(2), range(3)))
+    salts = stage.clients["wanspec"].salts
+    assert len(set(salts)) == len(salts)  # no prompt is in the target's cache when it comes again
+    assert set(stage.probes["none"].settled_at) == {None}
+    assert set(stage.probes["wanspec"].settled_at) == {0.0, 20.0}
+
+
+def test_the_round_trip_is_set_before_each_block_and_its_links_are_warmed_up(journals: Any) -> None:
+    stage = Stage(options_for(repeats=1), with_references(journals()))
+    stage.run()
+    trips = [place for place, entry in enumerate(stage.log) if entry.startswith("R ")]
+    assert sorted(stage.log[place] for place in trips) == ["R 0", "R 20"]
+    assert trips[0] == 0
+    assert [stage.log[place + 1] for place in trips] == ["wanspec warm-up"] * 2
+
+
+def test_a_time_scale_lengthens_the_round_trips(journals: Any) -> None:
+    stage = Stage(options_for(repeats=1, time_scale=1.5), with_references(journals()))
+    stage.run()
+    assert {entry for entry in stage.log if entry.startswith("R ")} == {"R 0", "R 30"}
+    assert set(stage.probes["wanspec"].settled_at) == {0.0, 30.0}
+    assert {batch.cell.rtt_ms for batch in stage.measurement.journal.batches} == {None, 0.0, 20.0}
+
+
+def test_arms_alternate_within_a_block(journals: Any) -> None:
+    options = options_for(arms=("none", "ngram", "oracle"), repeats=1)
+    stage = Stage(options, with_references(journals()))
+    stage.run()
+    names = [entry.split()[0] for entry in stage.log]
+    assert all(set(names[start : start + 3]) == {"none", "ngram", "oracle"} for start in (0, 3, 6))
+    assert len({tuple(names[start : start + 3]) for start in (0, 3, 6)}) == 3
+
+
+def test_a_request_is_written_down_as_the_client_saw_it(journals: Any) -> None:
+    journal = with_references(journals(), 1)
+    Stage(options_for(arms=("none",), repeats=1, count=1), journal).run()
+    (batch,) = journal.batches
+    (request,) = batch.requests
+    assert (request.ttft_ms, request.time_ms, request.tokens, request.steps) == (40.0, 240.0, 24, 12)
+    # Two readings of the processor, five counts that only settling shows.
+    assert batch.counters == {"hits": 2.0 + 5.0}
+    assert batch.cpu_s == {"target": 0.25}
+    assert (batch.ties, batch.wrong) == (0, ())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_another_output_is_a_tie_or_wrong(journals: Any, tie: bool) -> None:
+    journal = with_references(journals(), 1)
+    stage = Stage(options_for(arms=("none", "ngram"), repeats=1, count=1), journal)
+    stage.clients["ngram"].wrong_at = 7
+    stage.clients["none"].tie = tie
+    stage.run()
+    batches = {batch.cell.arm: batch for batch in journal.batches}
+    assert batches["none"].wrong == ()
+    wrong = "m0: at generated position 7: plain token 107, here 108"
+    assert (batches["ngram"].ties, batches["ngram"].wrong) == ((1, ()) if tie else (0, (wrong,)))
+    assert ("different output" in stage.printed) is not tie
+
+
+def test_above_concurrency_1_all_prompts_are_one_batch(journals: Any) -> None:
+    options = options_for(concurrency=(2,), concurrent_arms=("none", "wanspec"), concurrent_rtt_ms=(20.0,), repeats=1)
+    journal = with_references(journals())
+    stage = Stage(options, journal)
+    stage.run()
+    assert {batch.cell for batch in journal.batches} == {Cell("none", None, 2), Cell("wanspec", 20.0, 2)}
+    assert [[request.prompt for request in batch.requests] for batch in journal.batches] == [[0, 1, 2]] * 2
+    assert stage.clients["none"].most_running == 2
+
+
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_an_interrupted_run_goes_on_where_it_stopped(journals: Any, concurrency: int) -> None:
+    above = {"concurrent_arms": ("none", "wanspec"), "concurrent_rtt_ms": (0.0, 20.0)}
+    options = options_for(concurrency=(concurrency,), **above)
+    journal = with_references(journals())
+    first = Stage(options, journal)
+    for client in first.clients.values():
+        client.fail_at = 8
+    with pytest.raises(ClientError, match="the server is gone"):
+        first.run()
+    done = len(journal.batches)
+    assert done
+    left = remaining(options, journal)
+    assert left == 18 - sum(len(batch.requests) for batch in journal.batches)
+    journal.close()
+
+    journal = journals()
+    second = Stage(options, journal)
+    second.run()
+    asked = [entry for entry in second.log if entry.split()[1].isdigit() and not entry.startswith("R ")]
+    assert len(asked) == left
+    keys = [(batch.cell, batch.repeat, one.prompt) for batch in journal.batches for one in batch.requests]
+    assert len(keys) == len(set(keys)) == 18
+
+
+def test_a_finished_run_asks_nothing_more(journals: Any) -> None:
+    journal = with_references(journals())
+    Stage(options_for(), journal).run()
+    again = Stage(options_for(), journal)
+    again.run()
+    assert again.log == []
+
+
+def test_links_that_measure_something_else_are_told_of(journals: Any) -> None:
+    stage = Stage(options_for(repeats=1), with_references(journals()), near=False)
+    stage.run()
+    assert "the links do not measure R = 20 ms" in stage.printed
+
+
+def test_the_fastest_speculation_length_is_taken_once_all_are_tried() -> None:
+    options = options_for(arms=("draft_model",), gammas=(2, 3, 4))
+    trials = [Trial(2, 22.0), Trial(3, 20.0)]
+    assert best_gamma(options, trials) is None
+    assert best_gamma(options, [*trials, Trial(4, 20.0)]) == 3
+    assert best_gamma(options_for(arms=("draft_model",), gammas=(6,)), []) == 6
+    assert best_gamma(options_for(gammas=(6,)), []) is None
+
+
+class TextClient:
+    """A target whose texts are of given lengths; a draft model that ranks everything first."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = lengths
+        self.asked: list[str] = []
+
+    async def complete(self, prompt: str, max_tokens: int) -> Completion:
+        self.asked.append(prompt)
+        ids = tuple(range(self.lengths[int(prompt)]))
+        return Completion((int(prompt),), ids * 2, "", 1.0, 2.0, None)  # which repeats itself
+
+    async def ranks(self, prompt_ids: Sequence[int], following: Sequence[int]) -> tuple[int | None, ...]:
+        return (0,) * len(following)
+
+
+def take(journal: Journal, client: TextClient, draft: bool, **changes: Any) -> None:
+    prompts = [Prompt(f"m{index}", str(index)) for index in range(len(client.lengths))]
+    plain = cast(CompletionClient, client)
+    ranking = cast(RankingClient, client) if draft else None
+    asyncio.run(take_references(journal, options_for(**changes), prompts, plain, ranking))
+
+
+def test_prompts_are_taken_in_order_until_there_are_enough_long_texts(journals: Any) -> None:
+    journal = journals()
+    client = TextClient([30, 20, 24, 40, 50])
+    take(journal, client, draft=True, count=3)
+    assert client.asked == ["0", "1", "2", "3"]
+    assert [one.index for one in journal.references.values()] == [0, 2, 3]
+    first = journal.references[0]
+    assert (first.expected, first.ranks, first.prompt_ids) == (tuple(range(30)), (0,) * 30, (0,))
+
+
+def test_prompts_that_were_taken_before_are_not_asked_again(journals: Any) -> None:
+    journal = journals()
+    with pytest.raises(ConfigError, match=r"only 1 of 2 prompts have 24 tokens .* and 3 are wanted"):
+        take(journal, TextClient([30, 20]), draft=False, count=3)
+    assert journal.references[0].ranks == (None,) * 30
+    client = TextClient([30, 20, 30, 30])
+    take(journal, client, draft=False, count=3)
+    assert client.asked == ["1", "2", "3"]
+    again = TextClient([30, 20, 30, 30])
+    take(journal, again, draft=False, count=3)
+    assert again.asked == []
+
+
+def test_ranks_are_counted_from_0_among_eight() -> None:
+    entries = [
+        {"5": {"logprob": -0.1, "rank": 1}},
+        {"9": {"logprob": -4.0, "rank": 8}, "5": {"logprob": -0.1, "rank": 1}},
+        {"7": {"logprob": -9.0, "rank": 9}, "5": {"logprob": -0.1, "rank": 1}},
+    ]
+    assert read_ranks(entries, [5, 9, 7]) == (0, 7, None)

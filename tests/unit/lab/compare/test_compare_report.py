@@ -1,0 +1,253 @@
+"""The side-by-side bench's tables, files and plots, of invented runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from compare_runs import TIMES_MS, full_run, options, reference
+from rich.console import Console
+
+import vllm_wanspec
+from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.demo_report import Paced
+from vllm_wanspec.lab.compare.figures import figures
+from vllm_wanspec.lab.compare.measure import BenchRun
+from vllm_wanspec.lab.compare.plots import write_plot
+from vllm_wanspec.lab.compare.report import markdown, print_report, write_json, write_markdown
+from vllm_wanspec.lab.compare.result import as_json
+from vllm_wanspec.lab.records import Batch
+
+PACED = "paced to 35 + 0.1 ms (target), 5 + 0.02 ms (draft)"
+RED = "\x1b[31m"
+
+
+def report(run: BenchRun, width: int = 200, colour: bool = False) -> str:
+    colours: dict[str, Any] = {"force_terminal": True, "color_system": "standard"} if colour else {}
+    screen = Console(file=io.StringIO(), width=width, **colours)
+    print_report(run, screen)
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def lines_of(text: str, *parts: str) -> list[str]:
+    return [line for line in text.splitlines() if all(part in line for part in parts)]
+
+
+def with_wrong(count: int) -> BenchRun:
+    """The first of wanspec's requests at 30 ms has a wrong output, ``count`` times over."""
+    run = full_run()
+    place = next(place for place, one in enumerate(run.batches) if one.cell == ("wanspec", 30.0, 1))
+    batches: list[Batch] = list(run.batches)
+    batches[place] = replace(batches[place], wrong=tuple(f"[module{n}]: token 3 differs" for n in range(count)), ties=2)
+    return replace(run, batches=batches)
+
+
+def test_the_console_shows_all_tables() -> None:
+    run = full_run()
+    text = report(run)
+    found = figures(run)
+    row = found.row("wanspec", 30.0)
+    assert row is not None and row.to_draft_model is not None and row.to_ideal is not None
+    line = lines_of(text, "wanspec ", " 30 │", f"{row.tpot_ms:.2f}")[0]
+    ratio = row.to_draft_model
+    assert f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" in line
+    assert f"{row.ideal_tpot_ms:.2f}" in line and f"{row.to_ideal.value:.3f}" in line
+    assert lines_of(text, "draft_model", "3,456")
+    assert lines_of(text, "draft_model", "≈ 4")  # above one stream
+    assert lines_of(text, "wanspec", "22,320", "20,448", "65%", "1,000")
+    assert lines_of(text, "4 (best)", "22.00")
+    assert lines_of(text, "drafter", "20,000", "0.10%")
+    assert lines_of(text, "✓", "÷ draft_model, R = 30 ms", "0.900")
+    assert "All bars hold." in text
+    assert "First token at 8 streams, R = 30 ms: 80.0 ms with the rule for late drafts, 80.0 ms without." in text
+    assert "INVALID" not in text and "INCOMPLETE" not in text and "DIFFERENT" not in text
+
+
+def test_every_title_says_the_pace() -> None:
+    titles = ["Single stream", "Several streams at a time", "Details", "What was asked for"]
+    for title in titles:
+        assert lines_of(report(full_run()), f"{title}; {PACED}")
+    bare = full_run(options=options(target_pace=None, draft_pace=None), paced={})
+    for title in titles:
+        assert lines_of(report(bare), f"{title}; not paced")
+    page = markdown(full_run(), None)
+    headings = [line for line in page.splitlines() if line.startswith("## ") and "How" not in line]
+    assert len(headings) == 6
+    assert all(line.endswith(f"({PACED})") for line in headings)
+    assert "nothing is paced" in markdown(bare, None)
+    assert "paced to" not in markdown(bare, None)
+
+
+def test_every_title_says_the_time_scale() -> None:
+    run = full_run(options=options(time_scale=1.5))
+    headings = [line for line in markdown(run, None).splitlines() if line.startswith("## ") and "How" not in line]
+    assert all(line.endswith(f"({PACED}, these and R × 1.5)") for line in headings)
+    assert "R = 30 ms took 45 ms" in markdown(run, None)
+    assert "Times are as measured" not in markdown(full_run(), None)
+    assert (as_json(run)["time_scale"], as_json(run)["pacing"]) == (1.5, as_json(full_run())["pacing"])
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 132])
+def test_no_figure_is_broken_in_a_narrow_terminal(width: int) -> None:
+    run = full_run()
+    text = report(run, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for row in figures(run).rows:
+        for ratio in (row.to_draft_model, row.to_constrained, row.to_none):
+            if ratio is not None:
+                assert lines_of(text, row.cell.arm, f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})")
+        assert lines_of(text, row.cell.arm, f" {row.tpot_ms:.2f} ")
+        assert lines_of(text, row.cell.arm, f" {row.throughput_tok_s:.1f} ")
+    assert lines_of(text, "wanspec", " 22,320 ")
+    if width < 100:
+        assert "Single stream, continued; paced" in text
+
+
+def test_wrong_outputs_are_red_and_named() -> None:
+    text = report(with_wrong(12), colour=True)
+    red = lines_of(text, RED, "wanspec")
+    assert any("30" in line for line in red)
+    assert not lines_of(text, RED, "none_constrained")
+    plain = words(report(with_wrong(12)))
+    assert "DIFFERENT OUTPUT in wanspec, R = 30 ms: [module0]: token 3 differs" in plain
+    assert plain.count("DIFFERENT OUTPUT") == 10
+    assert "… and 2 more." in plain
+    assert "Bars are not judged: there are wrong outputs." in plain
+    assert "12 differ, 2 floating-point ties" in plain
+    assert not lines_of(report(full_run(), colour=True), RED, "wanspec")
+
+
+def test_what_makes_figures_worthless_is_said() -> None:
+    text = words(report(full_run(paced={"wanspec": Paced(1000, 25), "drafter": Paced(9, 0)}, ended_by="Ctrl-C")))
+    assert "INCOMPLETE: Ctrl-C." in text
+    assert "INVALID: more forwards than 1% took longer than their pace (2.5% of wanspec)" in text
+    assert "INVALID" in report(full_run(paced={})) and "it is unknown how many" in words(report(full_run(paced={})))
+    run = full_run()
+    idle = [replace(one, counters={"drafted_tokens": 0, "num_accepted_tokens": 0}) for one in run.batches]
+    assert "Nothing was drafted in wanspec, wanspec_dead" in words(report(replace(run, batches=idle)))
+
+
+def test_missed_and_open_bars_are_named() -> None:
+    text = report(full_run(times_ms=TIMES_MS | {70.0: 23.0, 100.0: 30.0}))
+    assert "Bars missed: ÷ none_constrained, R = 100 ms." in text
+    assert lines_of(text, "✗", "R = 70 ms (hoped for)")
+    some = report(full_run(options=options(concurrency=(1,))))
+    assert "2 of 16 bars cannot be judged: their rows are missing." in some
+    assert lines_of(some, "│ – │", "throughput")
+    assert "Several streams" not in some
+
+
+def test_a_run_without_any_figures_can_be_shown(tmp_path: Path) -> None:
+    run = full_run(batches=[], trials=[], gamma=None, references=[], paced={}, ended_by="a server did not start")
+    text = report(run)
+    assert "INCOMPLETE: a server did not start." in text
+    assert "Single stream" not in text
+    write_json(run, tmp_path / "bench.json")
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["rows"] == [] and data["held"] is None
+    write_markdown(run, tmp_path / "bench.md")
+
+
+def test_json_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/wanspec", "bench", "--prompts", "my prompts.jsonl"])
+    path = tmp_path / "new" / "bench.json"
+    write_json(full_run(references=[reference(n, (0, None, 0, 0)) for n in range(24)]), path)
+    data = json.loads(path.read_text())
+    assert data["command"] == "wanspec bench --prompts 'my prompts.jsonl'"
+    assert (data["complete"], data["ended_by"], data["valid"], data["held"]) == (True, None, True, True)
+    assert data["pacing"] == {"target": "35.0+0.1", "draft": "5.0+0.02"}
+    assert data["overruns"] == {"none": 0.0003, "wanspec": 0.002, "drafter": 0.001}
+    assert data["references"][1] == {"index": 1, "name": "module1", "tokens": 4, "agreement": 0.75, "outside": 0.25}
+    assert data["trials"][2] == {"gamma": 4, "tpot_ms": 22}
+    assert data["gamma"] == 4
+    assert data["options"]["target_pace"] == "35.0+0.1"
+    assert {"machine", "versions", "commit", "seconds", "bars"} <= data.keys()
+    rows = {(row["arm"], row["rtt_ms"], row["concurrency"]): row for row in data["rows"]}
+    assert len(rows) == 19
+    wanted = {"gamma", "tpot_ms", "ttft_ms", "throughput_tok_s", "tokens_per_step", "local_draft_passes", "drafted"}
+    wanted |= {"wasted", "ratio_to_draft_model", "ratio_ci", "ideal_tpot_ms", "ratio_to_ideal", "wait_s", "cpu_target"}
+    assert wanted <= rows["wanspec", 30.0, 1].keys()
+    assert rows["draft_model", None, 1]["gamma"] == 4
+    low, high = rows["wanspec", 30.0, 1]["constrained_ci"]
+    assert low < rows["wanspec", 30.0, 1]["ratio_to_constrained"] < high
+    assert rows["none", None, 1]["acceptance"] is None
+    raw = [dict(zip(data["batch_columns"], one, strict=True)) for one in data["batches"]]
+    assert len(raw) == 15 * 24 * 3 + 4 * 3
+    assert raw[0]["arm"] == "none" and raw[0]["num_drafts"] is None
+    request = dict(zip(data["request_columns"], raw[-1]["requests"][23], strict=True))
+    assert request["prompt"] == 23 and request["tokens"] == 39 and request["ttft_ms"] == 80
+    assert len(lines_of(path.read_text(), '["none", null, 1, 0')) == 24  # one line each
+
+
+def test_paths_in_the_checkout_are_told_from_there(tmp_path: Path) -> None:
+    root = Path(vllm_wanspec.__file__).resolve().parents[1]
+    changes = {"target": str(root / "examples" / "target"), "draft": "/elsewhere/draft", "prompts": root / "p.jsonl"}
+    write_json(full_run(options=options(**changes)), tmp_path / "bench.json")
+    shown = json.loads((tmp_path / "bench.json").read_text())["options"]
+    assert [shown[name] for name in changes] == ["examples/target", "/elsewhere/draft", "p.jsonl"]
+
+
+def test_ranks_that_nobody_asked_for_are_no_disagreement(tmp_path: Path) -> None:
+    run = full_run(references=[reference(0, (None,) * 30)], options=options(target_pace=None), paced={})
+    write_json(run, tmp_path / "bench.json")
+    data = json.loads((tmp_path / "bench.json").read_text())
+    assert data["references"][0]["agreement"] is None and data["references"][0]["outside"] is None
+    assert data["pacing"] is None
+
+
+def test_files_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(WanspecError, match=r"^--json: cannot write .*: Is a directory$"):
+        write_json(full_run(prompts=2), tmp_path)
+    (tmp_path / "bench.md").mkdir()
+    with pytest.raises(WanspecError, match="--markdown: cannot write"):
+        write_markdown(full_run(prompts=2), tmp_path / "bench.md")
+
+
+def test_the_page_has_sound_tables_and_the_plot(tmp_path: Path) -> None:
+    write_markdown(full_run(), tmp_path / "bench.md")
+    page = (tmp_path / "bench.md").read_text()
+    tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
+    assert len(tables) == 6
+    for table in tables:
+        assert len({line.count("|") for line in table}) == 1
+    assert "- `wanspec_dead`: remote drafts where nobody answers" in page
+    assert "## How it was measured" in page
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert "](bench.png)" in page
+        assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        full_run(2, options=options(arms=("none",), concurrency=(1,))),
+        full_run(2, options=options(arms=("wanspec",), rtt_ms=(0.0,), concurrency=(1,))),
+        full_run(2, options=options(concurrency=(8,), concurrent_arms=("none",))),
+        full_run(2, options=options(concurrency=(2, 8), concurrent_arms=("wanspec",), concurrent_rtt_ms=(5.0,)),
+                 times_ms={5.0: 9.0}),
+        full_run(2, batches=[]),
+    ],
+)  # fmt: skip
+def test_plots_of_parts_of_the_bench(run: BenchRun, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert write_plot(run, tmp_path / "bench.png", "not paced")
+
+
+def test_without_matplotlib_the_page_has_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not write_plot(full_run(2), tmp_path / "bench.png", "")
+    write_markdown(full_run(2), tmp_path / "bench.md")
+    assert "![" not in (tmp_path / "bench.md").read_text()
+    assert not (tmp_path / "bench.png").exists()

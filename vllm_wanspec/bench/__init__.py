@@ -1,1 +1,0 @@
-"""Measuring: arms, pacing, the WAN proxy, trace recorder, reports."""

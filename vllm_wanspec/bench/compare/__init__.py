@@ -1,1 +1,0 @@
-"""``wanspec bench``: remote drafting beside what a user would run otherwise, arm by arm in one run."""

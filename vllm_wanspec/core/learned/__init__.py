@@ -1,0 +1,1 @@
+"""What is learned while serving: calibration, step times, yields."""

@@ -1,0 +1,79 @@
+"""What the target's steps cost and yield, as measured: what a draft token, or waiting for one, is held against."""
+
+from vllm_wanspec.core.learned.estimates import Smoothed, StepTimes
+from vllm_wanspec.core.policy.lateness import Pace
+
+ASSUMED_STEP_S = 0.030
+
+
+class StepMeter:
+    """Times the target's steps, and averages what they yield.
+
+    Attributes:
+        step_s: Time of a step in seconds.
+        tokens_per_step: That one request gets, whether or not it had a draft.
+        tokens_per_drafted_step: The same over requests that had one.
+        tokens_per_dry_step: The same over requests that had none, or what prompt lookup guessed.
+    """
+
+    def __init__(self, times: StepTimes, speculation_length: int) -> None:
+        """Start without measurements.
+
+        Args:
+            times: Learns what steps cost.
+            speculation_length: Most drafts that a request can have.
+        """
+        self.step_s = Smoothed()
+        self.tokens_per_step = Smoothed(0.05)
+        self.tokens_per_drafted_step = Smoothed(0.05)
+        self.tokens_per_dry_step = Smoothed(0.05)
+        self._times = times
+        self._speculation_length = speculation_length
+        self._began: tuple[float, int, int] | None = None
+        self._rows = 1
+
+    @property
+    def seconds(self) -> float:
+        """Time of a step; a usual one before the first is measured."""
+        return self.step_s.get(ASSUMED_STEP_S)
+
+    def begins(self, now: float, tokens: int, drafts: int) -> None:
+        """A step begins.
+
+        Args:
+            now: Seconds.
+            tokens: Tokens in the step, where all of its rows decode; 0 for a step whose time is no example.
+            drafts: How many of them are drafts.
+        """
+        self._began = (now, tokens, drafts)
+
+    def ends(self, now: float, rows: int, yielded: int) -> bool:
+        """The step ends, with ``yielded`` tokens for ``rows`` requests; whether its time was an example."""
+        if self._began is None:
+            return False
+        began_s, tokens, drafts = self._began
+        self._began = None
+        self.step_s.add(now - began_s)
+        if not tokens:
+            return False
+        self._rows = rows
+        full = drafts == self._speculation_length * rows
+        self._times.add(tokens, drafts=drafts, full=full, seconds=now - began_s)
+        self.tokens_per_step.add(yielded / max(1, rows))
+        return True
+
+    def token_worth(self) -> float:
+        """Extra step time of one token divided by the time that a token is worth to the whole batch."""
+        return self._times.token_s * self._rows * self.tokens_per_step.get(1.0) / self.seconds
+
+    def pace(self, agreement: float, limit: int) -> Pace:
+        """How the batch does; ``agreement`` and ``limit`` as in `Pace`."""
+        return Pace(
+            rows=self._rows,
+            step_s=self.seconds,
+            tokens_per_step=self.tokens_per_step.get(1.0),
+            tokens_per_drafted_step=self.tokens_per_drafted_step.get(1.0),
+            agreement=agreement,
+            limit=limit,
+            tokens_per_dry_step=self.tokens_per_dry_step.get(1.0),
+        )

@@ -1,0 +1,129 @@
+"""Whether to hold a step back for drafts that will arrive in a moment, and estimates of when they will.
+
+The wait stops the whole engine, so it must be worth more than the tokens that all requests would yield meanwhile.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+from vllm_wanspec.core.learned.estimates import Smoothed
+
+ASSUMED_GAP_S = 0.008
+
+
+class Turnaround:
+    """How soon a drafter answers: measured times, shared by the sessions of one drafter.
+
+    Attributes:
+        answer_s: From a commit that leaves the tree to the first nodes drafted with knowledge of it.
+        gap_s: Between two tokens of the main line.
+    """
+
+    def __init__(self) -> None:
+        """Start without measurements."""
+        self.answer_s = Smoothed()
+        self.gap_s = Smoothed()
+
+
+class Coming(NamedTuple):
+    """The next draft of a request that has none: when it is expected (seconds), and the chance that it is of use.
+
+    A named tuple, since it is made on the serving path.
+    """
+
+    at_s: float
+    chance: float
+    gap_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the batch does at present.
+
+    Attributes:
+        rows: Requests in it.
+        step_s: Time of one verification step.
+        tokens_per_step: Mean tokens that one request gets per step.
+        tokens_per_drafted_step: The same over steps for which the request had a draft.
+        agreement: Chance that the target takes the draft model's best token.
+        limit: Most drafts per request and step.
+        tokens_per_dry_step: Mean tokens of steps for which the request had no draft, prompt lookup included.
+    """
+
+    rows: int
+    step_s: float
+    tokens_per_step: float
+    tokens_per_drafted_step: float
+    agreement: float
+    limit: int
+    tokens_per_dry_step: float = 1.0
+
+    @property
+    def yield_per_s(self) -> float:
+        """Tokens per second of the whole batch: what each second of waiting costs."""
+        return self.rows * self.tokens_per_step / self.step_s
+
+    def longest_wait_s(self, chances: float) -> float:
+        """No wait gains more than all that the requests without a draft could gain; ``chances``: the sum of theirs."""
+        yield_per_s = self.yield_per_s
+        gain = max(0.0, self.tokens_per_step - self.tokens_per_dry_step)
+        return gain * chances / yield_per_s if yield_per_s > 0.0 else inf
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Hold the next step back for at most ``seconds``, or until each request waited for has ``drafts`` drafts."""
+
+    seconds: float
+    drafts: int
+
+
+def worthwhile_wait(coming: Iterable[Coming], pace: Pace, *, now: float, max_wait_s: float) -> Wait | None:
+    """How long to hold the next step back; None for not at all.
+
+    A step held back by w costs what the whole batch yields in that time: ``rows * y * w / t_v`` tokens, where y is the
+    mean yield of a request per step. A request for which j drafts have arrived by then gains: without the wait it
+    makes a step without (F tokens, 1 if nothing falls back on prompt lookup) and a step with drafts follows (D tokens),
+    with it the step yields E_j at once. Over the renewal cycle the difference is ``(y - F) - (D - E_j)`` tokens,
+    E_j = 1 + a + ... + a^j being the expected yield with j drafts at agreement a, D the mean yield of steps with
+    drafts. For one request, F = 1 and E_j = D this is the design's ``w < t_v - 1/r``. (Own derivation, first order.)
+
+    Args:
+        coming: Requests without a draft.
+        pace: Of the batch.
+        now: Seconds.
+        max_wait_s: Never more than this.
+    """
+    requests = list(coming)
+    if not requests:
+        return None
+    cost, values = pace.yield_per_s, _values(pace)
+    farthest_s = min(max_wait_s, pace.longest_wait_s(sum(request.chance for request in requests)))
+    arrivals: list[tuple[float, int, float]] = []
+    for request in requests:
+        wait_s, before = max(0.0, request.at_s - now), 0.0
+        for drafts, value in enumerate(values, start=1):
+            if wait_s > farthest_s:
+                break
+            arrivals.append((wait_s, drafts, request.chance * (value - before)))
+            wait_s, before = wait_s + request.gap_s, value
+    best, best_gain, gathered = None, 0.0, 0.0
+    for wait_s, drafts, gain in sorted(arrivals):
+        gathered += gain
+        if gathered - cost * wait_s > best_gain:
+            best, best_gain = Wait(wait_s, drafts), gathered - cost * wait_s
+    return best
+
+
+def _values(pace: Pace) -> list[float]:
+    """What a request gains in tokens by having 1, 2, … drafts instead of none."""
+    values: list[float] = []
+    yielded, chance = 1.0, 1.0
+    for _ in range(pace.limit):
+        chance *= pace.agreement
+        yielded += chance
+        loss = max(0.0, pace.tokens_per_drafted_step - yielded)
+        values.append(pace.tokens_per_step - pace.tokens_per_dry_step - loss)
+    return values

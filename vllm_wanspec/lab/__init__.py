@@ -1,0 +1,1 @@
+"""Measuring: what remote drafting costs and brings, beside the alternatives."""

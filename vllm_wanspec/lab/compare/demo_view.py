@@ -1,0 +1,146 @@
+"""What the demo shows while it runs: servers coming up, prompts being answered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.syntax import Syntax
+from rich.text import Text
+
+from vllm_wanspec.lab.harness.client import Completion
+from vllm_wanspec.lab.harness.demo_setup import Prompt
+from vllm_wanspec.lab.harness.servers import Server
+
+__all__ = ["ArmView", "StartView", "python_text", "starting"]
+
+PROMPT_TAIL_LINES = 3
+TEXT_LINES = 14
+REFRESHES_PER_S = 8
+
+
+class StartView:
+    """A line per server: a spinner with seconds until it is ready."""
+
+    def __init__(self, console: Console, servers: Sequence[Server]) -> None:
+        self._console = console
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        # Only a terminal can redraw lines; elsewhere the lines of `ready` have to do.
+        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks = {server.name: self.progress.add_task(f"starting {server.name}", total=1) for server in servers}
+
+    def ready(self, server: Server) -> None:
+        """Note that a server answers."""
+        self.progress.update(self._tasks[server.name], visible=False, completed=1)
+        seconds = server.ready_after_s or 0.0
+        self.progress.console.print(f"{server.name} is ready after {seconds:.0f} s", highlight=False)
+
+
+@contextlib.contextmanager
+def starting(console: Console, servers: Sequence[Server]) -> Iterator[StartView]:
+    """Show servers that are starting, until the block ends."""
+    view = StartView(console, servers)
+    with view.progress:
+        yield view
+
+
+class ArmView:
+    """Shows one target answering prompts: progress bars and the text as it streams.
+
+    Args:
+        console: Where to.
+        title: The target's name.
+        prompts: How many prompts there are.
+        max_tokens: Tokens per prompt at most.
+    """
+
+    def __init__(self, console: Console, title: str, prompts: int, max_tokens: int) -> None:
+        self.console = console
+        self._title = title
+        self._max_tokens = max_tokens
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console)
+        self._all = self._progress.add_task(f"{title}: prompts", total=prompts)
+        self._current: TaskID | None = None
+        self._prompt: Prompt | None = None
+        self._text = ""
+        self._live: Live | None = None
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(
+                console=self.console,
+                get_renderable=self._render,
+                transient=True,
+                refresh_per_second=REFRESHES_PER_S,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def begin(self, prompt: Prompt) -> None:
+        """A prompt was sent."""
+        self._prompt = prompt
+        self._text = ""
+        self._current = self._progress.add_task(f"{self._title}: {prompt.module}", total=self._max_tokens)
+
+    def stream(self, text: str, tokens: int) -> None:
+        """Text of some tokens arrived."""
+        self._text += text
+        if self._current is not None:
+            self._progress.advance(self._current, tokens)
+
+    def end(self, completion: Completion, show: bool, note: str = "") -> None:
+        """The answer is complete.
+
+        Args:
+            completion: The answer.
+            show: Print its text, rather than one line about it.
+            note: Something to add about it.
+        """
+        if self._prompt is None or self._current is None:
+            return
+        self._progress.remove_task(self._current)
+        self._progress.advance(self._all)
+        pace = f"{completion.tpot_ms:.1f} ms per token" if completion.tpot_ms is not None else "one token"
+        line = f"{self._title}, {self._prompt.module}: {len(completion.token_ids)} tokens, {pace}{note}"
+        if show:
+            self.console.print(
+                Panel(python_text(self._prompt.text, completion.text), title=Text(line), title_align="left")
+            )
+        else:
+            self.console.print(Text(line))
+        self._prompt = self._current = None
+
+    def _render(self) -> RenderableType:
+        if self._prompt is None:
+            return self._progress
+        return Group(self._progress, Panel(python_text(self._prompt.text, self._text, keep_end=True)))
+
+
+def python_text(prompt: str, continuation: str, lines: int = TEXT_LINES, keep_end: bool = False) -> Text:
+    """Return Python source as coloured text: the prompt's last lines dimmed, then the continuation.
+
+    Args:
+        prompt: What was sent.
+        continuation: What came back so far.
+        lines: Longest result in lines.
+        keep_end: Drop lines at the top of a longer text; else at its end, and a last line says so.
+    """
+    tail = "\n".join(prompt.splitlines()[-PROMPT_TAIL_LINES:]) + ("\n" if prompt.endswith("\n") else "")
+    text = Syntax("", "python", theme="ansi_dark", background_color="default").highlight(tail + continuation)
+    text.stylize("dim", 0, len(tail))
+    text.rstrip()
+    rows = text.split("\n")
+    if len(rows) <= lines:
+        return text
+    kept = rows[-lines:] if keep_end else [*rows[: lines - 1], Text(f"… {len(rows) - lines + 1} more lines", "dim")]
+    return Text("\n").join(kept)

@@ -1,0 +1,170 @@
+"""The side-by-side bench's plots: time per token and local draft passes against R, throughput against concurrency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.figures import CONCURRENT_RTT_MS, Figures, Row, figures
+from vllm_wanspec.lab.compare.measure import BenchRun
+
+__all__ = ["write_plot"]
+
+COLOURS = {
+    "none": "0.35",
+    "none_constrained": "0.6",
+    "ngram": "C2",
+    "draft_model": "C1",
+    "oracle": "C4",
+    "wanspec": "C0",
+    "wanspec_no_wait": "C9",
+    "wanspec_dead": "C3",
+    "wanspec_random": "C5",
+}
+#: Drawn as horizontal lines: no round trip changes them.
+LEVEL_ARMS = ("none", "draft_model", "ngram", "oracle")
+REMOTE_ARMS = ("wanspec", "wanspec_no_wait")
+#: Round trips are drawn to scale up to here, beyond on a logarithmic scale.
+LINEAR_RTT_MS = 100.0
+
+
+def write_plot(run: BenchRun, path: Path, title: str) -> bool:
+    """Draw the three panels under a title.
+
+    Returns:
+        Whether there is a plot; not without matplotlib.
+
+    Raises:
+        WanspecError: The file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    found = figures(run)
+    figure = Figure(figsize=(15.0, 5.4), layout="constrained")
+    times, passes, speeds = figure.subplots(1, 3, width_ratios=(1.35, 1.0, 1.0))
+    _plot_times(times, found)
+    _plot_passes(passes, found)
+    _plot_speeds(speeds, found)
+    figure.suptitle(title, fontsize=10)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise WanspecError(f"--markdown: cannot write {path}: {error.strerror}") from error
+    return True
+
+
+def _line(found: Figures, arm: str) -> list[tuple[float, Row]]:
+    """An arm's rows of a single stream by round trip, rising."""
+    rows = [row for row in found.rows if row.cell.arm == arm and row.cell.concurrency == 1]
+    return sorted(((row.cell.rtt_ms, row) for row in rows if row.cell.rtt_ms is not None), key=lambda one: one[0])
+
+
+def _plot_times(axes: Any, found: Figures) -> None:
+    for arm in LEVEL_ARMS:
+        level = found.row(arm)
+        if level is not None and level.tpot_ms is not None:
+            dashes = "--" if arm == "draft_model" else ":"
+            axes.axhline(level.tpot_ms, color=COLOURS[arm], linewidth=1.6, linestyle=dashes, label=arm)
+    for arm in REMOTE_ARMS:
+        points = [(rtt_ms, row.tpot_ms, _error_ms(row)) for rtt_ms, row in _line(found, arm) if row.tpot_ms is not None]
+        if points:
+            rtts_ms, paces, errors = zip(*points, strict=True)
+            bars = list(zip(*errors, strict=True))
+            style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "capsize": 3, "label": arm}
+            axes.errorbar(rtts_ms, paces, yerr=bars, **style)
+    ideal = [(rtt_ms, row.ideal_tpot_ms) for rtt_ms, row in _line(found, "wanspec") if row.ideal_tpot_ms is not None]
+    if ideal:
+        axes.plot(*zip(*ideal, strict=True), color="C0", linestyle="--", linewidth=1, label="ideal")
+    axes.set_ylabel("time per token, ms")
+    axes.set_title("single stream; bars: 95 %, paired by prompt", fontsize=10)
+    axes.set_ylim(bottom=0.0)
+    _finish(axes, _trips(found))
+
+
+def _error_ms(row: Row) -> tuple[float, float]:
+    """How far the interval of the ratio to draft_model (else to plain) reaches below and above, in ms per token."""
+    ratio = row.to_draft_model or row.to_constrained or row.to_none
+    if ratio is None or row.tpot_ms is None or not ratio.value:
+        return 0.0, 0.0
+    scale = row.tpot_ms / ratio.value
+    return max(0.0, (ratio.value - ratio.low) * scale), max(0.0, (ratio.high - ratio.value) * scale)
+
+
+def _plot_passes(axes: Any, found: Figures) -> None:
+    level = found.row("draft_model")
+    if level is not None and level.passes_per_token is not None:
+        axes.axhline(level.passes_per_token, color=COLOURS["draft_model"], linestyle="--", label="draft_model")
+    for arm in REMOTE_ARMS:
+        line = _line(found, arm)
+        points = [(rtt_ms, row.passes_per_token) for rtt_ms, row in line if row.passes_per_token is not None]
+        if points:
+            axes.plot(
+                *zip(*points, strict=True), color=COLOURS[arm], marker="o", markersize=4, label=arm, clip_on=False
+            )
+    axes.set_ylabel("draft passes on the target's side per token")
+    axes.set_title("single stream", fontsize=10)
+    axes.set_ylim(bottom=0.0)
+    _finish(axes, _trips(found))
+
+
+def _trips(found: Figures) -> list[float]:
+    return sorted({rtt_ms for arm in REMOTE_ARMS for rtt_ms, _ in _line(found, arm)})
+
+
+def _finish(axes: Any, trips_ms: Sequence[float]) -> None:
+    """Label the axis of round trips, and the lines."""
+    far = bool(trips_ms) and trips_ms[-1] > LINEAR_RTT_MS
+    if far:
+        axes.set_xscale("symlog", linthresh=LINEAR_RTT_MS, linscale=2.0)
+    if trips_ms:
+        margin = 0.04 * min(trips_ms[-1] - trips_ms[0], LINEAR_RTT_MS) or 1.0
+        axes.set_xlim(trips_ms[0] - margin, trips_ms[-1] + (0.1 * trips_ms[-1] if far else margin))
+        axes.set_xticks(trips_ms, [f"{rtt_ms:g}" for rtt_ms in trips_ms])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("round trip R, ms" + (f" (logarithmic above {LINEAR_RTT_MS:g})" if far else ""))
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+
+
+def _plot_speeds(axes: Any, found: Figures) -> None:
+    """Throughput; of arms with a round trip the one next to what the bars are about."""
+    several = [row for row in found.rows if row.cell.concurrency > 1] or list(found.rows)
+    trips_ms = {row.cell.rtt_ms for row in several if row.cell.rtt_ms is not None}
+    shown_ms = min(trips_ms, key=lambda rtt_ms: abs(rtt_ms - CONCURRENT_RTT_MS), default=None)
+    ticks: set[int] = set()
+    for arm in dict.fromkeys(row.cell.arm for row in several):
+        points = [
+            (row.cell.concurrency, row.throughput_tok_s, min(row.throughput_runs), max(row.throughput_runs))
+            for row in found.rows
+            if row.cell.arm == arm and row.cell.rtt_ms in (None, shown_ms) and row.throughput_tok_s is not None
+        ]
+        if not points:
+            continue
+        streams, speeds, lows, highs = zip(*sorted(points), strict=True)
+        bars = [
+            [max(0.0, speed - low) for speed, low in zip(speeds, lows, strict=True)],
+            [max(0.0, high - speed) for speed, high in zip(speeds, highs, strict=True)],
+        ]
+        remote = arm in REMOTE_ARMS and shown_ms is not None
+        name = f"{arm}, R = {shown_ms:g} ms" if remote else arm
+        axes.errorbar(streams, speeds, yerr=bars, color=COLOURS[arm], marker="o", markersize=4, capsize=3, label=name)
+        ticks |= set(streams)
+    if ticks:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(ticks), [str(tick) for tick in sorted(ticks)])
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel("requests at a time")
+    axes.set_ylabel("tokens per second")
+    axes.set_ylim(bottom=0.0)
+    axes.set_title("throughput; bars: lowest and highest repeat", fontsize=10)
+    _legend(axes)

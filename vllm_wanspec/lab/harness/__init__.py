@@ -1,0 +1,1 @@
+"""What every measurement needs around it: machine, servers, client, metrics, models, outputs."""

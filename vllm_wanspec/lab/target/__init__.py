@@ -1,0 +1,1 @@
+"""What the target's side costs: the serving path, and steps without drafts."""

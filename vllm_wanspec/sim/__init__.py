@@ -1,0 +1,1 @@
+"""An invented pair of models, and drafters that need no real one."""
