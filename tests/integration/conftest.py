@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import ServerGroup
 
 from .fleet import MODEL_NAME, Drafter, Fleet, Target, find_test_models, read_prompts

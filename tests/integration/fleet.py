@@ -14,7 +14,7 @@ import yaml
 from vllm_wanspec.config import TOKEN_ENV
 from vllm_wanspec.emulate.pacing import PACING_ENV
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.demo_setup import DemoModels, find_models
+from vllm_wanspec.lab.harness.models import DemoModels, find_models
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerGroup, ServerSpec, free_ports, wanspec_command
 
 MODELS_ENV = "WANSPEC_TEST_MODELS"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import wanspec_command
 
 from .fleet import flags, vllm_command

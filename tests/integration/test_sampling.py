@@ -12,7 +12,7 @@ import yaml
 from scipy.stats import chi2_contingency
 
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels
 
 from .fleet import Drafter, token_env
 from .programs import Program

@@ -9,7 +9,7 @@ import pytest
 
 from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Hello, Refuse, decode, encode
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels
 
 from .fleet import MODEL_NAME, TOKEN, Drafter, Target, vllm_command
 from .programs import Program

@@ -13,7 +13,7 @@ from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
 from vllm_wanspec.lab.compare.run import Outputs, run_bench
-from vllm_wanspec.lab.harness.demo_setup import find_models
+from vllm_wanspec.lab.harness.models import find_models
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
 from vllm_wanspec.lab.harness.running import one_line_errors
 

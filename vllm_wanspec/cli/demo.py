@@ -9,7 +9,7 @@ from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.compare.demo import run_demo
-from vllm_wanspec.lab.harness.demo_setup import DemoOptions
+from vllm_wanspec.lab.compare.demo_setup import DemoOptions
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
 from vllm_wanspec.lab.harness.running import one_line_errors
 

@@ -13,43 +13,20 @@ from collections.abc import Sequence
 import aiohttp
 from rich.console import Console
 
-from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
-from vllm_wanspec.errors import UnsupportedError
-from vllm_wanspec.lab.compare.demo_report import (
-    Arm,
-    DemoResult,
-    Divergence,
-    Paced,
-    print_report,
-    read_paced,
-    write_json,
-)
-from vllm_wanspec.lab.compare.demo_view import ArmView, starting
-from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.compare.demo_report import Arm, DemoResult, Divergence, print_report, write_json
+from vllm_wanspec.lab.compare.demo_setup import PORTS_NEEDED, DemoOptions, DemoPlan, plan_servers
+from vllm_wanspec.lab.compare.demo_view import ArmView
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient, first_difference
-from vllm_wanspec.lab.harness.demo_setup import (
-    DRAFTER_NAME,
-    MODEL_NAME,
-    PORTS_NEEDED,
-    DemoOptions,
-    DemoPlan,
-    Prompt,
-    choose_prompts,
-    find_models,
-    plan_servers,
-)
-from vllm_wanspec.lab.harness.running import check_output, log_folder
+from vllm_wanspec.lab.harness.launch import DRAFTER_NAME, DYING_S, LINK_DEADLINE_S, MODEL_NAME, START_DEADLINE_S
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt, choose_prompts, find_models
+from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, read_paced
+from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.scrape import read_samples, wait_until_linked
 from vllm_wanspec.lab.harness.servers import Server, ServerError, ServerGroup, free_ports
+from vllm_wanspec.lab.harness.view import starting
 
 __all__ = ["Measurement", "read_counters", "run_demo"]
 
-START_DEADLINE_S = 300.0
-LINK_DEADLINE_S = 60.0
-DYING_S = 3.0
-SETTLE_S = STATS_INTERVAL_S + 0.25
-WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
-WARM_UP_TOKENS = 32
 COUNTERS = tuple(
     f"wanspec_{name}_total"
     for name in ("hits", "misses", "late_drafts", "steps", "committed_tokens", "local_draft_passes")
@@ -74,10 +51,8 @@ def run_demo(options: DemoOptions, console: Console) -> bool:
     began_s = time.monotonic()
     models = find_models(options.models)
     prompts = choose_prompts(models.prompts, options.prompts)
-    check_output("--json", options.json_path)
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+    check_outputs(Outputs(options.json_path))
+    require_vllm()
     with log_folder(options.log_dir, "--logs", console) as folder:
         plan = plan_servers(options, models, free_ports(PORTS_NEEDED), folder)
         with ServerGroup(folder) as group:
@@ -182,8 +157,10 @@ class Measurement:
 
     async def _read_paced(self) -> dict[str, Paced]:
         """Return the pacing counts, once the servers have written down their last forwards."""
-        await asyncio.sleep(SETTLE_S)
-        return read_paced(self._plan.stats)
+        await asyncio.sleep(STATS_SETTLE_S)
+        paced = read_paced(self._plan.stats)
+        check_paced(self._plan.stats, paced)
+        return paced
 
     async def _compare(self, plain_client: CompletionClient) -> None:
         for prompt, plain, other in zip(self._prompts, self.plain, self.wanspec, strict=True):

@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.demo_setup import DemoOptions
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import Completion
-from vllm_wanspec.lab.harness.demo_setup import DemoOptions, Prompt
+from vllm_wanspec.lab.harness.models import Prompt
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
 
-__all__ = ["MAX_OVERRUN_SHARE", "Arm", "DemoResult", "Divergence", "Paced", "print_report", "read_paced", "write_json"]
-
-#: Above this share of overruns a paced run does not show what it claims to (design, section 10).
-MAX_OVERRUN_SHARE = 0.01
+__all__ = ["Arm", "DemoResult", "Divergence", "print_report", "write_json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +46,6 @@ class Arm:
     def ttft_ms(self) -> float:
         """Median over prompts of the time to the first token, milliseconds."""
         return statistics.median(done.ttft_ms for done in self.completions)
-
-
-@dataclass(frozen=True, slots=True)
-class Paced:
-    """Paced forwards of one server, and how many of them took longer than their pace."""
-
-    steps: int
-    overruns: int
-
-    def since(self, earlier: Paced) -> Paced:
-        """Return what came after an earlier count."""
-        return Paced(self.steps - earlier.steps, self.overruns - earlier.overruns)
-
-    @property
-    def share(self) -> float:
-        """Overruns per forward; 0 without any."""
-        return self.overruns / self.steps if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,26 +185,6 @@ def write_json(result: DemoResult, path: Path) -> None:
         path.write_text(json.dumps(result.as_json(), indent=2) + "\n", "utf-8")
     except OSError as error:
         raise WanspecError(f"--json: cannot write {path}: {error.strerror}") from error
-
-
-def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
-    """Return what each server has paced so far.
-
-    Args:
-        stats: Pacing statistics file per server.
-
-    Raises:
-        WanspecError: A server paced nothing, so that its figures mean nothing.
-    """
-    found = {}
-    for name, path in stats.items():
-        try:
-            counts = json.loads(path.read_text("utf-8"))
-            found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
-        except (OSError, ValueError, KeyError) as error:
-            reason = "its vLLM did not load our general plugin; is vllm-wanspec installed beside it?"
-            raise WanspecError(f"{name}: no model forward was paced: {reason}") from error
-    return found
 
 
 def print_report(result: DemoResult, console: Console) -> None:

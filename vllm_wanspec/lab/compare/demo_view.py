@@ -2,51 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.syntax import Syntax
 from rich.text import Text
 
 from vllm_wanspec.lab.harness.client import Completion
-from vllm_wanspec.lab.harness.demo_setup import Prompt
-from vllm_wanspec.lab.harness.servers import Server
+from vllm_wanspec.lab.harness.models import Prompt
 
-__all__ = ["ArmView", "StartView", "python_text", "starting"]
+__all__ = ["ArmView", "python_text"]
 
 PROMPT_TAIL_LINES = 3
 TEXT_LINES = 14
 REFRESHES_PER_S = 8
-
-
-class StartView:
-    """A line per server: a spinner with seconds until it is ready."""
-
-    def __init__(self, console: Console, servers: Sequence[Server]) -> None:
-        self._console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        # Only a terminal can redraw lines; elsewhere the lines of `ready` have to do.
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks = {server.name: self.progress.add_task(f"starting {server.name}", total=1) for server in servers}
-
-    def ready(self, server: Server) -> None:
-        """Note that a server answers."""
-        self.progress.update(self._tasks[server.name], visible=False, completed=1)
-        seconds = server.ready_after_s or 0.0
-        self.progress.console.print(f"{server.name} is ready after {seconds:.0f} s", highlight=False)
-
-
-@contextlib.contextmanager
-def starting(console: Console, servers: Sequence[Server]) -> Iterator[StartView]:
-    """Show servers that are starting, until the block ends."""
-    view = StartView(console, servers)
-    with view.progress:
-        yield view
 
 
 class ArmView:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.lab.compare.demo_report import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.compare.measure import BenchRun
 from vllm_wanspec.lab.compare.plan import cells, is_remote
 from vllm_wanspec.lab.compare.rows import Row, make_row
-from vllm_wanspec.lab.compare.trees_figures import Interval, rounded
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.records import Batch, Cell
+from vllm_wanspec.lab.stats import Interval, rounded
 
 __all__ = ["CONCURRENT", "MIN_PROMPTS", "MIN_REPEATS", "Bar", "Figures", "Row", "figures", "label"]
 

@@ -14,15 +14,13 @@ from vllm_wanspec.emulate.pacing import DRAFT_PACING_ENV, Pacing
 from vllm_wanspec.lab.compare.oracle import ORACLE_ENV, OracleProposer
 from vllm_wanspec.lab.compare.plan import BenchOptions, is_remote, uses_wan
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.demo_setup import NAMED, plain_command, vllm_spec, wan_spec, write_config
+from vllm_wanspec.lab.harness.launch import NAMED, plain_command, vllm_spec, wan_spec, write_config
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, wanspec_command
 
-__all__ = ["DRAFTER", "DRAFTS", "RANDOM", "Lineup", "plan_lineup", "reference_arm", "trial_spec"]
+__all__ = ["DRAFTER", "RANDOM", "Lineup", "plan_lineup", "reference_arm", "trial_spec"]
 
 DRAFTER = "drafter"
 RANDOM = "random drafter"
-#: What `BenchRun.paced` calls the co-located draft model's own forwards.
-DRAFTS = "draft_model drafts"
 ORACLE = f"{OracleProposer.__module__}.{OracleProposer.__qualname__}"
 #: Without a GPU ten servers share the memory; this is room for 40,000 of the demo target's tokens.
 LEAN_FLAGS = ("--kv-cache-memory-bytes", "512M")

@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vllm_wanspec.lab.compare.demo import WARM_UP, WARM_UP_TOKENS
-from vllm_wanspec.lab.compare.demo_report import Paced
 from vllm_wanspec.lab.compare.plan import ARMS, BenchOptions, Block, blocks, orders, uses_wan
 from vllm_wanspec.lab.compare.probes import Probe, Wan
 from vllm_wanspec.lab.compare.references import as_completion, usable
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS
+from vllm_wanspec.lab.harness.pacing_counts import Paced
+from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.records import Batch, Cell, Journal, Reference, Request, Trial
 
-__all__ = ["BenchRun", "Measurement", "Station", "best_gamma", "progress_bar", "remaining"]
+__all__ = ["BenchRun", "Measurement", "Station", "best_gamma", "remaining"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,6 @@ def remaining(options: BenchOptions, journal: Journal) -> int:
     for block in blocks(options):
         left += sum(options.prompt_count - len(measured & journal.done(cell, block.repeat)) for cell in block.cells)
     return left
-
-
-def progress_bar(console: Console) -> Progress:
-    """Return a progress bar with the time that remains; it disappears at its end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    shown = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
 
 
 class Measurement:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.harness.demo_setup import DRAFT_PACE, TARGET_PACE
+from vllm_wanspec.lab.harness.launch import DRAFT_PACE, TARGET_PACE
 from vllm_wanspec.lab.records import Cell
 
 __all__ = [

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 
-from vllm_wanspec.lab.compare.demo_report import Paced
-from vllm_wanspec.lab.compare.lineup import DRAFTS
-from vllm_wanspec.lab.compare.trees_figures import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters
-from vllm_wanspec.lab.drafter.width_measure import CpuClock
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import DRAFTER_NAME
+from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters
+from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.launch import DRAFTER_NAME
 from vllm_wanspec.lab.harness.scrape import link_is_up, read_samples
 
-__all__ = ["Probe", "Reading", "Wan", "read_paces"]
+__all__ = ["Probe", "Reading", "Wan"]
 
 VLLM_PREFIX = "vllm:spec_decode_num_"
 VLLM_COUNTERS = {f"vllm:spec_decode_{name}_total": name for name in ("num_drafts", "num_draft_tokens")}
@@ -179,20 +175,3 @@ class Wan:
                 return answer
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
             raise ClientError(f"{self._url}{path}: {error or type(error).__name__}") from error
-
-
-def read_paces(stats: Mapping[str, Path]) -> dict[str, Paced]:
-    """Return what each server has paced so far; the co-located draft model's own forwards as a server of their own.
-
-    A server that has paced nothing yet is absent.
-    """
-    found: dict[str, Paced] = {}
-    for name, path in stats.items():
-        try:
-            counts = json.loads(path.read_text("utf-8"))
-            found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
-            if "draft_steps" in counts:
-                found[DRAFTS] = Paced(int(counts["draft_steps"]), int(counts["draft_overruns"]))
-        except (OSError, ValueError, KeyError):
-            continue
-    return found

@@ -7,10 +7,8 @@ from typing import Any
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.compare.plan import BenchOptions
-from vllm_wanspec.lab.compare.trees_measure import MIN_CUT
-from vllm_wanspec.lab.compare.trees_setup import repeat_cut
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
-from vllm_wanspec.lab.harness.demo_setup import Prompt
+from vllm_wanspec.lab.harness.models import MIN_CUT, Prompt, repeat_cut
 from vllm_wanspec.lab.records import Journal, Reference
 
 __all__ = ["RANKS", "RankingClient", "as_completion", "read_ranks", "take_references", "usable"]

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_wanspec.lab.compare.demo_report import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.compare.figures import Bar, Figures, Row, figures
 from vllm_wanspec.lab.compare.measure import BenchRun
 from vllm_wanspec.lab.compare.plan import ARMS
@@ -18,6 +17,7 @@ from vllm_wanspec.lab.compare.plots import write_plot
 from vllm_wanspec.lab.compare.result import command_line, write_json
 from vllm_wanspec.lab.compare.trees_result import git_commit
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.harness.running import write_output
 from vllm_wanspec.lab.report.cells import UNKNOWN, interval, number, share
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.measure import BenchRun
-from vllm_wanspec.lab.compare.trees_figures import rounded
 from vllm_wanspec.lab.compare.trees_result import git_commit
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.running import write_output
 from vllm_wanspec.lab.records import Batch, Reference
+from vllm_wanspec.lab.stats import rounded
 
 __all__ = ["as_json", "command_line", "write_json"]
 

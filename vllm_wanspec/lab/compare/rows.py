@@ -13,8 +13,8 @@ from typing import Any
 from vllm_wanspec.lab.compare.ideal import ideal_tpot_ms
 from vllm_wanspec.lab.compare.measure import BenchRun
 from vllm_wanspec.lab.compare.plan import is_remote, uses_wan
-from vllm_wanspec.lab.compare.trees_figures import Interval, Timed, paired_ratio, rounded
 from vllm_wanspec.lab.records import Batch, Cell, Reference, Request
+from vllm_wanspec.lab.stats import Interval, Timed, paired_ratio, rounded
 
 __all__ = ["Row", "make_row"]
 

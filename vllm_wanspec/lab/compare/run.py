@@ -11,24 +11,23 @@ import aiohttp
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
-from vllm_wanspec.lab.compare.demo import WARM_UP, WARM_UP_TOKENS
-from vllm_wanspec.lab.compare.demo_report import Paced
-from vllm_wanspec.lab.compare.demo_view import starting
+from vllm_wanspec.errors import ConfigError, WanspecError
 from vllm_wanspec.lab.compare.lineup import DRAFTER, RANDOM, Lineup, plan_lineup, reference_arm, trial_spec
-from vllm_wanspec.lab.compare.measure import BenchRun, Measurement, Station, best_gamma, progress_bar, remaining
+from vllm_wanspec.lab.compare.measure import BenchRun, Measurement, Station, best_gamma, remaining
 from vllm_wanspec.lab.compare.oracle import write_references
 from vllm_wanspec.lab.compare.plan import BenchOptions, is_remote, uses_wan
-from vllm_wanspec.lab.compare.probes import Probe, Wan, read_paces
+from vllm_wanspec.lab.compare.probes import Probe, Wan
 from vllm_wanspec.lab.compare.references import RankingClient, take_references, usable
 from vllm_wanspec.lab.compare.report import print_report, write_json, write_markdown
-from vllm_wanspec.lab.compare.trees_setup import read_prompts
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError, CompletionClient
-from vllm_wanspec.lab.harness.demo_setup import DRAFTER_NAME, MODEL_NAME, Prompt
-from vllm_wanspec.lab.harness.running import Outputs, check_output, log_folder
+from vllm_wanspec.lab.harness.launch import DRAFTER_NAME, MODEL_NAME
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt, read_prompts
+from vllm_wanspec.lab.harness.pacing_counts import Paced, read_paced
+from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.scrape import wait_until_linked
 from vllm_wanspec.lab.harness.servers import Server, ServerError, ServerGroup, ServerSpec
+from vllm_wanspec.lab.harness.view import progress_bar, starting
 from vllm_wanspec.lab.records import Journal, Part, Trial
 
 __all__ = ["DEFAULT_JSON", "Outputs", "run_bench"]
@@ -54,11 +53,8 @@ def run_bench(options: BenchOptions, outputs: Outputs, console: Console) -> Benc
         WanspecError: A server or a request failed.
     """
     prompts = read_prompts(options.prompts, None)
-    for option, path in (("--json", outputs.json_path), ("--markdown", outputs.markdown_path)):
-        check_output(option, path)
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+    check_outputs(outputs)
+    require_vllm()
     journal = _open_journal(options, outputs.json_path)
     if journal.resumed:
         requests = sum(len(batch.requests) for batch in journal.batches)
@@ -167,7 +163,7 @@ class _Run:
                 group.check_alive()
                 self._console.print("stopping the servers", style="dim")
         finally:
-            now = read_paces(self._stats) if self._paced_before else {}
+            now = read_paced(self._stats) if self._paced_before else {}
             paced = {name: count.since(self._paced_before.get(name, Paced(0, 0))) for name, count in now.items()}
             counts = {name: (count.steps, count.overruns) for name, count in paced.items()}
             self._journal.add(Part(time.monotonic() - began_s, counts))
@@ -260,7 +256,7 @@ class _Run:
             measurement = Measurement(options, self._journal, plain, stations, wan, self._console)
             await measurement.warm_up()
             await asyncio.sleep(STATS_SETTLE_S)
-            self._paced_before = read_paces(self._stats)
+            self._paced_before = read_paced(self._stats)
             _check_paced(self._stats, self._paced_before)
             try:
                 await measurement.run()

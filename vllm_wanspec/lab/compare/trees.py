@@ -20,25 +20,18 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.errors import UnsupportedError, WanspecError
-from vllm_wanspec.lab.compare.demo_view import starting
+from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.demo_setup import PORTS_NEEDED, DemoPlan
 from vllm_wanspec.lab.compare.trees_measure import Measurement
 from vllm_wanspec.lab.compare.trees_report import print_report, write_json, write_markdown
 from vllm_wanspec.lab.compare.trees_result import TreesResult
-from vllm_wanspec.lab.compare.trees_setup import (
-    DEFAULT_ARMS,
-    MAIN_LINE,
-    TreesOptions,
-    parse_arms,
-    plan_trees,
-    read_prompts,
-)
-from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARMS, MAIN_LINE, TreesOptions, parse_arms, plan_trees
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import PORTS_NEEDED, DemoPlan, find_models
+from vllm_wanspec.lab.harness.models import find_models, read_prompts
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, ModelsFolder, TargetPace
-from vllm_wanspec.lab.harness.running import Outputs, check_output, log_folder, one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
 from vllm_wanspec.lab.harness.servers import ServerGroup, free_ports
+from vllm_wanspec.lab.harness.view import starting
 
 __all__ = ["Outputs", "main", "run_trees"]
 
@@ -64,11 +57,8 @@ def run_trees(options: TreesOptions, outputs: Outputs, console: Console) -> Tree
     began_s = time.monotonic()
     models = find_models(options.models)
     prompts = read_prompts(models.prompts, options.prompts)
-    for option, path in (("--json", outputs.json_path), ("--markdown", outputs.markdown_path)):
-        check_output(option, path)
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+    check_outputs(outputs)
+    require_vllm()
     with log_folder(outputs.log_dir, "--keep-log", console) as folder:
         plan = plan_trees(options, models, free_ports(PORTS_NEEDED), folder)
         measurement = Measurement(plan, options, prompts, console)

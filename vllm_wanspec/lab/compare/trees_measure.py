@@ -13,23 +13,22 @@ import aiohttp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo import WARM_UP, WARM_UP_TOKENS
-from vllm_wanspec.lab.compare.demo_report import Divergence, Paced, read_paced
-from vllm_wanspec.lab.compare.trees_figures import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters, Row, Timed
-from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARM, OFF, Arm, TreesOptions, arm_orders, repeat_cut
+from vllm_wanspec.lab.compare.demo_report import Divergence
+from vllm_wanspec.lab.compare.demo_setup import DemoPlan
+from vllm_wanspec.lab.compare.trees_figures import Row
+from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARM, OFF, Arm, TreesOptions, arm_orders
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
-from vllm_wanspec.lab.harness.demo_setup import DRAFTER_NAME, MODEL_NAME, DemoPlan, Prompt
+from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters
+from vllm_wanspec.lab.harness.launch import DRAFTER_NAME, LINK_DEADLINE_S, MODEL_NAME
+from vllm_wanspec.lab.harness.models import MIN_CUT, WARM_UP, WARM_UP_TOKENS, Prompt, repeat_cut
+from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, read_paced
 from vllm_wanspec.lab.harness.scrape import read_samples, wait_until_linked
 from vllm_wanspec.lab.harness.servers import Server, ServerError
+from vllm_wanspec.lab.stats import Timed
 
-__all__ = ["MIN_CUT", "Measurement", "Reference", "arrival_time"]
+__all__ = ["Measurement", "Reference", "arrival_time"]
 
-#: A text that repeats itself earlier than this has too few steps to say anything.
-MIN_CUT = 24
-LINK_DEADLINE_S = 60.0
-STATS_SETTLE_S = STATS_INTERVAL_S + 0.25
 #: After a request its session ends once word has crossed the WAN; counters rise until then.
 SETTLE_MIN_S = 0.1
 SETTLE_MAX_S = 1.0
@@ -119,6 +118,7 @@ class Measurement:
                 await client.complete(WARM_UP.text, WARM_UP_TOKENS, extra=arm.request_fields)
             await asyncio.sleep(STATS_SETTLE_S)
             self._paced_before = read_paced(self._plan.stats)
+            check_paced(self._plan.stats, self._paced_before)
             await self._take_references(client)
             await self._take_rounds(client, probe)
             await asyncio.sleep(STATS_SETTLE_S)

@@ -14,12 +14,13 @@ from rich.table import Table
 
 from vllm_wanspec.core.learned.calibration import OUTCOMES
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo_report import MAX_OVERRUN_SHARE
-from vllm_wanspec.lab.compare.trees_figures import ArmFigures, Counters
-from vllm_wanspec.lab.compare.trees_measure import MIN_CUT
+from vllm_wanspec.lab.compare.trees_figures import ArmFigures
 from vllm_wanspec.lab.compare.trees_result import MAX_RATIO, MIN_PROMPTS, TARGET, TreesResult, command_line, git_commit
 from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARM, MAIN_LINE
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.harness.models import MIN_CUT
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.harness.running import write_output
 from vllm_wanspec.lab.report.cells import interval, number, share
 

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.lab.compare.demo_report import MAX_OVERRUN_SHARE, Divergence, Paced
-from vllm_wanspec.lab.compare.trees_figures import ROW_COLUMNS, ArmFigures, Row, arm_figures, rounded
-from vllm_wanspec.lab.compare.trees_measure import MIN_CUT, Reference
+from vllm_wanspec.lab.compare.demo_report import Divergence
+from vllm_wanspec.lab.compare.trees_figures import ROW_COLUMNS, ArmFigures, Row, arm_figures
+from vllm_wanspec.lab.compare.trees_measure import Reference
 from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARM, MAIN_LINE, TreesOptions
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.models import MIN_CUT
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.stats import rounded
 
 __all__ = ["MAX_RATIO", "MIN_PROMPTS", "TARGET", "TreesResult", "command_line", "git_commit"]
 

@@ -11,16 +11,9 @@ from typing import Any
 
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.harness.demo_setup import (
-    DRAFT_PACE,
-    TARGET_PACE,
-    DemoModels,
-    DemoOptions,
-    DemoPlan,
-    Prompt,
-    choose_prompts,
-    plan_servers,
-)
+from vllm_wanspec.lab.compare.demo_setup import DemoOptions, DemoPlan, plan_servers
+from vllm_wanspec.lab.harness.launch import DRAFT_PACE, TARGET_PACE
+from vllm_wanspec.lab.harness.models import DemoModels
 
 __all__ = [
     "DEFAULT_ARM",
@@ -32,8 +25,6 @@ __all__ = [
     "arm_orders",
     "parse_arms",
     "plan_trees",
-    "read_prompts",
-    "repeat_cut",
 ]
 
 MAIN_LINE = "main-line"
@@ -49,7 +40,6 @@ DEFAULT_ARMS = "; ".join(
         f"{DEFAULT_ARM}=",
     ]
 )
-REPEAT_SPAN = 16
 ARMS_FORM = '"name=key=value,key=value; name2=…", as in "narrow=running_branches=4; plain=off; default="'
 
 
@@ -162,34 +152,6 @@ def plan_trees(options: TreesOptions, models: DemoModels, ports: Sequence[int], 
     specs = tuple(spec for spec in plan.specs if spec.name != plan.plain)
     stats = {name: path for name, path in plan.stats.items() if name != plan.plain}
     return dataclasses.replace(plan, specs=specs, plain=plan.wanspec, stats=stats)
-
-
-def read_prompts(path: Path, count: int | None) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file spread evenly over its modules, or all of them.
-
-    Raises:
-        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
-    """
-    if count is None:
-        try:
-            count = sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts: cannot read {path}: {error}") from error
-    return choose_prompts(path, count)
-
-
-def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:
-    """Return how many tokens come before the second occurrence of any ``span`` consecutive ones; all if none recurs.
-
-    A small model's greedy text falls into loops, which any drafter predicts: figures from them flatter.
-    """
-    seen: set[tuple[int, ...]] = set()
-    for start in range(len(ids) - span + 1):
-        gram = tuple(ids[start : start + span])
-        if gram in seen:
-            return start
-        seen.add(gram)
-    return len(ids)
 
 
 def arm_orders(arms: Sequence[Arm], rng: Random) -> Iterator[list[Arm]]:

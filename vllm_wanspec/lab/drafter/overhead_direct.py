@@ -23,10 +23,11 @@ from aiohttp import web
 
 from vllm_wanspec.drafter.engines import TOP_K
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import CpuClock, SteadyRow, contexts
+from vllm_wanspec.lab.drafter.width_measure import SteadyRow, contexts
 from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, POLL_S, CpuSample, SteadyLoad, phases, summary
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec
 
 __all__ = ["DirectLoad", "direct_spec", "direct_window", "make_app"]

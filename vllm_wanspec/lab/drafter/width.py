@@ -23,23 +23,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from vllm_wanspec.config import WIDTH_ENV
-from vllm_wanspec.emulate.pacing import PACING_ENV, Pacing
-from vllm_wanspec.errors import ConfigError, UnsupportedError
-from vllm_wanspec.lab.compare.demo_view import starting
+from vllm_wanspec.emulate.pacing import Pacing
+from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import CpuClock, Load, Meter, Row, Workload, contexts, group_processes
+from vllm_wanspec.lab.drafter.width_measure import Load, Meter, Row, Workload, contexts
 from vllm_wanspec.lab.drafter.width_profile import find_py_spy, record
 from vllm_wanspec.lab.drafter.width_report import BAR_WIDTH, Arm, WidthResult, print_report, write_json, write_markdown
 from vllm_wanspec.lab.drafter.width_steady import SteadyLoad, SteadyWorkload
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import DRAFT_PACE, find_models
+from vllm_wanspec.lab.harness.cpu import CpuClock, group_processes
+from vllm_wanspec.lab.harness.launch import DRAFT_PACE, drafter_spec
+from vllm_wanspec.lab.harness.models import find_models
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
-from vllm_wanspec.lab.harness.running import check_output, log_folder, one_line_errors
-from vllm_wanspec.lab.harness.servers import HOST, Server, ServerGroup, ServerSpec, free_ports, wanspec_command
+from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
+from vllm_wanspec.lab.harness.servers import Server, ServerGroup
+from vllm_wanspec.lab.harness.view import starting
 
-__all__ = ["WidthOptions", "drafter_spec", "main", "parse_loads", "parse_paces", "parse_widths", "run_width"]
+__all__ = ["WidthOptions", "main", "parse_loads", "parse_paces", "parse_widths", "run_width"]
 
 START_DEADLINE_S = 300.0
 DYING_S = 3.0
@@ -134,9 +135,7 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
     """
     began_s = time.monotonic()
     draft, prompts = find_models(options.models).draft, find_models(options.models).prompts
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+    require_vllm()
     tokenizer = DraftTokenizer.load(draft)
     texts = contexts(prompts, tokenizer)
     steady: list[Arm] = []
@@ -164,17 +163,6 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
         options.window_s,
         time.monotonic() - began_s,
     )
-
-
-def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
-    """The drafter's server, on the core that the demo's has, with ``places`` for running branches."""
-    (port,) = free_ports(1)
-    core = machine.pin_cores()[1]
-    env = machine.server_env(core) | {WIDTH_ENV: str(places)}
-    if pace is not None:
-        env[PACING_ENV] = pace.setting
-    argv = [*wanspec_command("drafter", str(draft)), "--host", HOST, "--port", str(port), *machine.server_flags()]
-    return ServerSpec("drafter-paced" if pace else "drafter", argv, port, env, core)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +276,7 @@ def main(
             seed=seed,
             models=models,
         )
-        check_output("--json", json_file)
-        check_output("--markdown", markdown_file)
+        check_outputs(Outputs(json_file, markdown_file))
         result = run_width(options, console, keep_log)
         print_report(result, console)
         if json_file is not None:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -21,21 +20,9 @@ from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.streams import DrafterClient, DraftTokenizer, Tally, keep_committing
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.cpu import CpuClock
 
-__all__ = [
-    "ChurnRow",
-    "CpuClock",
-    "Load",
-    "Meter",
-    "Reading",
-    "Row",
-    "SteadyRow",
-    "Window",
-    "Workload",
-    "contexts",
-    "group_processes",
-    "medians",
-]
+__all__ = ["ChurnRow", "Load", "Meter", "Reading", "Row", "SteadyRow", "Window", "Workload", "contexts", "medians"]
 
 SCRAPE_TIMEOUT_S = 10.0
 #: Between a commit and the next: the step of the target that is played.
@@ -220,20 +207,6 @@ def medians(rows: Sequence[AnyRow]) -> AnyRow:
     return replace(rows[0], **{**columns, "width": rows[0].width})
 
 
-class CpuClock:
-    """Reads the processor time of a vLLM server's processes and of the core that it is on."""
-
-    def __init__(self, group: int | None = None, core: int | None = None) -> None:
-        """Read of a running server that leads a process group and is pinned to a core."""
-        self._pids = group_processes(group) if group is not None else {}
-        self._core = core
-
-    def read(self) -> dict[str, float]:
-        """Seconds by process name, and those of all programs on the core."""
-        cpu_s = {name: _cpu_seconds(pid) for name, pid in self._pids.items()}
-        return cpu_s if self._core is None else cpu_s | {CORE: _core_seconds(self._core)}
-
-
 class Meter:
     """Reads one drafter's counters and its processes' processor time."""
 
@@ -267,41 +240,6 @@ def _pick(lines: Iterable[str]) -> dict[str, float]:
         if name is not None:
             found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
     return found
-
-
-def group_processes(group: int) -> dict[str, int]:
-    """Process ids of a vLLM server: ``api``, which leads the process group, and ``engine``; none without /proc."""
-    if not Path(f"/proc/{group}/stat").exists():
-        return {}
-    found = {"api": group}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            head, _, tail = (entry / "stat").read_text("utf-8", "replace").rpartition(")")
-            if int(tail.split()[2]) == group and ENGINE_NAME in head:
-                found["engine"] = int(entry.name)
-    return found
-
-
-def _cpu_seconds(pid: int) -> float:
-    """User and system time of a process; 0 where that cannot be known."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    except (OSError, IndexError, ValueError):
-        return 0.0
-
-
-def _core_seconds(core: int) -> float:
-    """Time that a processor was not idle, stolen by other machines included; 0 where that cannot be known."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/stat").read_text("utf-8").splitlines():
-            name, *ticks = line.split()
-            if name == f"cpu{core}":
-                user, nice, system, _, _, *others = map(int, ticks[:8])
-                return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
-    return 0.0
 
 
 class Workload:

@@ -21,8 +21,9 @@ import aiohttp
 
 from vllm_wanspec.core.messages import Limits, Nodes
 from vllm_wanspec.lab.drafter.streams import DrafterClient, DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import CORE, NEAR, CpuClock, SteadyRow, branching_everywhere
+from vllm_wanspec.lab.drafter.width_measure import CORE, NEAR, SteadyRow, branching_everywhere
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.cpu import CpuClock
 
 __all__ = ["Phase", "SteadyLoad", "SteadyWorkload", "Trace", "cpu_between", "phases", "summary"]
 

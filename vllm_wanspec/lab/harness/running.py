@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -14,10 +15,20 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.lab.harness import machine
 
-__all__ = ["Outputs", "check_output", "log_folder", "one_line_errors", "write_output"]
+__all__ = [
+    "Outputs",
+    "check_outputs",
+    "console_of_this_run",
+    "log_folder",
+    "one_line_errors",
+    "require_vllm",
+    "write_output",
+]
 
 INTERRUPTED = 130
+LOG_WIDTH = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +99,27 @@ def log_folder(given: Path | None, option: str, console: Console) -> Iterator[Pa
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_output(option: str, path: Path | None) -> None:
-    """Find out before a long run that its result could not be written.
+def check_outputs(outputs: Outputs) -> None:
+    """Find out before a long run that its results could not be written.
 
     Raises:
-        ConfigError: It could not.
+        ConfigError: They could not.
     """
-    if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
-        raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
+    for option, path in (("--json", outputs.json_path), ("--markdown", outputs.markdown_path)):
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
+            raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
+
+
+def require_vllm() -> None:
+    """Raise UnsupportedError where vLLM's servers could not be started."""
+    problem = machine.missing_vllm()
+    if problem:
+        raise UnsupportedError(problem)
+
+
+def console_of_this_run() -> Console:
+    """Return the console: as wide as the terminal, or as the tables where there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
 def write_output(option: str, path: Path, text: str) -> None:

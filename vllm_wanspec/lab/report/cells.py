@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from vllm_wanspec.lab.compare.trees_figures import Interval
+from collections.abc import Sequence
 
-__all__ = ["UNKNOWN", "interval", "number", "share"]
+from vllm_wanspec.lab.stats import Interval
+
+__all__ = ["MARKS", "UNKNOWN", "interval", "number", "share", "spread"]
 
 UNKNOWN = "–"
+#: Whether a bar holds; None: this run cannot tell.
+MARKS = {True: "✓", False: "✗", None: UNKNOWN}
 
 
 def number(value: float | None, digits: int = 0) -> str:
@@ -22,3 +26,8 @@ def share(value: float | None) -> str:
 def interval(value: Interval | None) -> str:
     """Return a ratio with its interval."""
     return UNKNOWN if value is None else f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the lowest and the highest of some figures."""
+    return f"{min(values):.{digits}f}–{max(values):.{digits}f}" if values else UNKNOWN

@@ -7,7 +7,6 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.stats import percentile
 from vllm_wanspec.lab.target.played import StepTimes, Workload
 from vllm_wanspec.sim.synthetic import RUNNING_BRANCHES
 
-__all__ = ["BARS", "Frames", "Options", "Report", "Run", "percentile", "print_report", "write_json"]
+__all__ = ["BARS", "Frames", "Options", "Report", "Run", "print_report", "write_json"]
 
 #: What the hot path may cost.
 BARS = {"propose_take_ms": {"p50": 0.6, "p99": 2.0}, "frame_us": {"p50": 150.0}}
@@ -53,11 +53,6 @@ class Options:
     tree: str = ""
     late: str | None = None
     running_branches: int = RUNNING_BRANCHES
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least ``share`` of the values do not exceed."""
-    return sorted(values)[max(0, ceil(share * len(values)) - 1)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,19 +18,18 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_wanspec.errors import ConfigError, UnsupportedError
-from vllm_wanspec.lab.compare.demo import DYING_S, START_DEADLINE_S
-from vllm_wanspec.lab.compare.demo_view import starting
+from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.overhead_direct import direct_spec
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import drafter_spec, parse_widths
+from vllm_wanspec.lab.drafter.width import parse_widths
 from vllm_wanspec.lab.drafter.width_measure import contexts
-from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import choose_prompts, find_models
+from vllm_wanspec.lab.harness.launch import DYING_S, START_DEADLINE_S, drafter_spec
+from vllm_wanspec.lab.harness.models import choose_prompts, find_models
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
-from vllm_wanspec.lab.harness.running import check_output, log_folder, one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec, free_ports
+from vllm_wanspec.lab.harness.view import starting
 from vllm_wanspec.lab.target.overhead_measure import DrafterPart, OverheadOptions, TargetPart, plan_targets
 from vllm_wanspec.lab.target.overhead_report import (
     DRAFTER,
@@ -75,9 +74,7 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
     began_s = time.monotonic()
     models = find_models(options.models)
     prompts = choose_prompts(models.prompts, options.prompts)
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+    require_vllm()
     rows: list[Comparison] = []
     differences: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:
@@ -158,8 +155,7 @@ def main(
             seed=seed,
             models=models,
         )
-        check_output("--json", json_file)
-        check_output("--markdown", markdown_file)
+        check_outputs(Outputs(json_file, markdown_file))
         result = run_overhead(options, console, keep_log)
         print_report(result, console)
         if json_file is not None:

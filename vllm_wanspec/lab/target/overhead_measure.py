@@ -15,24 +15,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_wanspec.emulate.pacing import MAX_BASE_MS
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo import LINK_DEADLINE_S, WARM_UP, WARM_UP_TOKENS
-from vllm_wanspec.lab.compare.trees_figures import Counters
 from vllm_wanspec.lab.drafter.overhead_direct import direct_window
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import CpuClock, SteadyRow
+from vllm_wanspec.lab.drafter.width_measure import SteadyRow
 from vllm_wanspec.lab.drafter.width_steady import SteadyLoad, SteadyWorkload
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
-from vllm_wanspec.lab.harness.demo_setup import (
+from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.launch import (
     DRAFTER_NAME,
+    LINK_DEADLINE_S,
     MODEL_NAME,
     NAMED,
-    DemoModels,
-    Prompt,
     plain_command,
     vllm_spec,
     write_config,
 )
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, Prompt
 from vllm_wanspec.lab.harness.scrape import read_samples, wait_until_linked
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerError, ServerSpec, free_ports, wanspec_command
 from vllm_wanspec.lab.target.overhead_report import DRAFTER, MIN_PROMPTS, MIN_ROUNDS, TARGET, Comparison

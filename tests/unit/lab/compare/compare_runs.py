@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_wanspec.lab.compare.demo_report import Paced
 from vllm_wanspec.lab.compare.measure import BenchRun
 from vllm_wanspec.lab.compare.plan import BenchOptions, cells, is_remote, uses_wan
+from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.records import Batch, Cell, Reference, Request, Trial
 
 ARMS = ("none", "none_constrained", "ngram", "draft_model", "wanspec", "oracle", "wanspec_dead", "wanspec_random")

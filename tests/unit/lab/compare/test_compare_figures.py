@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from compare_runs import TIMES_MS, batch, full_run, options, reference, request
 
-from vllm_wanspec.lab.compare.demo_report import Paced
 from vllm_wanspec.lab.compare.figures import Bar, Figures, Row, figures
 from vllm_wanspec.lab.compare.ideal import ideal_tpot_ms
 from vllm_wanspec.lab.compare.measure import BenchRun
+from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.records import Batch, Cell
 
 NONE = Cell("none", None, 1)

@@ -19,9 +19,9 @@ from vllm_wanspec.lab.compare.measure import Measurement, Station, best_gamma, r
 from vllm_wanspec.lab.compare.plan import BenchOptions
 from vllm_wanspec.lab.compare.probes import Probe, Wan
 from vllm_wanspec.lab.compare.references import RankingClient, read_ranks, take_references
-from vllm_wanspec.lab.compare.trees_figures import Counters
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
-from vllm_wanspec.lab.harness.demo_setup import Prompt
+from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.harness.models import Prompt
 from vllm_wanspec.lab.records import Cell, Journal, Reference, Trial
 
 EXPECTED = tuple(range(100, 125))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
 from collections.abc import Mapping
@@ -20,9 +19,8 @@ from aiohttp import web
 from vllm_wanspec.cli.wan import control_app
 from vllm_wanspec.emulate.wan import WanProxy, WanSettings
 from vllm_wanspec.lab.compare import probes
-from vllm_wanspec.lab.compare.demo_report import Paced
 from vllm_wanspec.lab.compare.oracle import EmptyProposer, OracleProposer, write_references
-from vllm_wanspec.lab.compare.probes import Probe, Wan, read_paces
+from vllm_wanspec.lab.compare.probes import Probe, Wan
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.sim.useless import RandomTokens
 
@@ -167,14 +165,6 @@ def test_the_round_trip_is_set_once_every_link_has_measured_it(monkeypatch: pyte
             await runner.cleanup()
 
     asyncio.run(main())
-
-
-def test_paces_are_read_with_the_draft_model_as_a_server_of_its_own(tmp_path: Path) -> None:
-    counts = {"steps": 10, "overruns": 1, "draft_steps": 40, "draft_overruns": 2}
-    (tmp_path / "a").write_text(json.dumps(counts))
-    (tmp_path / "b").write_text(json.dumps({"steps": 5, "overruns": 0}))
-    found = read_paces({"draft_model": tmp_path / "a", "none": tmp_path / "b", "ngram": tmp_path / "missing"})
-    assert found == {"draft_model": Paced(10, 1), "draft_model drafts": Paced(40, 2), "none": Paced(5, 0)}
 
 
 def test_dropped_connections_can_be_made_anew() -> None:

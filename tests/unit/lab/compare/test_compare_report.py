@@ -16,12 +16,12 @@ from rich.console import Console
 
 import vllm_wanspec
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo_report import Paced
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.measure import BenchRun
 from vllm_wanspec.lab.compare.plots import write_plot
 from vllm_wanspec.lab.compare.report import markdown, print_report, write_json, write_markdown
 from vllm_wanspec.lab.compare.result import as_json
+from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.records import Batch
 
 PACED = "paced to 35 + 0.1 ms (target), 5 + 0.02 ms (draft)"

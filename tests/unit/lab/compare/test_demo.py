@@ -17,22 +17,16 @@ from typer.testing import CliRunner
 from vllm_wanspec.cli import demo as command
 from vllm_wanspec.config import load_settings
 from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
+from vllm_wanspec.errors import ConfigError, UnsupportedError
 from vllm_wanspec.lab.compare import demo as demo_module
 from vllm_wanspec.lab.compare.demo import run_demo
-from vllm_wanspec.lab.compare.demo_report import Arm, DemoResult, Divergence, Paced, print_report, read_paced
+from vllm_wanspec.lab.compare.demo_report import Arm, DemoResult, Divergence, print_report
+from vllm_wanspec.lab.compare.demo_setup import DemoOptions, DemoPlan, plan_servers
 from vllm_wanspec.lab.compare.demo_view import python_text
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import Completion
-from vllm_wanspec.lab.harness.demo_setup import (
-    DemoModels,
-    DemoOptions,
-    DemoPlan,
-    Prompt,
-    choose_prompts,
-    find_models,
-    plan_servers,
-)
+from vllm_wanspec.lab.harness.models import DemoModels, Prompt, choose_prompts, find_models
+from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.harness.servers import ServerError, ServerSpec
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
@@ -147,7 +141,7 @@ def fake_plan(plain: tuple[str, ...] = (), wanspec: tuple[str, ...] = ()) -> Pla
 def screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Console:
     """Where demo runs print to, on a machine that has vLLM."""
     monkeypatch.setattr(machine, "missing_vllm", lambda: None)
-    monkeypatch.setattr(demo_module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(demo_module, "STATS_SETTLE_S", 0.0)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return Console(file=io.StringIO(), width=100)
 
@@ -216,7 +210,7 @@ def test_a_server_that_dies_in_the_middle_is_named(
 
 def test_a_run_on_a_terminal_shows_the_text_as_it_comes(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "missing_vllm", lambda: None)
-    monkeypatch.setattr(demo_module, "SETTLE_S", 0.0)
+    monkeypatch.setattr(demo_module, "STATS_SETTLE_S", 0.0)
     monkeypatch.setattr(demo_module, "plan_servers", fake_plan())
     terminal = Console(file=io.StringIO(), width=100, force_terminal=True)
     assert run_demo(DemoOptions(prompts=2, max_tokens=8, models=models), terminal)
@@ -235,15 +229,6 @@ def test_paths_that_cannot_be_written_are_found_before_the_run(tmp_path: Path, m
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--logs"):
         run_demo(DemoOptions(models=models, log_dir=tmp_path / "file"), screen)
-
-
-def test_a_server_that_paced_nothing_makes_the_run_invalid(tmp_path: Path) -> None:
-    path = tmp_path / "plain.json"
-    with pytest.raises(WanspecError, match="plain: no model forward was paced"):
-        read_paced({"plain": path})
-    path.write_text('{"steps": 4, "overruns": 1}')
-    assert read_paced({"plain": path}) == {"plain": Paced(4, 1)}
-    assert Paced(104, 3).since(Paced(4, 1)).share == 0.02
 
 
 def result_with(**changes: object) -> DemoResult:

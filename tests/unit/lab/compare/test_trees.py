@@ -20,20 +20,13 @@ from typer.testing import CliRunner
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 from vllm_wanspec.lab.compare import trees, trees_measure
+from vllm_wanspec.lab.compare.demo_setup import DemoPlan
 from vllm_wanspec.lab.compare.trees import Outputs, run_trees
 from vllm_wanspec.lab.compare.trees_measure import Measurement, arrival_time
-from vllm_wanspec.lab.compare.trees_setup import (
-    Arm,
-    TreesOptions,
-    arm_orders,
-    parse_arms,
-    plan_trees,
-    read_prompts,
-    repeat_cut,
-)
+from vllm_wanspec.lab.compare.trees_setup import Arm, TreesOptions, arm_orders, parse_arms, plan_trees
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import DemoModels, DemoPlan, find_models
+from vllm_wanspec.lab.harness.models import DemoModels, find_models, read_prompts, repeat_cut
 from vllm_wanspec.lab.harness.servers import ServerError, ServerSpec
 
 FAKE = Path(__file__).parents[1] / "fake_trees_vllm.py"

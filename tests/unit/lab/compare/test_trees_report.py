@@ -14,14 +14,17 @@ import pytest
 from rich.console import Console
 
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo_report import Divergence, Paced
-from vllm_wanspec.lab.compare.trees_figures import Counters, Interval, Row, Timed, arm_figures, paired_ratio
+from vllm_wanspec.lab.compare.demo_report import Divergence
+from vllm_wanspec.lab.compare.trees_figures import Row, arm_figures
 from vllm_wanspec.lab.compare.trees_measure import Reference
 from vllm_wanspec.lab.compare.trees_report import print_report, write_json, write_markdown, write_plot
 from vllm_wanspec.lab.compare.trees_result import TreesResult
 from vllm_wanspec.lab.compare.trees_setup import Arm, TreesOptions, parse_arms
 from vllm_wanspec.lab.harness.client import Completion
-from vllm_wanspec.lab.harness.demo_setup import Prompt
+from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.harness.models import Prompt
+from vllm_wanspec.lab.harness.pacing_counts import Paced
+from vllm_wanspec.lab.stats import Interval, Timed, paired_ratio
 
 ARMS = parse_arms(
     "main-line=max_branches=1; theta-inf=entropy_threshold_nats=inf; theta-1=entropy_threshold_nats=1;"

@@ -25,10 +25,9 @@ from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 from vllm_wanspec.lab.drafter import width, width_profile
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import WidthOptions, drafter_spec, parse_loads, parse_paces, parse_widths, run_width
+from vllm_wanspec.lab.drafter.width import WidthOptions, parse_loads, parse_paces, parse_widths, run_width
 from vllm_wanspec.lab.drafter.width_measure import (
     ChurnRow,
-    CpuClock,
     Load,
     Meter,
     Reading,
@@ -37,7 +36,6 @@ from vllm_wanspec.lab.drafter.width_measure import (
     Window,
     Workload,
     contexts,
-    group_processes,
     medians,
 )
 from vllm_wanspec.lab.drafter.width_profile import find_py_spy, fold, record
@@ -45,6 +43,8 @@ from vllm_wanspec.lab.drafter.width_report import Arm, WidthResult, markdown, pr
 from vllm_wanspec.lab.drafter.width_steady import SteadyLoad
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.cpu import CpuClock, group_processes
+from vllm_wanspec.lab.harness.launch import drafter_spec
 from vllm_wanspec.lab.harness.servers import ServerSpec
 
 FAKE = Path(__file__).parents[1] / "fake_drafter.py"

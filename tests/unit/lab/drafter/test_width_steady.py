@@ -13,7 +13,7 @@ from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import MAX_NODES, CpuClock, SteadyRow
+from vllm_wanspec.lab.drafter.width_measure import MAX_NODES, SteadyRow
 from vllm_wanspec.lab.drafter.width_steady import (
     LOOKAHEAD,
     SHORTEST_STEPS,
@@ -25,6 +25,7 @@ from vllm_wanspec.lab.drafter.width_steady import (
     summary,
 )
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.cpu import CpuClock
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 

@@ -11,19 +11,11 @@ from rich.console import Console
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.stats import percentile
 from vllm_wanspec.lab.target import hotpath
 from vllm_wanspec.lab.target.hotpath import measure
 from vllm_wanspec.lab.target.hotpath_frames import measure_frames
-from vllm_wanspec.lab.target.hotpath_report import (
-    BARS,
-    Frames,
-    Options,
-    Report,
-    Run,
-    percentile,
-    print_report,
-    write_json,
-)
+from vllm_wanspec.lab.target.hotpath_report import BARS, Frames, Options, Report, Run, print_report, write_json
 from vllm_wanspec.lab.target.played import StepTimes, Workload
 from vllm_wanspec.sim.language import Language
 from vllm_wanspec.sim.synthetic import SteppedEngine

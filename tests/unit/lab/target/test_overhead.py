@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 from vllm_wanspec.lab.drafter.overhead_direct import DirectLoad, direct_spec, direct_window, make_app
 from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import drafter_spec
-from vllm_wanspec.lab.drafter.width_measure import CpuClock, SteadyRow
+from vllm_wanspec.lab.drafter.width_measure import SteadyRow
 from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, SteadyLoad
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.demo_setup import DemoModels
+from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.launch import drafter_spec
+from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import ServerSpec
 from vllm_wanspec.lab.target import overhead, overhead_measure
 from vllm_wanspec.lab.target.overhead_measure import SILENT_DRAFTER, OverheadOptions, plan_targets

@@ -1,0 +1,115 @@
+"""Counters of controllers and drafters: what is read of them, and by how much they have risen.
+
+Plain values and sums: no servers, no files, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_wanspec.core.learned.calibration import OUTCOMES
+from vllm_wanspec.lab.harness.scrape import Sample
+from vllm_wanspec.lab.stats import rounded
+
+__all__ = ["CONTROLLER_COUNTERS", "COUNTERS", "DRAFTER_COUNTERS", "Counters", "range_start"]
+
+#: Scraped as ``wanspec_<name>_total`` from the target's metrics port …
+CONTROLLER_COUNTERS = (
+    "steps",
+    "committed_tokens",
+    "offered_tokens",
+    "hits",
+    "misses",
+    "branch_hits",
+    "blind_steps",
+    "added_nodes",
+    "late_drafts",
+    "late_hits",
+    "stale_nodes",
+    "received_nodes",
+    "received_bytes",
+    "sent_bytes",
+    "unpaid_steps",
+    "waits",
+    "wait_seconds",
+    "opened_sessions",
+    "rejected_sessions",
+)
+#: … and from the drafter's vLLM server.
+DRAFTER_COUNTERS = ("drafted_tokens", "branches_started", "branch_seconds")
+COUNTERS = (*CONTROLLER_COUNTERS, *DRAFTER_COUNTERS)
+POSITIONS = "wanspec_positions_total"
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Counters by name, and committed positions by (entropy range, outcome); what nobody serves is absent."""
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    positions: Mapping[tuple[str, str], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample], names: Iterable[str]) -> Counters:
+        """Gather some counters (summed over their labels), and the positions."""
+        wanted = {f"wanspec_{name}_total": name for name in names}
+        values: dict[str, float] = {}
+        positions: dict[tuple[str, str], float] = {}
+        for sample, labels, value in samples:
+            if sample in wanted:
+                values[wanted[sample]] = values.get(wanted[sample], 0.0) + value
+            elif sample == POSITIONS and {"entropy", "outcome"} <= labels.keys():
+                key = labels["entropy"], labels["outcome"]
+                positions[key] = positions.get(key, 0.0) + value
+        return cls(values, positions)
+
+    @classmethod
+    def total(cls, parts: Iterable[Counters]) -> Counters:
+        """Add up; what only some parts have counts from those."""
+        values: dict[str, float] = {}
+        positions: dict[tuple[str, str], float] = {}
+        for part in parts:
+            for name, value in part.values.items():
+                values[name] = values.get(name, 0.0) + value
+            for key, value in part.positions.items():
+                positions[key] = positions.get(key, 0.0) + value
+        return cls(values, positions)
+
+    def since(self, earlier: Counters) -> Counters:
+        """Return the increase.
+
+        A counter without an earlier value began at 0, as those with labels do; one that fell, because its server was
+        started again, is absent.
+        """
+        values = {name: value - earlier.values.get(name, 0.0) for name, value in self.values.items()}
+        positions = {key: value - earlier.positions.get(key, 0.0) for key, value in self.positions.items()}
+        return Counters(
+            {name: value for name, value in values.items() if value >= 0.0},
+            {key: value for key, value in positions.items() if value >= 0.0},
+        )
+
+    def get(self, name: str) -> float | None:
+        """Return a counter, or None if nobody serves it."""
+        return self.values.get(name)
+
+    def ranges(self) -> list[str]:
+        """Return the entropy ranges with any position, rising."""
+        return sorted({entropy for (entropy, _), count in self.positions.items() if count}, key=range_start)
+
+    def outcomes(self, entropy: str) -> dict[str, float]:
+        """Return the positions of one entropy range by outcome."""
+        return {outcome: self.positions.get((entropy, outcome), 0.0) for outcome in OUTCOMES}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return names to numbers, and under ``positions`` entropy ranges to outcomes to numbers."""
+        positions = {entropy: self.outcomes(entropy) for entropy in self.ranges()}
+        return {name: rounded(value) for name, value in self.values.items()} | {"positions": positions}
+
+
+def range_start(entropy: str) -> float:
+    """Return the lower end of an entropy range such as ``0.5-1``, nats; infinity if that is not what it is."""
+    try:
+        return float(entropy.partition("-")[0])
+    except ValueError:
+        return float("inf")

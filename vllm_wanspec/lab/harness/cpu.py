@@ -1,0 +1,61 @@
+"""Processor time: of a vLLM server's processes, and of the core that it is on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+__all__ = ["CORE", "CpuClock", "core_seconds", "group_processes"]
+
+CORE = "core"
+ENGINE_NAME = "EngineCor"  # the kernel keeps 15 characters
+
+
+class CpuClock:
+    """Reads the processor time of a vLLM server's processes and of the core that it is on."""
+
+    def __init__(self, group: int | None = None, core: int | None = None) -> None:
+        """Read of a running server that leads a process group and is pinned to a core."""
+        self._pids = group_processes(group) if group is not None else {}
+        self._core = core
+
+    def read(self) -> dict[str, float]:
+        """Seconds by process name, and those of all programs on the core."""
+        cpu_s = {name: _cpu_seconds(pid) for name, pid in self._pids.items()}
+        return cpu_s if self._core is None else cpu_s | {CORE: core_seconds(self._core)}
+
+
+def group_processes(group: int) -> dict[str, int]:
+    """Process ids of a vLLM server: ``api``, which leads the process group, and ``engine``; none without /proc."""
+    if not Path(f"/proc/{group}/stat").exists():
+        return {}
+    found = {"api": group}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            head, _, tail = (entry / "stat").read_text("utf-8", "replace").rpartition(")")
+            if int(tail.split()[2]) == group and ENGINE_NAME in head:
+                found["engine"] = int(entry.name)
+    return found
+
+
+def _cpu_seconds(pid: int) -> float:
+    """User and system time of a process; 0 where that cannot be known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def core_seconds(core: int) -> float:
+    """Time that a processor was not idle, stolen by other machines included; 0 where that cannot be known."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/stat").read_text("utf-8").splitlines():
+            name, *ticks = line.split()
+            if name == f"cpu{core}":
+                user, nice, system, _, _, *others = map(int, ticks[:8])
+                return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+    return 0.0

@@ -1,0 +1,170 @@
+"""How measurements start servers: a target, a drafter, the WAN proxy between them, and the links that must come up."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+from rich.console import Console
+
+from vllm_wanspec.config import WIDTH_ENV
+from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
+from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.scrape import wait_until_linked
+from vllm_wanspec.lab.harness.servers import (
+    HOST,
+    Server,
+    ServerError,
+    ServerGroup,
+    ServerSpec,
+    free_ports,
+    wanspec_command,
+)
+from vllm_wanspec.lab.harness.view import starting
+
+__all__ = [
+    "DRAFTER_NAME",
+    "DRAFT_PACE",
+    "MODEL_NAME",
+    "NAMED",
+    "TARGET_PACE",
+    "drafter_spec",
+    "dying_servers_explain",
+    "plain_command",
+    "serving",
+    "start",
+    "vllm_spec",
+    "wait_for_link",
+    "wan_spec",
+    "write_config",
+]
+
+#: The drafter's name in targets' configurations, and the model's in requests.
+DRAFTER_NAME = "demo"
+MODEL_NAME = "demo-target"
+NAMED = ("--served-model-name", MODEL_NAME)
+#: Step times like a 70B target's and a 1B draft model's (design, section 10).
+TARGET_PACE = Pacing(35.0, 0.1)
+DRAFT_PACE = Pacing(5.0, 0.02)
+START_DEADLINE_S = 300.0
+LINK_DEADLINE_S = 60.0
+DYING_S = 3.0
+
+
+@contextlib.contextmanager
+def serving(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iterator[dict[str, Server]]:
+    """Start servers and wait until all are ready; stop them when the block ends, whatever happens.
+
+    Args:
+        specs: Servers in the order in which to start them.
+        folder: Existing folder for their logs.
+        console: Where to show progress.
+
+    Yields:
+        The servers by name.
+
+    Raises:
+        ServerError: One of them did not start, or had died when the block ended.
+    """
+    with ServerGroup(folder) as group:
+        servers = start(group, specs, console)
+        with dying_servers_explain(group):
+            yield servers
+        console.print("stopping the servers", style="dim")
+
+
+def start(group: ServerGroup, specs: Sequence[ServerSpec], console: Console) -> dict[str, Server]:
+    """Start servers of a group and wait until all are ready; by name."""
+    servers = [group.start(spec) for spec in specs]
+    with starting(console, servers) as view:
+        group.wait_ready(servers, START_DEADLINE_S, on_ready=view.ready)
+    return {server.name: server for server in servers}
+
+
+@contextlib.contextmanager
+def dying_servers_explain(group: ServerGroup) -> Iterator[None]:
+    """Let a dying server explain a failed request, which it does better than the request."""
+    try:
+        yield
+    except ClientError:
+        group.check_alive(within_s=DYING_S)
+        raise
+    group.check_alive()
+
+
+async def wait_for_link(http: aiohttp.ClientSession, metrics_url: str, target: Server, console: Console) -> None:
+    """Wait until a target's controller has been welcomed by its drafter.
+
+    Raises:
+        ServerError: It was not, within a minute.
+    """
+    with console.status(f"waiting for {target.name}'s link to its drafter"):
+        up = await wait_until_linked(http, metrics_url, DRAFTER_NAME, LINK_DEADLINE_S, target.check_alive)
+    if not up:
+        problem = f"{target.name}'s link to its drafter was not up after {LINK_DEADLINE_S:.0f} s"
+        raise ServerError(f"{problem}; end of {target.log_path}:\n{target.log_tail()}")
+
+
+def plain_command(target: str) -> list[str]:
+    """Return the argv that serves a target by vLLM alone."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", target]
+
+
+def vllm_spec(
+    name: str,
+    argv: Sequence[str],
+    port: int,
+    core: int | None,
+    pace: Pacing | None,
+    stats: Path,
+    env: Mapping[str, str] | None = None,
+) -> ServerSpec:
+    """Describe a vLLM server on this machine.
+
+    Args:
+        name: What people call it.
+        argv: Its command, without host, port and the flags of small machines.
+        port: Where it listens.
+        core: CPU number to pin it to; None does not pin.
+        pace: Duration of its model's forwards; None does not pace.
+        stats: Pacing statistics file; what a former run left there is removed.
+        env: What its environment has besides.
+    """
+    stats.unlink(missing_ok=True)
+    pacing = {} if pace is None else {PACING_ENV: pace.setting, STATS_ENV: str(stats)}
+    argv = [*argv, "--host", HOST, *machine.server_flags(), "--port", str(port)]
+    return ServerSpec(name, argv, port, machine.server_env(core) | pacing | dict(env or {}), core)
+
+
+def wan_spec(port: int, drafter_port: int, rtt_ms: float, control_port: int | None = None) -> ServerSpec:
+    """Describe the WAN proxy before a drafter; ``control_port`` lets it be changed while it runs."""
+    argv = wanspec_command("wan", "--listen", f"{HOST}:{port}", "--to", f"{HOST}:{drafter_port}")
+    control = [] if control_port is None else ["--control", f"{HOST}:{control_port}"]
+    return ServerSpec("wan", [*argv, "--rtt-ms", f"{rtt_ms:g}", *control], port, health_path=None)
+
+
+def write_config(path: Path, drafter_port: int, metrics_port: int, **sections: Any) -> Path:
+    """Write a target's YAML file and return its path; ``sections`` are further ones of the file."""
+    config: dict[str, Any] = {
+        "draft_endpoints": [{"name": DRAFTER_NAME, "url": f"http://{HOST}:{drafter_port}"}],
+        "metrics": {"port": metrics_port},
+    }
+    path.write_text(yaml.safe_dump(config | sections, sort_keys=False), "utf-8")
+    return path
+
+
+def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
+    """The drafter's server, on the core that the demo's has, with ``places`` for running branches."""
+    (port,) = free_ports(1)
+    core = machine.pin_cores()[1]
+    env = machine.server_env(core) | {WIDTH_ENV: str(places)}
+    if pace is not None:
+        env[PACING_ENV] = pace.setting
+    argv = [*wanspec_command("drafter", str(draft)), "--host", HOST, "--port", str(port), *machine.server_flags()]
+    return ServerSpec("drafter-paced" if pace else "drafter", argv, port, env, core)

@@ -1,0 +1,134 @@
+"""What measurements decode: the demo's models, prompts, and how much of a text is worth decoding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.harness import machine
+
+__all__ = [
+    "MIN_CUT",
+    "WARM_UP",
+    "WARM_UP_TOKENS",
+    "DemoModels",
+    "Prompt",
+    "choose_prompts",
+    "find_models",
+    "read_prompts",
+    "repeat_cut",
+]
+
+REPEAT_SPAN = 16
+#: A text that repeats itself earlier than this has too few steps to say anything.
+MIN_CUT = 24
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class DemoModels:
+    """Paths of the demo's models and of the file with its prompts."""
+
+    target: Path
+    draft: Path
+    prompts: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt and the module that it was cut from; its line in the file where that does not say."""
+
+    module: str
+    text: str
+
+
+WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
+
+
+def find_models(folder: Path | None) -> DemoModels:
+    """Return the demo's models.
+
+    Args:
+        folder: Where to look; None looks in ``examples/demo_models`` beside the package.
+
+    Raises:
+        ConfigError: Something is missing there; the message says where it was sought.
+    """
+    root = folder or machine.checkout() / "examples" / "demo_models"
+    models = DemoModels(root / "target", root / "draft", root / "prompts.jsonl")
+    wanted = [models.target / "config.json", models.draft / "config.json", models.prompts]
+    missing = [str(path.relative_to(root)) for path in wanted if not path.is_file()]
+    if missing:
+        advice = "give a folder that has them with --models DIR, or run the demo in a checkout"
+        raise ConfigError(f"demo models: {root} has no {', '.join(missing)}; {advice}")
+    return models
+
+
+def choose_prompts(path: Path, count: int) -> list[Prompt]:
+    """Return ``count`` prompts of a JSON-lines file, spread evenly over its modules.
+
+    The choice depends on the file alone.  Each module gives one before any gives two.
+
+    Raises:
+        ConfigError: The file is malformed, or has fewer prompts than asked for.
+    """
+    by_module: dict[str, list[Prompt]] = {}
+    prompts = _read_prompts(path)
+    if count > len(prompts):
+        raise ConfigError(f"--prompts: {count} is more than the {len(prompts)} prompts in {path}")
+    for prompt in prompts:
+        by_module.setdefault(prompt.module, []).append(prompt)
+    chosen: list[Prompt] = []
+    while len(chosen) < count:
+        queues = [queue for queue in by_module.values() if queue]
+        wanted = min(count - len(chosen), len(queues))
+        chosen += [queues[i * len(queues) // wanted].pop(0) for i in range(wanted)]
+    return chosen
+
+
+def _read_prompts(path: Path) -> list[Prompt]:
+    prompts = []
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts: cannot read {path}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            prompts.append(Prompt(str(entry.get("module", f"line {number}")), str(entry["prompt"])))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f'prompts: {path}, line {number}: expected {{"module": …, "prompt": …}}') from None
+    return prompts
+
+
+def read_prompts(path: Path, count: int | None) -> list[Prompt]:
+    """Return ``count`` prompts of a JSON-lines file spread evenly over its modules, or all of them.
+
+    Raises:
+        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
+    """
+    if count is None:
+        try:
+            count = sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"prompts: cannot read {path}: {error}") from error
+    return choose_prompts(path, count)
+
+
+def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:
+    """Return how many tokens come before the second occurrence of any ``span`` consecutive ones; all if none recurs.
+
+    A small model's greedy text falls into loops, which any drafter predicts: figures from them flatter.
+    """
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(ids) - span + 1):
+        gram = tuple(ids[start : start + span])
+        if gram in seen:
+            return start
+        seen.add(gram)
+    return len(ids)

@@ -1,0 +1,68 @@
+"""Where a result comes from: machine, versions, commit, command, duration; asked once, before anything is written."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_wanspec.lab.harness import machine
+
+__all__ = ["Provenance"]
+
+GIT_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a result comes from.
+
+    Attributes:
+        machine: Processor, cores, memory and system.
+        versions: Of Python and of the packages that a measurement depends on.
+        commit: The checkout's, with ``-dirty`` where files had changed; None outside a checkout.
+        command: What was run.
+        seconds: Duration of the whole run.
+    """
+
+    machine: str
+    versions: dict[str, str]
+    commit: str | None
+    command: str
+    seconds: float
+
+    @classmethod
+    def of_this_run(cls, program: str, seconds: float) -> Provenance:
+        """Ask this machine, before the run's results change the checkout.
+
+        Args:
+            program: What stands before the arguments, such as ``wanspec``.
+            seconds: Duration of the run.
+        """
+        command = f"{program} {shlex.join(sys.argv[1:])}".strip()
+        return cls(machine.describe(), machine.versions(), _commit(), command, seconds)
+
+    def __str__(self) -> str:
+        packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.machine}; {packages}; commit {self.commit or 'unknown'}; {self.seconds:,.0f} s."
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the end of every result file."""
+        return {
+            "seconds": round(self.seconds, 1),
+            "machine": self.machine,
+            "versions": self.versions,
+            "commit": self.commit,
+            "command": self.command,
+        }
+
+
+def _commit() -> str | None:
+    argv = ["git", "-C", str(machine.checkout()), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

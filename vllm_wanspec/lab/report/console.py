@@ -1,0 +1,68 @@
+"""Documents on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
+
+from vllm_wanspec.lab.report.cells import MARKS
+from vllm_wanspec.lab.report.document import Document, Table
+
+__all__ = ["print_document"]
+
+#: What a column takes beside its text.
+COLUMN_MARGIN = 3
+MARK_STYLES = {MARKS[True]: "green", MARKS[False]: "bold red"}
+
+
+def print_document(document: Document, console: Console) -> None:
+    """Print tables, method and remarks, and last, where a person looks, the warnings."""
+    for table in document.tables:
+        for part in _rich_tables(table, document.conditions, console.width):
+            console.print(part)
+        for text in table.remarks:
+            console.print(escape(text), style="bold", highlight=False)
+    for text in document.method:
+        console.print(escape(text), highlight=False)
+    for text in document.remarks:
+        console.print(escape(text), style="bold", highlight=False)
+    console.print(escape(document.provenance), style="dim", highlight=False)
+    for text in document.warnings:
+        console.print(escape(text), style="bold red", highlight=False)
+
+
+def _rich_tables(table: Table, conditions: str, width: int) -> Iterator[RichTable]:
+    """The table; where it is too wide, in parts that all begin with the key columns."""
+    suffix = f"; {conditions}" if conditions else ""
+    columns = list(zip(table.titles, *table.rows, strict=True))
+    if sum(max(map(len, column)) + COLUMN_MARGIN for column in columns) < width:
+        yield _rich_table(table.title + suffix, columns, {}, table)
+        return
+    # Titles may be broken between words, figures never.
+    widths = {name: max(map(len, (*name.split(), *cells))) for name, *cells in columns}
+    keys, rest, title = columns[: table.keys], columns[table.keys :], table.title
+    room = width - 1 - sum(widths[key[0]] + COLUMN_MARGIN for key in keys)
+    while rest:
+        count, used = 0, 0
+        while count < len(rest) and (used := used + widths[rest[count][0]] + COLUMN_MARGIN) <= room:
+            count += 1
+        part, rest = rest[: max(1, count)], rest[max(1, count) :]
+        yield _rich_table(title + suffix, [*keys, *part], widths, table)
+        title = f"{table.title}, continued"
+
+
+def _rich_table(title: str, columns: Sequence[Sequence[str]], widths: Mapping[str, int], table: Table) -> RichTable:
+    made = RichTable(title=title, title_justify="left")
+    for place, (name, *_) in enumerate(columns):
+        made.add_column(name, justify="right" if place >= table.keys else "left", width=widths.get(name))
+    for place, row in enumerate(zip(*(cells for _, *cells in columns), strict=True)):
+        made.add_row(*map(_cell, row), style="red" if place in table.wrong else None)
+    return made
+
+
+def _cell(text: str) -> str:
+    style = MARK_STYLES.get(text)
+    return f"[{style}]{text}[/]" if style else escape(text)

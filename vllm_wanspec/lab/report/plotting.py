@@ -1,0 +1,46 @@
+"""Pictures, where matplotlib is installed: one frame for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllm_wanspec.errors import WanspecError
+
+__all__ = ["draw_panels"]
+
+
+def draw_panels(
+    path: Path, draw: Callable[..., None], *, size: tuple[float, float], widths: tuple[float, ...], title: str = ""
+) -> bool:
+    """Draw panels side by side into a PNG.
+
+    Args:
+        path: Its file.
+        draw: Gets one axes object per panel.
+        size: Inches.
+        widths: Of the panels, relative to each other.
+        title: Above all.
+
+    Returns:
+        Whether there is a picture; not without matplotlib.
+
+    Raises:
+        WanspecError: The file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=size, layout="constrained")
+    axes: Any = figure.subplots(1, len(widths), width_ratios=widths)
+    draw(*axes)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise WanspecError(f"--markdown: cannot write {path}: {error.strerror}") from error
+    return True

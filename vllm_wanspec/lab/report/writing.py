@@ -1,0 +1,57 @@
+"""Writing results: one way to JSON, Markdown and pictures for all benches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_wanspec.lab.harness.running import Outputs, write_output
+from vllm_wanspec.lab.report.console import print_document
+from vllm_wanspec.lab.report.document import Document
+from vllm_wanspec.lab.report.markdown import markdown
+
+__all__ = ["json_text", "publish"]
+
+
+def publish(
+    document: Document,
+    data: Mapping[str, Any],
+    outputs: Outputs,
+    console: Console,
+    *,
+    draw: Callable[[Path], bool] = lambda path: False,
+    flat: Collection[str] = (),
+) -> None:
+    """Print a result, and write its files.
+
+    Args:
+        document: For people.
+        data: For programs: the result file's content.
+        outputs: Where to write; nothing where they name nothing.
+        console: Where to print.
+        draw: Writes the picture of a page to a path; False where it cannot (no matplotlib) or has nothing to draw.
+        flat: Lists of ``data`` that get one line for each of their many entries.
+
+    Raises:
+        WanspecError: A file cannot be written.
+    """
+    print_document(document, console)
+    if outputs.json_path is not None:
+        write_output("--json", outputs.json_path, json_text(data, flat))
+    if outputs.markdown_path is not None:
+        picture = outputs.markdown_path.with_suffix(".png")
+        drawn = bool(document.plots) and draw(picture)
+        write_output("--markdown", outputs.markdown_path, markdown(document, picture.name if drawn else None))
+
+
+def json_text(data: Mapping[str, Any], flat: Collection[str] = ()) -> str:
+    """Return the text of a result file."""
+    text = json.dumps(dict(data) | {name: [] for name in flat}, indent=1, ensure_ascii=False)
+    for name in flat:
+        lines = ",\n  ".join(json.dumps(one, ensure_ascii=False) for one in data[name])
+        text = text.replace(f'\n "{name}": []', f'\n "{name}": [\n  {lines}\n ]', 1)
+    return text + "\n"
