@@ -10,12 +10,11 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
-from vllm_wanspec.lab.compare.run import Outputs, run_bench
 from vllm_wanspec.lab.harness.models import find_models
+from vllm_wanspec.lab.harness.needs import check_needs
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
-from vllm_wanspec.lab.harness.running import one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, one_line_errors
 
 __all__ = ["bench"]
 
@@ -72,7 +71,15 @@ def bench(
     Exit status: 0 when the figures are valid and all outputs right, 1 when not or when something failed, 2 when this
     machine lacks something or an option is wrong, 130 after Ctrl-C.
     """
+    # Only here: what measures is slow to import, and every command imports this module.
+    from vllm_wanspec.lab.compare.figures import figures
+    from vllm_wanspec.lab.compare.run import run_bench
+
     with one_line_errors("wanspec bench"):
+        given = target and draft and prompts
+        check_needs(
+            instead_of_demo_models=None if given else "--target, --draft and --prompts", plots=markdown_file is not None
+        )
         compared = parse_list("--arms", arms, str)
         trips = parse_list("--rtt-ms", rtt_ms, float)
         options = BenchOptions(

@@ -8,8 +8,8 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.compare.demo import run_demo
 from vllm_wanspec.lab.compare.demo_setup import DemoOptions
+from vllm_wanspec.lab.harness.needs import check_needs
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
 from vllm_wanspec.lab.harness.running import one_line_errors
 
@@ -32,7 +32,11 @@ def demo(
     Exit status: 0 when both give the same output, 1 when not or when something failed, 2 when this
     machine lacks something, 130 after Ctrl-C.
     """
+    # Only here: what measures is slow to import, and every command imports this module.
+    from vllm_wanspec.lab.compare.demo import run_demo
+
     with one_line_errors("wanspec demo"):
+        check_needs(instead_of_demo_models="--models DIR" if models is None else None)
         paces = Pacing.parse(target_pace, "--target-pace"), Pacing.parse(draft_pace, "--draft-pace")
         options = DemoOptions(rtt_ms, prompts, max_tokens, speculative_tokens, models, *paces, json_file, logs)
         identical = run_demo(options, Console())

@@ -299,7 +299,7 @@ def test_every_failure_has_a_status_and_a_line(
     def fail(options: DemoOptions, console: Console) -> bool:
         raise error
 
-    monkeypatch.setattr(command, "run_demo", fail)
+    monkeypatch.setattr(demo_module, "run_demo", fail)
     code, output = invoke()
     assert code == status
     assert output.startswith("wanspec demo: ")
@@ -315,7 +315,7 @@ def test_different_output_fails(monkeypatch: pytest.MonkeyPatch, identical: bool
         seen.append(options)
         return identical
 
-    monkeypatch.setattr(command, "run_demo", run)
+    monkeypatch.setattr(demo_module, "run_demo", run)
     assert invoke("--rtt-ms", "50", "--target-pace", "10+1", "--json", "x.json")[0] == status
     assert seen[0].rtt_ms == 50.0
     assert seen[0].target_pace == Pacing(10.0, 1.0)
