@@ -1,9 +1,11 @@
-# `make demo` shows it working; `make test` is the check before a commit; `make test-all` is the gate.
+# `make demo` shows it working; `make test` is the check before a commit; `make test-all` is the gate; `make help` lists
+# all.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width test test-all fuzz docs lint install clean
+.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width unit test test-all fuzz docs lint install \
+	clean help
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -16,14 +18,14 @@ $(BIN)/mypy
 $(BIN)/lint-imports --no-logo
 endef
 
-demo: install
+demo: install  ## the demo; writes build/demo.json
 	@mkdir -p build
 	$(BIN)/wanspec demo --json build/demo.json
 	echo "make demo: $$SECONDS s"
 
 # Remote drafting beside what a user would run otherwise; takes about an hour and two quiet cores. Goes on where an
 # interrupted run stopped. Two cores cannot keep a draft forward of 5 ms at all times, hence the time scale.
-bench: install
+bench: install  ## remote drafting beside plain vLLM, n-gram and co-located drafts (about an hour)
 	@mkdir -p docs/results
 	$(BIN)/wanspec bench \
 		--arms none,none_constrained,ngram,draft_model,wanspec,oracle,wanspec_dead,wanspec_random \
@@ -33,56 +35,63 @@ bench: install
 	echo "make bench: $$SECONDS s"
 
 # What the serving path costs: no model, no network; needs two quiet cores.
-bench-hotpath: install
+bench-hotpath: install  ## the serving path with 64 sessions, in microseconds
 	@$(BIN)/python -m vllm_wanspec.lab.target.hotpath --json build/hotpath.json
 
 # What remote drafting costs target and drafter where nothing is paced; takes about ten minutes and two quiet cores.
-bench-overhead: install
+bench-overhead: install  ## what remote drafting costs where nothing is paced (about ten minutes)
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.lab.target.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
 	echo "make bench-overhead: $$SECONDS s"
 
 # What redundancy buys, live; takes about twenty minutes and two quiet cores.
-bench-trees: install
+bench-trees: install  ## thresholds and main line side by side (about twenty minutes)
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.lab.compare.trees --json docs/results/trees.json --markdown docs/results/trees.md
 	echo "make bench-trees: $$SECONDS s"
 
 # A million broken, hostile and valid frames; `make test` takes 50,000 of them.
-fuzz: install
+fuzz: install  ## a million mutated frames through the decoder
 	@WANSPEC_FUZZ_INPUTS=1000000 $(BIN)/pytest -q -s tests/unit/core/test_fuzz.py
 	echo "make fuzz: $$SECONDS s"
 
 # What running branches cost the drafter; takes about six minutes and two quiet cores.
-bench-width: install
+bench-width: install  ## what running branches cost the drafter (about six minutes)
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.lab.drafter.width --json docs/results/width.json --markdown docs/results/width.md
 	echo "make bench-width: $$SECONDS s"
 
 # Docs that are made from the code; a test says when they are behind.
-docs: install
+docs: install  ## the generated parts of docs/
 	@$(BIN)/python -c "from pathlib import Path; from vllm_wanspec.core.states import states_markdown; \
 	Path('docs/states.md').write_text(states_markdown(), encoding='utf-8')"
 
-test: install
+# No server is started; about two minutes on two cores.
+unit: install  ## unit tests alone (about two minutes)
+	@$(BIN)/pytest tests/unit -m "not slow and not gpu"
+
+test: install  ## static checks, unit tests, integration tests with one real vLLM pair
 	@$(CHECKS)
 	echo "static checks: $$SECONDS s"
 	$(BIN)/pytest -m "not slow and not gpu"
 	echo "make test: $$SECONDS s"
 
 # pytest's summary, with its time, is the last line.
-test-all: install
+test-all: install  ## the same and everything slow; what CI runs
 	@$(CHECKS)
 	echo "static checks: $$SECONDS s"
 	$(BIN)/pytest -m "not gpu"
 
-lint: install
+lint: install  ## static checks alone
 	@$(CHECKS)
 	echo "make lint: $$SECONDS s"
 
-install:
+install:  ## .venv with vLLM, this package and the tools
 	@.ci/install
 
-clean:
+clean:  ## remove .venv and everything that was built
 	@rm -rf .venv build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find vllm_wanspec tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1 \2/p' Makefile | while read -r name text; do printf '%-16s%s\n' "$$name" "$$text"; done
