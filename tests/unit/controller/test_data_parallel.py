@@ -39,6 +39,8 @@ class Arguments:
     def create_engine_config(self) -> SimpleNamespace:
         return self.config
 
+    def verify(self, speculative_config: object) -> None: ...
+
 
 def in_engine(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace, *, size: int, rank: int, dense: bool) -> None:
     """What of a configuration reaches an engine process of so many."""

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from vllm_wanspec.config import PROPOSER, load_settings, settings_path
+from vllm_wanspec.controller.request_settings import check_request
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 SUPPORTED = "0.26 to 0.33"
@@ -64,6 +65,13 @@ LEDGER = (
         "vLLM lets plugins validate the configuration.",
     ),
     Wrap(
+        "vllm.sampling_params.SamplingParams.verify",
+        "What a request says in vllm_xargs and means nothing would be a log line of the engine, where its sender looks "
+        "for an answer.",
+        "Class-wide wrap: with our proposer a wrong value is a ValueError (HTTP 400); then calls the original.",
+        "vLLM asks custom proposers to validate requests.",
+    ),
+    Wrap(
         "vllm.utils.cpu_triton_utils._expand_kernel_impl",
         "The CPU build's stand-in for the expand kernel loses its result, so that temperature, top-k and top-p of "
         "draft rows are uninitialised memory with every speculative method.",
@@ -89,6 +97,7 @@ def install() -> None:
     repair_cpu_expand()
     if "vllm.engine.arg_utils" in sys.modules:
         _wrap_create_engine_config()
+        _wrap_verify()
 
 
 def install_in_engine(vllm_config: Any) -> None:
@@ -131,6 +140,23 @@ def check(vllm_config: Any) -> None:
     if stages > 1:
         raise UnsupportedError(
             f"remote drafting does not work with pipeline parallelism: --pipeline-parallel-size is {stages}, use 1"
+        )
+
+
+def check_requests() -> None:
+    """Fail early where requests cannot be checked when they come in.
+
+    Raises:
+        UnsupportedError: vLLM verifies them in another way.
+    """
+    verify = getattr(_attribute("vllm.sampling_params", "SamplingParams"), "verify", None)
+    if not callable(verify):
+        raise UnsupportedError(
+            f"vLLM {_vllm_version()} has no SamplingParams.verify, which remote drafting wraps; use vLLM {SUPPORTED}"
+        )
+    if "speculative_config" not in inspect.signature(verify).parameters:
+        raise UnsupportedError(
+            f"vLLM {_vllm_version()} has another SamplingParams.verify than remote drafting wraps; use vLLM {SUPPORTED}"
         )
 
 
@@ -246,6 +272,30 @@ def _wrap_post_step() -> None:
     core.post_step = post_step
 
 
+def _wrap_verify() -> None:
+    params = _attribute("vllm.sampling_params", "SamplingParams")
+    original = getattr(params, "verify", None)
+    if original is None or hasattr(original, "wanspec"):
+        return
+    names = list(inspect.signature(original).parameters)
+    if "speculative_config" not in names:
+        return  # `check_requests` says so
+    place = names.index("speculative_config") - 1
+
+    @functools.wraps(original)
+    def verify(self: Any, *args: Any, **kwargs: Any) -> Any:
+        speculative = args[place] if len(args) > place else kwargs.get("speculative_config")
+        if getattr(speculative, "model", None) == PROPOSER:
+            try:
+                check_request(self.extra_args)
+            except ConfigError as error:
+                raise ValueError(f"vllm_xargs: {error}") from None
+        return original(self, *args, **kwargs)
+
+    verify.wanspec = True  # type: ignore[attr-defined]
+    params.verify = verify
+
+
 def _wrap_create_engine_config() -> None:
     arguments = _attribute("vllm.engine.arg_utils", "EngineArgs")
     original = arguments.create_engine_config
@@ -259,6 +309,7 @@ def _wrap_create_engine_config() -> None:
         if speculative is not None and getattr(speculative, "model", None) == PROPOSER:
             try:
                 check(vllm_config)
+                check_requests()
                 load_settings(settings_path(vllm_config.additional_config))
             except (ConfigError, UnsupportedError) as error:
                 sys.stderr.write(f"wanspec: {error}\n")

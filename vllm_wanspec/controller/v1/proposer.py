@@ -11,6 +11,7 @@ from typing import Any
 from vllm_wanspec.config import Settings, TreeSettings, load_settings, settings_path
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.controller.request_settings import tree_asked
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
@@ -149,13 +150,8 @@ class RemoteProposer:
         """What a new request asks of drafters; None where it opted out or cannot be drafted."""
         if not _can_be_drafted(request):
             return None
-        asked = (request.sampling_params.extra_args or {}).get("wanspec")
-        if asked is None:
-            return self._tree
-        if asked == "off":
-            return None
         try:
-            return self._tree.overridden(str(asked))
+            return tree_asked(request.sampling_params.extra_args, self._tree)
         except ConfigError as error:
             if str(error) != self._wrong_override:
                 self._wrong_override = str(error)

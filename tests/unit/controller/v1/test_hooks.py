@@ -39,6 +39,12 @@ class GoodRunner:
     def propose_draft_token_ids(self) -> None: ...
 
 
+class GoodParams:
+    """As much of a request's sampling parameters as the probe looks at."""
+
+    def verify(self, speculative_config: object) -> None: ...
+
+
 def use_runner(monkeypatch: pytest.MonkeyPatch, runner: type) -> None:
     monkeypatch.setattr(hooks, "_attribute", lambda module, name: runner)
 
@@ -63,10 +69,11 @@ def test_every_wrap_in_the_code_has_an_entry() -> None:
         "_expand_kernel_impl",
         "apply_top_k_only",
         "post_step",
+        "SamplingParams.verify",
     ):
         assert name in source
         assert name in text
-    assert len(hooks.LEDGER) == 7
+    assert len(hooks.LEDGER) == 8
 
 
 # The probe
@@ -175,7 +182,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     kind = type("Arguments", (FakeArguments,), {"create_engine_config": FakeArguments.create_engine_config})
 
     def attribute(module: str, name: str) -> type:
-        return kind if name == "EngineArgs" else GoodRunner
+        return {"EngineArgs": kind, "SamplingParams": GoodParams}.get(name, GoodRunner)
 
     monkeypatch.setattr(hooks, "_attribute", attribute)
     for _ in range(3):

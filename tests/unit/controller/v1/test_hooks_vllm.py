@@ -40,6 +40,7 @@ def cpu() -> None:
 
 def test_the_installed_vllm_passes_the_probe() -> None:
     hooks.check(VLLM_CONFIG)
+    hooks.check_requests()
 
 
 def test_every_entry_of_the_ledger_is_there_in_the_installed_vllm() -> None:

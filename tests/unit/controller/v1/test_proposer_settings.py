@@ -83,7 +83,7 @@ def test_they_hold_when_a_session_begins_anew(engine: Engine) -> None:
     [
         ("max_branches=0", "max_branches: '0'"),
         ("branches=1", "branches: is not a known key"),
-        ("on", 'expected "off" or key=value'),
+        ("of", 'right is "off"'),
         (7, "'7'"),
     ],
 )
