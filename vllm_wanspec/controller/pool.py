@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
-from vllm_wanspec.controller.live import LiveSession, limits_for
+from vllm_wanspec.controller.live import NO_END, LiveSession, last_use, limits_for, tell_of_shorter_context
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import StepMeter
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Limits, Message, Nodes, Reject
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Limits, Message, Nodes, Reject
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait
 from vllm_wanspec.core.policy.length import Payoff, Plan, StepCost, Window, length_policy
@@ -40,6 +40,7 @@ class DraftPool:
         fingerprint: str,
         vocab_size: int,
         speculation_length: int,
+        max_model_len: int = 0,
         clock: Callable[[], float] = time.monotonic,
         queued: Callable[[], int | None] = lambda: 0,
         sink: Sink | None = None,
@@ -52,6 +53,7 @@ class DraftPool:
             fingerprint: Of the target's vocabulary.
             vocab_size: Ids that the target's tokenizer really has are below this.
             speculation_length: Most tokens that vLLM verifies per step.
+            max_model_len: The target's longest context; a drafter with a shorter one is told of.
             clock: Seconds, monotonic.
             queued: How many requests and aborts wait for the engine, which no step is held back for; while it gives
                 None, not known, no step is held back adaptively.
@@ -66,6 +68,8 @@ class DraftPool:
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
         self.meter = StepMeter(self.shared.times, self._speculation_length)
+        self._max_model_len = max_model_len
+        self._shorter: set[DrafterLink] = set()
         self._clock = clock
         self._queued = queued
         self._sink = sink
@@ -100,10 +104,12 @@ class DraftPool:
         finished: Sequence[str],
         new: Sequence[tuple[str, Sequence[int]]],
         trees: Sequence[TreeSettings | None] = (),
+        ends: Sequence[int] = (),
     ) -> None:
         """Close finished requests' sessions, then open those of ``new`` (request id, context token ids).
 
-        Finished come first: an id can return. ``trees`` gives requests settings of their own.
+        Finished come first: an id can return. ``trees`` gives requests settings of their own, ``ends`` the length in
+        tokens at which each is over.
         """
         with self._arrived:
             for request in finished:
@@ -111,7 +117,8 @@ class DraftPool:
             for index, (request, context) in enumerate(new):
                 self._close(request)
                 tree = trees[index] if index < len(trees) else None
-                self._add(request, context, tree or self._settings.tree)
+                end = ends[index] if index < len(ends) else NO_END
+                self._add(request, context, tree or self._settings.tree, end)
         self._flush()
 
     def step(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
@@ -202,10 +209,17 @@ class DraftPool:
         live = self._sessions.get(request)
         return None if live is None else live.tree
 
+    def end(self, request: str) -> int:
+        """The length in tokens at which a request is over."""
+        live = self._sessions.get(request)
+        return NO_END if live is None else live.end
+
     # What the link thread calls.
 
     def link_ready(self, link: DrafterLink) -> None:
         """Open the sessions of requests that no drafter serves."""
+        if link not in self._shorter and tell_of_shorter_context(link, self._max_model_len):
+            self._shorter.add(link)
         with self._arrived:
             now = self._clock()
             for live in self._sessions.values():
@@ -249,22 +263,33 @@ class DraftPool:
 
     # Below here the lock is held.
 
-    def _add(self, request: str, context: Sequence[int], tree: TreeSettings) -> None:
+    def _add(self, request: str, context: Sequence[int], tree: TreeSettings, end: int) -> None:
         now = self._clock()
         window = Window() if self._policy.windowed else None
         if self._sink is None:
             core = ControllerSession(context, self.shared, window)
         else:
             core = RecordedControllerSession(context, self.shared, window, key=request, sink=self._sink, now=now)
-        live = self._sessions[request] = LiveSession(core, tree)
+        live = self._sessions[request] = LiveSession(core, tree, end)
         self._open(live, now)
 
     def _commit(self, live: LiveSession, tokens: Sequence[int], now: float) -> None:
         message = live.core.commit(tokens, now)
         if live.link is not None and message is not None:
-            live.link.send(message)
+            if live.core.length <= live.room:
+                live.link.send(message)
+            else:
+                self._leave(live, live.link, now)
         elif live.core.wants_link(now):
             self._open(live, now)
+
+    def _leave(self, live: LiveSession, link: DrafterLink, now: float) -> None:
+        """End a session whose drafts cannot be used any more; another drafter may still have some that can."""
+        del self._by_link[link][live.number]
+        link.send(Close(live.number))
+        live.core.link_lost(now)
+        live.link = None
+        self._open(live, now)
 
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
@@ -284,6 +309,8 @@ class DraftPool:
         return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan
 
     def _open(self, live: LiveSession, now: float) -> None:
+        if live.core.length > last_use(live.end):
+            return
         ready = [
             (link.rtt_s * (1 + len(self._by_link[link])), link, welcome)
             for link in self.links
@@ -306,6 +333,7 @@ class DraftPool:
         )
         link.next_number += 1
         live.link, live.number = link, number
+        live.room = min(last_use(live.end), welcome.max_context, MAX_CONTEXT_TOKENS)
         self._by_link[link][number] = live
         link.send(message)
 
@@ -321,10 +349,10 @@ class DraftPool:
             wait, waiting = self._worthwhile(dry, limit, began_s)
         else:
             wait, waiting = Wait(late.max_wait_ms / 1000.0, 1), dry
-        if wait is None or all(_has_drafts(live, wait.drafts) for live in waiting):
+        if wait is None or all(live.has_drafts(wait.drafts) for live in waiting):
             return False
         began_s = self._clock()
-        while not all(_has_drafts(live, wait.drafts) for live in waiting):
+        while not all(live.has_drafts(wait.drafts) for live in waiting):
             left_s = began_s + wait.seconds - self._clock()
             if left_s <= 0.0 or (adaptive and self._queued() != 0):
                 break
@@ -365,8 +393,3 @@ class DraftPool:
     def _flush(self) -> None:
         for link in self.links:
             link.flush()
-
-
-def _has_drafts(live: LiveSession, count: int) -> bool:
-    tree = live.core.tree
-    return tree is None or len(tree.best_path(count)) == count

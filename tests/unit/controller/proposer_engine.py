@@ -140,7 +140,7 @@ def vllm_config(
     return SimpleNamespace(
         additional_config={"wanspec": str(path)},
         speculative_config=SimpleNamespace(num_speculative_tokens=speculative),
-        model_config=SimpleNamespace(get_vocab_size=lambda: 64, model="big"),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 64, model="big", max_model_len=MAX_LEN),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=parallel),
     )
 

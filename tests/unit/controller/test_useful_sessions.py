@@ -52,7 +52,6 @@ def up_to(max_tokens: int | None) -> dict[str, SimpleNamespace]:
         (98, 50, 100),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="finding 3.9: a session is opened for nothing, with the whole prompt")
 def test_no_session_is_opened_where_no_draft_can_be_used(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,7 +67,7 @@ def test_no_session_is_opened_where_no_draft_can_be_used(
         engine.add("other", [1, 2, 3])
         engine.run_until_accepted("other", 5)
         assert pool_of(engine).counters.opened_sessions == 1
-        assert server.host.stats().branches_started < 40
+        assert server.sessions == 1
 
 
 def _scored(name: str, prompt: list[int], max_tokens: int | None) -> SimpleNamespace:
@@ -102,7 +101,6 @@ def test_a_session_is_opened_for_one_token_that_can_be_drafted(
 
 
 @pytest.mark.parametrize(("max_tokens", "max_model_len"), [(12, MAX_LEN), (None, 15), (500, 15)])
-@pytest.mark.xfail(strict=True, reason="finding 3.9: a session stays while nothing is left to draft")
 def test_a_session_ends_with_the_last_token_that_could_be_drafted(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,7 +120,6 @@ def test_a_session_ends_with_the_last_token_that_could_be_drafted(
         assert pool_of(engine).counters.opened_sessions == 1
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.9: a session is opened again while nothing is left to draft")
 def test_a_drafter_that_comes_back_is_not_asked_for_what_cannot_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: DrafterServer
 ) -> None:
@@ -143,7 +140,6 @@ def test_a_drafter_that_comes_back_is_not_asked_for_what_cannot_be_used(
 # A draft model with a shorter context
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.14: sessions past the draft model's context stay open")
 def test_a_session_past_the_draft_model_s_context_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         DrafterServer(TOY, model=draft_model(max_context=31)) as small,
@@ -164,7 +160,6 @@ def test_a_session_past_the_draft_model_s_context_is_closed(tmp_path: Path, monk
         engine.step()
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.14: sessions past the draft model's context stay open")
 def test_it_goes_on_at_a_drafter_with_a_longer_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         DrafterServer(TOY, model=draft_model(max_context=31)) as small,
@@ -181,7 +176,6 @@ def test_it_goes_on_at_a_drafter_with_a_longer_context(tmp_path: Path, monkeypat
         assert pool_of(engine).counters.opened_sessions == 2
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.14: it is never told")
 def test_a_shorter_context_is_told_once_with_both_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines
 ) -> None:

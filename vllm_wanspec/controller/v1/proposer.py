@@ -9,6 +9,7 @@ import logging
 from typing import Any
 
 from vllm_wanspec.config import Settings, TreeSettings, load_settings, settings_path
+from vllm_wanspec.controller.live import NO_END, last_use
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.request_settings import tree_asked
@@ -35,6 +36,7 @@ class RemoteProposer:
         limit = min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
         pool = _start_pool(vllm_config, settings, limit) if _is_first_rank() else None
         self._set_up(pool, settings.tree, limit)
+        self._max_model_len = int(vllm_config.model_config.max_model_len)
 
     @classmethod
     def over(cls, pool: DraftPool, tree: TreeSettings, limit: int) -> "RemoteProposer":
@@ -58,6 +60,7 @@ class RemoteProposer:
         self._drafts: list[list[int]] = []
         self._failed = False
         self._wrong_override = ""
+        self._max_model_len = NO_END
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Part of vLLM's contract; there is no model to load here."""
@@ -77,7 +80,8 @@ class RemoteProposer:
             if finished or new:
                 asked = [(request, tree) for request in new if (tree := self._tree_of(request)) is not None]
                 contexts = [(request.req_id, request.prompt_token_ids) for request, _ in asked]
-                self.pool.begin(list(finished), contexts, [tree for _, tree in asked])
+                ends = [self._end_of(request) for request, _ in asked]
+                self.pool.begin(list(finished), contexts, [tree for _, tree in asked], ends)
         except Exception as error:
             self._fail(error)
 
@@ -142,13 +146,18 @@ class RemoteProposer:
             elif known < length <= known + MAX_COMMIT_TOKENS:
                 rows.append((request, contexts[row, known:length].tolist()))
             else:
-                pool.begin([request], [(request, contexts[row, :length].tolist())], [pool.tree(request)])
+                pool.begin(
+                    [request], [(request, contexts[row, :length].tolist())], [pool.tree(request)], [pool.end(request)]
+                )
                 rows.append((request, []))
         return rows
 
     def _tree_of(self, request: Any) -> TreeSettings | None:
         """What a new request asks of drafters; None where it opted out or cannot be drafted."""
         if not _can_be_drafted(request):
+            return None
+        # The first token comes with the prefill, without a draft.
+        if len(request.prompt_token_ids) + 1 > last_use(self._end_of(request)):
             return None
         try:
             return tree_asked(request.sampling_params.extra_args, self._tree)
@@ -157,6 +166,13 @@ class RemoteProposer:
                 self._wrong_override = str(error)
                 logger.warning("vllm_xargs: %s; request %s is served as configured", error, request.req_id)
             return self._tree
+
+    def _end_of(self, request: Any) -> int:
+        """The length in tokens at which a request is over."""
+        wanted = getattr(request.sampling_params, "max_tokens", None)
+        return (
+            self._max_model_len if wanted is None else min(len(request.prompt_token_ids) + wanted, self._max_model_len)
+        )
 
     def _fail(self, error: Exception) -> None:
         """A fault of ours: say so once, and serve without drafts from now on."""
@@ -193,6 +209,7 @@ def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
         fingerprint=vocabulary_fingerprint(vocabulary),
         vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
         speculation_length=limit,
+        max_model_len=int(vllm_config.model_config.max_model_len),
         queued=(lambda: None) if parallel else hooks.queued_requests,
         sink=log.record if log else None,
     )
