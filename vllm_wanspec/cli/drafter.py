@@ -1,10 +1,10 @@
 """``wanspec drafter``: a draft model that serves remote targets."""
 
 import os
-from typing import Annotated
 
 import typer
 
+from vllm_wanspec.cli.arguments import read_arguments
 from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
 from vllm_wanspec.config import HOST_ENV
 
@@ -14,17 +14,14 @@ SYNCHRONOUS = "--no-async-scheduling"
 SCHEDULING = {SYNCHRONOUS, "--async-scheduling"}
 
 
-def drafter(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Draft model, as for `vllm serve`.")],
-) -> None:
-    """Serve a draft model to remote targets: `vllm serve` with our route; any `vllm serve` flag may follow.
+def drafter(context: typer.Context) -> None:
+    """Serve a draft model to remote targets: `vllm serve` with our route.
 
-    Controllers must send WANSPEC_TOKEN as bearer token where that variable is set.
+    MODEL and all of `vllm serve`'s own arguments are given as there. Controllers must send WANSPEC_TOKEN as bearer
+    token where that variable is set.
     """
     require_vllm()
-    arguments = list(context.args)
+    arguments = read_arguments(context.args)
     inside = os.environ.get(HOST_ENV) == "engine"
-    if inside and not any(argument in SCHEDULING for argument in arguments):
-        arguments.append(SYNCHRONOUS)
-    become_vllm_serve([model, *arguments], routes=True)
+    more = [SYNCHRONOUS] if inside and not arguments.give(SCHEDULING) else []
+    become_vllm_serve([*arguments.line, *more], routes=True)

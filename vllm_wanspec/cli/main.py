@@ -19,8 +19,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.command()(bench)
 app.command()(demo)
-app.command(context_settings=PASS_ON)(drafter)
-app.command(context_settings=PASS_ON)(serve)
+app.command(context_settings=PASS_ON, options_metavar="MODEL [OPTIONS OF VLLM SERVE]")(drafter)
+app.command(context_settings=PASS_ON, options_metavar="--wanspec FILE MODEL [OPTIONS]")(serve)
 app.command()(trace)
 app.command()(wan)
 

@@ -80,7 +80,6 @@ def test_serve_gives_vllm_our_flags(monkeypatch: pytest.MonkeyPatch, executed: l
         "--speculative-config={}",
         "--speculative-config.method=ngram",
         "--additional-config",
-        "--additional_config={}",
         "--speculative_config",
     ],
 )
