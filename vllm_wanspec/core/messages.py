@@ -157,16 +157,20 @@ context; ``engine``: the draft engine failed."""
 Message = Hello | Welcome | Refuse | Open | Commit | Nodes | Close | Reject | Ping | Pong
 
 
-def vocabulary_fingerprint(vocabulary: Mapping[str, int]) -> str:
+def vocabulary_fingerprint(vocabulary: Mapping[Any, int]) -> str:
     """SHA-256 (hex) of an id-to-token map over its real entries: equal where both sides mean the same by each id.
 
     Args:
-        vocabulary: Token text to id, as tokenizers give it (``get_vocab()``); padding of the model's embedding is not
-            part of it.
+        vocabulary: Token (text or bytes) to id, as tokenizers give it (``get_vocab()``); padding of the model's
+            embedding is not part of it.
     """
-    entries = sorted((index, token.encode("utf-8", "surrogatepass")) for token, index in vocabulary.items())
+    entries = sorted((index, _token_bytes(token)) for token, index in vocabulary.items())
     lines = b"".join(b"%d\t%d\t%s\n" % (index, len(token), token) for index, token in entries)
     return hashlib.sha256(lines).hexdigest()
+
+
+def _token_bytes(token: str | bytes) -> bytes:
+    return token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
 
 
 def frames(messages: Sequence[Message]) -> Iterator[bytes]:

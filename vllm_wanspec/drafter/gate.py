@@ -40,7 +40,8 @@ class EngineGate:
         """Have the engine host sessions.
 
         Args:
-            settings: ``model``, the fields of a `DraftModel`; ``running_branches``; ``events``, the log's path or None.
+            settings: ``model``, the fields of a `DraftModel`; ``running_branches``; ``events``, the log's path or None;
+                ``top_k``, the probable tokens known at each position.
         """
         await self._call("wanspec_setup", settings)
         _yield_to_the_engine()

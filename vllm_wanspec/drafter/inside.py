@@ -40,8 +40,8 @@ def install() -> None:
 class InsideHost(Host):
     """A host whose branches are requests of the engine core in the same thread."""
 
-    def __init__(self, core: Any, model: DraftModel, **settings: Any) -> None:
-        """Draft with a vLLM ``EngineCore``; settings as for `Host`."""
+    def __init__(self, core: Any, model: DraftModel, *, top_k: int = TOP_K, **settings: Any) -> None:
+        """Draft with a vLLM ``EngineCore``; ``top_k`` as for `VllmEngine`, other settings as for `Host`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine import FinishReason
@@ -53,7 +53,7 @@ class InsideHost(Host):
         self._length = FinishReason.LENGTH
         self._params = SamplingParams(
             temperature=0.0,
-            logprobs=TOP_K,
+            logprobs=top_k,
             detokenize=False,
             ignore_eos=True,
             output_kind=RequestOutputKind.DELTA,
@@ -114,7 +114,11 @@ class Inside:
         events = settings["events"]
         log = EventLog(events, "drafter", model.name) if events else None
         self._host = InsideHost(
-            core, model, running_branches=settings["running_branches"], sink=log.record if log else None
+            core,
+            model,
+            top_k=settings["top_k"],
+            running_branches=settings["running_branches"],
+            sink=log.record if log else None,
         )
         self._front_ends: dict[str, _FrontEnd] = {}
         self._outputs = EngineCoreOutputs

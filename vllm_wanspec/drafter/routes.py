@@ -20,6 +20,7 @@ from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
 from vllm_wanspec.drafter.ports import LocalPort, serve
+from vllm_wanspec.drafter.startup import alternatives
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
 
@@ -51,11 +52,12 @@ class WanspecRoutes:
             vocab_size=min(max(vocabulary.values()) + 1, config.get_vocab_size()),
             max_context=config.max_model_len - 1,
         )
-        engine = VllmEngine(engine_client)
+        top_k = alternatives(config.max_logprobs)
+        engine = VllmEngine(engine_client, top_k)
         events = os.environ.get(EVENTS_ENV)
         if host_place(os.environ.get(HOST_ENV), engine_client.vllm_config.parallel_config.data_parallel_size) == ENGINE:
             gate = EngineGate(engine_client)
-            await gate.setup({"model": asdict(model), "running_branches": places, "events": events})
+            await gate.setup({"model": asdict(model), "running_branches": places, "events": events, "top_k": top_k})
             state.wanspec_port, stats = gate.port, lambda: gate.stats
         else:
             log = EventLog(events, "drafter", model.name) if events else None

@@ -51,6 +51,7 @@ def in_engine(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace, *, size:
     parallel = config.parallel_config
     parallel.data_parallel_size = size
     config.speculative_config.model = hooks.PROPOSER
+    config.model_config.skip_tokenizer_init = False
     assert kind(config).create_engine_config() is config
     parallel.data_parallel_index = rank
     if dense:  # vLLM has each such engine believe that it is alone
@@ -59,7 +60,6 @@ def in_engine(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace, *, size:
 
 @pytest.mark.parametrize("dense", [True, False])
 @pytest.mark.parametrize(("rank", "file"), [(1, "controller.dp1.jsonl"), (3, "controller.dp3.jsonl")])
-@pytest.mark.xfail(strict=True, reason="finding 3.15: all engines want one port and one file")
 def test_each_rank_has_its_own_port_and_file(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -101,7 +101,6 @@ def test_rank_0_and_an_engine_alone_have_what_the_file_says(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.xfail(strict=True, reason="finding 3.15: an engine of a dense model believes that it is alone")
 def test_no_step_of_a_dense_model_is_held_back_with_data_parallelism(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: DrafterServer, ports: list[int], rank: int
 ) -> None:
@@ -122,7 +121,6 @@ def test_an_engine_alone_may_hold_steps_back(
         assert pool_of(engine)._queued() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.15: one port for all")
 def test_ports_that_cannot_be_are_said_at_the_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,11 +1,8 @@
 """Vocabularies: their fingerprints, and where two of them differ."""
 
-import pytest
-
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.11: AttributeError")
 def test_tokens_of_bytes_have_a_fingerprint() -> None:
     texts = {"a": 0, "ä": 1}
     raw = {token.encode(): index for token, index in texts.items()}

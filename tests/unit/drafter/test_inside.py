@@ -24,6 +24,7 @@ from vllm_wanspec.core.messages import (
 )
 from vllm_wanspec.drafter import gate as gate_module
 from vllm_wanspec.drafter import inside
+from vllm_wanspec.drafter.engines import TOP_K
 from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.ports import Port
 from vllm_wanspec.errors import RemoteProtocolError
@@ -85,7 +86,7 @@ class PlayedCore:
 def settings(places: int = 64) -> dict[str, Any]:
     model = draft_model()
     fields = {name: getattr(model, name) for name in model.__dataclass_fields__}
-    return {"model": fields, "running_branches": places, "events": None}
+    return {"model": fields, "running_branches": places, "events": None, "top_k": TOP_K}
 
 
 class Engine:

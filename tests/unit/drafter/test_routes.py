@@ -224,7 +224,7 @@ def test_authorized(header: str | None, token: str | None, good: bool) -> None:
 
 def client(max_num_seqs: int = 100) -> SimpleNamespace:
     """An engine client, as far as the routes look."""
-    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64)
+    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64, max_logprobs=20)
     scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
     return SimpleNamespace(
         vllm_config=SimpleNamespace(
@@ -260,7 +260,7 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
     warmed: list[tuple[tuple[int, ...], int]] = []
 
     class WatchedEngine(ToyEngine):
-        def __init__(self, client: object) -> None:
+        def __init__(self, client: object, top_k: int) -> None:
             super().__init__(TOY)
 
         async def draft(self, tokens, max_tokens):  # type: ignore[no-untyped-def]
@@ -283,7 +283,7 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
 def test_places_for_running_branches(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, asked: str | None, max_num_seqs: int, width: int
 ) -> None:
-    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
     if asked is not None:
         monkeypatch.setenv(WIDTH_ENV, asked)
     assert made_ready(max_num_seqs).width() == width
@@ -296,7 +296,7 @@ def test_a_wrong_number_of_running_branches(
     with pytest.raises(ConfigError) as caught:
         running_branches(asked, 100)
     assert str(caught.value) == f"{WIDTH_ENV}: {asked!r} is not a number of branches, as in 64"
-    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
     monkeypatch.setenv(WIDTH_ENV, asked)
     with pytest.raises(ConfigError, match=WIDTH_ENV):
         made_ready()
@@ -305,7 +305,7 @@ def test_a_wrong_number_of_running_branches(
 def test_events_are_recorded_where_the_environment_says(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
     assert made_ready().sink is None
     registry.unregister(next(iter(registry._collector_to_names)))
     path = tmp_path / "drafter.jsonl"

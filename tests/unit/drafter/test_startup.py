@@ -76,7 +76,6 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
     ids=str,
 )
-@pytest.mark.xfail(strict=True, reason="findings 3.11, 3.12: a traceback, or drafts without branches")
 def test_what_cannot_draft_ends_with_one_line_and_2(
     arguments: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -143,7 +142,6 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, client: Client) -> tuple[int, Sim
 
 
 @pytest.mark.parametrize(("most", "wanted"), [(5, 5), (1, 1)])
-@pytest.mark.xfail(strict=True, reason="finding 3.12: the first draft ends in a traceback")
 def test_fewer_log_probabilities_are_adapted_to_and_said(
     monkeypatch: pytest.MonkeyPatch, log: LogLines, most: int, wanted: int
 ) -> None:
@@ -159,7 +157,6 @@ def test_enough_log_probabilities(monkeypatch: pytest.MonkeyPatch, log: LogLines
     assert not log.warnings()
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.11: AttributeError")
 def test_a_vocabulary_of_bytes_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = {token.encode(): index for token, index in VOCABULARY.items()} | {b"\xff\xfe": 60}
     _, state = asked_for(monkeypatch, Client(vocabulary))

@@ -9,12 +9,14 @@ import importlib
 import inspect
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from vllm_wanspec.config import PROPOSER, load_settings, settings_path
+from vllm_wanspec.config import PROPOSER
 from vllm_wanspec.controller.request_settings import check_request
+from vllm_wanspec.controller.startup import check_target
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 SUPPORTED = "0.26 to 0.33"
@@ -88,15 +90,24 @@ LEDGER = (
 )
 
 
-def install() -> None:
+Check = Callable[[Any, Any], None]
+
+
+def _no_check(vllm_config: Any, usage: Any) -> None:
+    """Of a process without our proposer."""
+
+
+def install(check_others: Check = _no_check) -> None:
     """What the general plugin does in every vLLM process, any number of times: mend the CPU fault, check early.
+
+    ``check_others`` looks at configurations without our proposer, and may raise `ConfigError`.
 
     A process that has not imported vLLM's arguments creates no configuration, and importing them there would only
     cost start-up time.
     """
     repair_cpu_expand()
     if "vllm.engine.arg_utils" in sys.modules:
-        _wrap_create_engine_config()
+        _wrap_create_engine_config(check_others)
         _wrap_verify()
 
 
@@ -296,7 +307,7 @@ def _wrap_verify() -> None:
     params.verify = verify
 
 
-def _wrap_create_engine_config() -> None:
+def _wrap_create_engine_config(check_others: Check = _no_check) -> None:
     arguments = _attribute("vllm.engine.arg_utils", "EngineArgs")
     original = arguments.create_engine_config
     if hasattr(original, "wanspec"):
@@ -305,15 +316,16 @@ def _wrap_create_engine_config() -> None:
     @functools.wraps(original)
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         vllm_config = original(self, *args, **kwargs)
-        speculative = vllm_config.speculative_config
-        if speculative is not None and getattr(speculative, "model", None) == PROPOSER:
-            try:
+        try:
+            if getattr(vllm_config.speculative_config, "model", None) == PROPOSER:
                 check(vllm_config)
                 check_requests()
-                load_settings(settings_path(vllm_config.additional_config))
-            except (ConfigError, UnsupportedError) as error:
-                sys.stderr.write(f"wanspec: {error}\n")
-                raise SystemExit(2) from None
+                check_target(vllm_config)
+            else:
+                check_others(vllm_config, args[0] if args else kwargs.get("usage_context"))
+        except (ConfigError, UnsupportedError) as error:
+            sys.stderr.write(f"wanspec: {error}\n")
+            raise SystemExit(2) from None
         return vllm_config
 
     create_engine_config.wanspec = True  # type: ignore[attr-defined]

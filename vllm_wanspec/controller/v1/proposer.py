@@ -13,6 +13,7 @@ from vllm_wanspec.controller.live import NO_END, last_use
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.request_settings import tree_asked
+from vllm_wanspec.controller.startup import NO_TOKENIZER, engine_place, settings_of
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
@@ -202,15 +203,16 @@ def _tokens_and_drafts(scheduler_output: Any) -> tuple[int, int]:
 def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
     vocabulary = _vocabulary(vllm_config.model_config)
     model = str(vllm_config.model_config.model)
+    engines, rank = engine_place(vllm_config)
+    settings = settings_of(settings, rank)
     log = EventLog(settings.events, "controller", model) if settings.events else None
-    parallel = vllm_config.parallel_config.data_parallel_size > 1
     pool = DraftPool(
         settings,
         fingerprint=vocabulary_fingerprint(vocabulary),
         vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
         speculation_length=limit,
         max_model_len=int(vllm_config.model_config.max_model_len),
-        queued=(lambda: None) if parallel else hooks.queued_requests,
+        queued=(lambda: None) if engines > 1 else hooks.queued_requests,
         sink=log.record if log else None,
     )
     pool.start()
@@ -225,7 +227,7 @@ def _vocabulary(model_config: Any) -> dict[str, int]:
 
     tokenizer = cached_tokenizer_from_config(model_config)
     if tokenizer is None:
-        raise ConfigError("remote drafting needs the tokenizer, to compare vocabularies: drop --skip-tokenizer-init")
+        raise ConfigError(NO_TOKENIZER)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     return vocabulary
 

@@ -16,7 +16,8 @@ from vllm_wanspec.errors import UnsupportedError
 
 def vllm_config(stages: int = 1) -> SimpleNamespace:
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages, data_parallel_size=1),
+        model_config=SimpleNamespace(skip_tokenizer_init=False),
         speculative_config=SimpleNamespace(model=hooks.PROPOSER),
         additional_config={},
     )
@@ -310,3 +311,16 @@ def test_the_general_plugin_imports_no_engine_arguments() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"
+
+
+def test_a_target_without_its_tokenizer_ends_the_start_with_one_line(
+    arguments: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments.config = wrong_file(tmp_path / "wanspec.yaml")
+    arguments.config.model_config.skip_tokenizer_init = True
+    with pytest.raises(SystemExit) as caught:
+        arguments().create_engine_config()
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert "--skip-tokenizer-init" in err
+    assert err.count("\n") == 1
