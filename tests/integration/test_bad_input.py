@@ -66,6 +66,11 @@ def long(file: str | None, *more: str) -> Callable[[str, Path], list[str]]:
     return argv
 
 
+def drafter(*more: str) -> Callable[[str, Path], list[str]]:
+    """``wanspec drafter``."""
+    return lambda model, folder: wanspec_command("drafter", model, *flags(), *more)
+
+
 def other_vllm(model: str, folder: Path) -> list[str]:
     python, _, _, *rest = long("good.yaml")(model, folder)
     return [python, "-c", OTHER_VLLM, *rest]
@@ -83,6 +88,9 @@ CASES = {
     "long, wrong key": Case(long("wrong-key.yaml"), ("wrong-key.yaml", "tree.max_branch", "max_branches")),
     "long, missing key": Case(long("missing-key.yaml"), ("missing-key.yaml", "draft_endpoints.0.url", "missing")),
     "long, pipeline": Case(long("good.yaml", *PIPELINE), ("--pipeline-parallel-size is 2", "use 1")),
+    "long, no tokenizer": Case(long("good.yaml", "--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
+    "drafter, no tokenizer": Case(drafter("--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
+    "drafter, logits": Case(drafter("--logprobs-mode", "raw_logits"), ("--logprobs-mode raw_logits", "raw_logprobs")),
     "long, unsupported vLLM": Case(other_vllm, ("take_draft_token_ids", "use vLLM")),
 }
 

@@ -35,10 +35,12 @@ from vllm_wanspec.core.messages import (
     frames,
 )
 from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.link")
 
+NO_TOKENS = Tokens()
 FIRST_BACKOFF_S = 0.25
 MAX_BACKOFF_S = 5.0
 REFUSED_BACKOFF_S = 30.0
@@ -77,7 +79,14 @@ class _Trouble(Exception):
 class DrafterLink:
     """One drafter's connection; `send` and `flush` may be called from any thread, the rest from the link's loop."""
 
-    def __init__(self, endpoint: DraftEndpoint, fingerprint: str, user: LinkUser, rng: random.Random) -> None:
+    def __init__(
+        self,
+        endpoint: DraftEndpoint,
+        fingerprint: str,
+        user: LinkUser,
+        rng: random.Random,
+        tokens: Tokens = NO_TOKENS,
+    ) -> None:
         """Prepare; `run` connects.
 
         Args:
@@ -85,6 +94,7 @@ class DrafterLink:
             fingerprint: Of the target's vocabulary.
             user: Who is told what happens.
             rng: For the jitter of the back-off.
+            tokens: The target's, to name those that a drafter has others for.
         """
         self.endpoint = endpoint
         self.welcome: Welcome | None = None
@@ -95,6 +105,7 @@ class DrafterLink:
         self.client = ""
         self.turnaround = Turnaround()
         self._fingerprint = fingerprint
+        self._tokens = tokens
         self._user = user
         self._rng = rng
         self._rtt_s = Smoothed()
@@ -200,7 +211,7 @@ class DrafterLink:
     async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
         self.client = f"{self._rng.getrandbits(48):012x}"
-        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, self.client)]):
+        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, self.client, self._tokens.digests)]):
             await socket.send_bytes(frame)
         try:
             messages = await self._receive(socket, GREETING_TIMEOUT_S)
@@ -210,7 +221,8 @@ class DrafterLink:
         if isinstance(answer, Refuse):
             wrong_vocabulary = answer.code == "vocabulary"
             right = "serve a draft model with the target's tokenizer" if wrong_vocabulary else "match the versions"
-            raise _Trouble(f"refuses us ({answer.code}: {answer.reason}); {right}", refused=True)
+            named = f"; differing are {self._tokens.named(answer.first, answer.tokens)}" if answer.tokens else ""
+            raise _Trouble(f"refuses us ({answer.code}: {answer.reason}{named}); {right}", refused=True)
         if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
             raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")
         if answer.fingerprint != self._fingerprint:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import Settings, TreeSettings
-from vllm_wanspec.controller.link import DrafterLink, LinkThread
+from vllm_wanspec.controller.link import NO_TOKENS, DrafterLink, LinkThread
 from vllm_wanspec.controller.live import NO_END, LiveSession, last_use, limits_for, tell_of_shorter_context
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
@@ -20,6 +20,7 @@ from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Limits, Messag
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait
 from vllm_wanspec.core.policy.length import Payoff, Plan, StepCost, Window, length_policy
+from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.pool")
@@ -41,6 +42,7 @@ class DraftPool:
         vocab_size: int,
         speculation_length: int,
         max_model_len: int = 0,
+        tokens: Tokens = NO_TOKENS,
         clock: Callable[[], float] = time.monotonic,
         queued: Callable[[], int | None] = lambda: 0,
         sink: Sink | None = None,
@@ -54,6 +56,7 @@ class DraftPool:
             vocab_size: Ids that the target's tokenizer really has are below this.
             speculation_length: Most tokens that vLLM verifies per step.
             max_model_len: The target's longest context; a drafter with a shorter one is told of.
+            tokens: Of the target's vocabulary, to name those that a drafter has others for.
             clock: Seconds, monotonic.
             queued: How many requests and aborts wait for the engine, which no step is held back for; while it gives
                 None, not known, no step is held back adaptively.
@@ -76,7 +79,7 @@ class DraftPool:
         self._arrived = threading.Condition(threading.Lock())
         self._sessions: dict[str, LiveSession] = {}
         rng = random.Random(seed)
-        self.links = [DrafterLink(e, fingerprint, self, rng) for e in settings.draft_endpoints]
+        self.links = [DrafterLink(e, fingerprint, self, rng, tokens) for e in settings.draft_endpoints]
         self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
         self._thread = LinkThread(self.links)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgpack
 
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.vocabulary import Token, checked_chunk, checked_digests, token_bytes
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROTOCOL_VERSION = 1
@@ -35,11 +36,15 @@ _make_node = NodeRecord._make
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Controller's first message: protocol version, vocabulary fingerprint (hex) and who it is."""
+    """Controller's first message: protocol version, vocabulary fingerprint (hex) and who it is.
+
+    ``digests`` is of its tokens (`Tokens.digests`); empty where it does not say.
+    """
 
     version: int
     fingerprint: str
     client: str
+    digests: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +66,15 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Drafter's answer: it will not serve this controller. ``code``: ``version``, ``vocabulary`` or ``protocol``."""
+    """Drafter's answer: it will not serve this controller. ``code``: ``version``, ``vocabulary`` or ``protocol``.
+
+    ``tokens`` are its own of the ids from ``first`` on, some of which differ from the controller's.
+    """
 
     code: str
     reason: str
+    first: int = 0
+    tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +174,9 @@ def vocabulary_fingerprint(vocabulary: Mapping[Any, int]) -> str:
         vocabulary: Token (text or bytes) to id, as tokenizers give it (``get_vocab()``); padding of the model's
             embedding is not part of it.
     """
-    entries = sorted((index, _token_bytes(token)) for token, index in vocabulary.items())
+    entries = sorted((index, token_bytes(token)) for token, index in vocabulary.items())
     lines = b"".join(b"%d\t%d\t%s\n" % (index, len(token), token) for index, token in entries)
     return hashlib.sha256(lines).hexdigest()
-
-
-def _token_bytes(token: str | bytes) -> bytes:
-    return token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
 
 
 def frames(messages: Sequence[Message]) -> Iterator[bytes]:
@@ -339,9 +345,9 @@ _ID = _integer(0, _MAX_ID)
 _COUNT = _integer(1, _MAX_TOKEN)
 
 _FROM_WIRE: dict[int, tuple[tuple[Callable[[Any], Any], ...], Callable[..., Message]]] = {
-    1: ((_integer(0, 2**16), _text, _text), Hello),
+    1: ((_integer(0, 2**16), _text, _text, checked_digests), Hello),
     2: ((_integer(0, 2**16), _text, _COUNT, _text, _COUNT, _COUNT, _COUNT), Welcome),
-    3: ((_text, _text), Refuse),
+    3: ((_text, _text, _integer(0, _MAX_TOKEN), checked_chunk), Refuse),
     4: (
         (
             _ID,
@@ -370,9 +376,9 @@ def _limits_to_wire(limits: Limits) -> list[Any]:
 
 
 _TO_WIRE: dict[type[Message], Callable[[Any], list[Any]]] = {
-    Hello: lambda m: [1, m.version, m.fingerprint, m.client],
+    Hello: lambda m: [1, m.version, m.fingerprint, m.client, m.digests],
     Welcome: lambda m: [2, m.version, m.model, m.vocab_size, m.fingerprint, m.max_sessions, m.max_nodes, m.max_context],
-    Refuse: lambda m: [3, m.code[:MAX_TEXT], m.reason[:MAX_TEXT]],
+    Refuse: lambda m: [3, m.code[:MAX_TEXT], m.reason[:MAX_TEXT], m.first, m.tokens],
     Open: lambda m: [4, m.session, m.tokens, *_limits_to_wire(m.limits)],
     Commit: lambda m: [5, m.session, m.position, m.tokens],
     Nodes: lambda m: [6, m.session, m.seen, m.nodes],

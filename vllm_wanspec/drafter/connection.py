@@ -132,7 +132,10 @@ class Connection:
         if message.version != PROTOCOL_VERSION:
             refusal = Refuse("version", f"this drafter speaks version {PROTOCOL_VERSION}, not {message.version}")
         elif message.fingerprint != model.fingerprint:
-            refusal = Refuse("vocabulary", f"the tokenizer of {model.name} maps ids to other tokens than the target's")
+            first = self._host.tokens.first_difference(message.digests)
+            tokens = () if first is None else self._host.tokens.chunk(first)
+            reason = f"the tokenizer of {model.name} maps ids to other tokens than the target's"
+            refusal = Refuse("vocabulary", reason, first or 0, tokens)
         answer: Message = refusal or Welcome(
             PROTOCOL_VERSION,
             model.name,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.events import Sink
+from vllm_wanspec.core.vocabulary import Token, Tokens
 from vllm_wanspec.drafter.engines import DraftEngine
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ DEFAULT_RUNNING_BRANCHES = 64
 
 @dataclass(frozen=True)
 class DraftModel:
-    """What a drafter says of itself; sizes as in `Welcome`."""
+    """What a drafter says of itself; sizes as in `Welcome`. ``tokens``: those of its tokenizer by id, where known."""
 
     name: str
     fingerprint: str
@@ -33,6 +34,7 @@ class DraftModel:
     max_context: int
     max_sessions: int = 256
     max_nodes: int = 4096
+    tokens: Sequence[Token] = ()
 
 
 class HostStats(NamedTuple):
@@ -93,6 +95,7 @@ class Host(ABC):
             clock: Seconds, monotonic.
         """
         self.model = model
+        self.tokens = Tokens(model.tokens)
         self.sink = sink
         self.now = clock
         self.connections: set[Connection] = set()

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
+from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.drafter.engines import VllmEngine
 from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
@@ -51,6 +52,7 @@ class WanspecRoutes:
             fingerprint=vocabulary_fingerprint(vocabulary),
             vocab_size=min(max(vocabulary.values()) + 1, config.get_vocab_size()),
             max_context=config.max_model_len - 1,
+            tokens=Tokens.of(vocabulary).by_id,
         )
         top_k = alternatives(config.max_logprobs)
         engine = VllmEngine(engine_client, top_k)

@@ -126,7 +126,7 @@ def params(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(("value", "fragment"), WRONG, ids=repr)
 def test_what_is_not_understood_is_refused_at_the_door(params: Any, value: object, fragment: str) -> None:
     asked = params({"wanspec": value})
-    with pytest.raises(ValueError, match=r"^vllm_xargs: wanspec: ") as caught:
+    with pytest.raises(hooks.request_fault(), match=r"^vllm_xargs: wanspec: ") as caught:
         asked.verify("model", OURS, None, "tokenizer")
     message = str(caught.value)
     assert fragment in message
@@ -138,7 +138,7 @@ def test_what_is_not_understood_is_refused_at_the_door(params: Any, value: objec
 
 @pytest.mark.parametrize("key", ["Wanspec", "WANSPEC", " wanspec", "wan_spec", "wan-spec"])
 def test_a_key_that_can_only_mean_ours_is_refused_at_the_door(params: Any, key: str) -> None:
-    with pytest.raises(ValueError, match=r"^vllm_xargs: .*is not a known key; it is spelled wanspec"):
+    with pytest.raises(hooks.request_fault(), match=r"^vllm_xargs: .*is not a known key; it is spelled wanspec"):
         params({key: "off"}).verify("model", OURS, None, "tokenizer")
 
 
@@ -172,6 +172,8 @@ def test_a_vllm_whose_requests_are_verified_otherwise(monkeypatch: pytest.Monkey
 def test_a_wrong_wish_in_a_request_s_body_is_a_fault_of_the_request(value: object) -> None:
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import SamplingParams
 
     hooks._wrap_verify()
@@ -182,8 +184,10 @@ def test_a_wrong_wish_in_a_request_s_body_is_a_fault_of_the_request(value: objec
     for body in bodies:
         params = body.to_sampling_params(5, {})
         assert isinstance(params, SamplingParams)
-        with pytest.raises(ValueError, match=r"vllm_xargs: wanspec: "):
+        # Any other error of a request's verification is HTTP 500.
+        with pytest.raises(VLLMClientError, match=r"vllm_xargs: wanspec: ") as caught:
             params.verify(None, OURS, None, None)  # type: ignore[arg-type]
+        assert create_error_response(caught.value).error.code == 400
 
 
 @pytest.mark.vllm

@@ -12,6 +12,7 @@ from toys import VOCABULARY, DrafterServer, Toy, draft_model, wait_until
 from vllm_wanspec.controller.v1 import proposer
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.core.messages import vocabulary_fingerprint
+from vllm_wanspec.core.vocabulary import Tokens
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -27,12 +28,10 @@ def refused(
     theirs: dict[str, int],
 ) -> Iterator[str]:
     """The line that says so."""
-    from vllm_wanspec.core.vocabulary import Vocabulary
-
     stub_vllm(monkeypatch)
     monkeypatch.setattr(proposer, "_vocabulary", lambda config: ours)
     model = draft_model(
-        fingerprint=vocabulary_fingerprint(theirs), vocab_size=len(theirs), vocabulary=Vocabulary(theirs)
+        fingerprint=vocabulary_fingerprint(theirs), vocab_size=len(theirs), tokens=Tokens.of(theirs).by_id
     )
     with DrafterServer(Toy(), model=model) as server:
         remote = RemoteProposer(vllm_config(tmp_path, server.url))
@@ -61,7 +60,6 @@ def renamed(vocabulary: dict[str, int], *ids: int, to: str = "<other{}>") -> dic
     ],
     ids=range(6),
 )
-@pytest.mark.xfail(strict=True, reason="finding 3.13: no token is named")
 def test_the_first_tokens_that_differ_are_named(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -77,7 +75,6 @@ def test_the_first_tokens_that_differ_are_named(
         assert "\x1b" not in line
 
 
-@pytest.mark.xfail(strict=True, reason="finding 3.13: no token is named")
 def test_what_is_named_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: LogLines) -> None:
     theirs = {f"{index}{'x' * 3000}": index for index in LARGE.values()}
     with refused(tmp_path, monkeypatch, log, LARGE, theirs) as line:

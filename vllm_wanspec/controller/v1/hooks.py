@@ -70,7 +70,7 @@ LEDGER = (
         "vllm.sampling_params.SamplingParams.verify",
         "What a request says in vllm_xargs and means nothing would be a log line of the engine, where its sender looks "
         "for an answer.",
-        "Class-wide wrap: with our proposer a wrong value is a ValueError (HTTP 400); then calls the original.",
+        "Class-wide wrap: with our proposer a wrong value is HTTP 400; then calls the original.",
         "vLLM asks custom proposers to validate requests.",
     ),
     Wrap(
@@ -283,6 +283,15 @@ def _wrap_post_step() -> None:
     core.post_step = post_step
 
 
+def request_fault() -> type[Exception]:
+    """What vLLM answers with HTTP 400: its own error where it has one, since it takes others for the server's."""
+    try:
+        fault: type[Exception] = importlib.import_module("vllm.exceptions").VLLMValidationError
+    except (ImportError, AttributeError):
+        return ValueError
+    return fault
+
+
 def _wrap_verify() -> None:
     params = _attribute("vllm.sampling_params", "SamplingParams")
     original = getattr(params, "verify", None)
@@ -291,7 +300,7 @@ def _wrap_verify() -> None:
     names = list(inspect.signature(original).parameters)
     if "speculative_config" not in names:
         return  # `check_requests` says so
-    place = names.index("speculative_config") - 1
+    place, fault = names.index("speculative_config") - 1, request_fault()
 
     @functools.wraps(original)
     def verify(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -300,7 +309,7 @@ def _wrap_verify() -> None:
             try:
                 check_request(self.extra_args)
             except ConfigError as error:
-                raise ValueError(f"vllm_xargs: {error}") from None
+                raise fault(f"vllm_xargs: {error}") from None
         return original(self, *args, **kwargs)
 
     verify.wanspec = True  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from vllm_wanspec.controller.request_settings import tree_asked
 from vllm_wanspec.controller.startup import NO_TOKENIZER, engine_place, settings_of
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
+from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.eventlog import EventLog
 
@@ -212,6 +213,7 @@ def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
         vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
         speculation_length=limit,
         max_model_len=int(vllm_config.model_config.max_model_len),
+        tokens=Tokens.of(vocabulary),
         queued=(lambda: None) if engines > 1 else hooks.queued_requests,
         sink=log.record if log else None,
     )

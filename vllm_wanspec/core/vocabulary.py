@@ -1,0 +1,116 @@
+"""Vocabularies by id: to find where two of them differ, and to name what does, with few bytes on the wire.
+
+Ids are taken in chunks. One side sends a digest of each of its chunks; the other, which finds the first that differs,
+sends its own tokens of that one.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from vllm_wanspec.errors import RemoteProtocolError
+
+CHUNK = 512
+"""Ids that one digest stands for."""
+DIGEST_BYTES = 8
+MAX_CHUNKS = 4096
+MAX_TOKEN_BYTES = 48
+"""Of a token on the wire; longer ones are cut off there."""
+_SHOWN = 3
+_SHOWN_CHARACTERS = 24
+
+Token = bytes | None
+"""None: no token has that id."""
+
+
+class Tokens:
+    """A vocabulary's tokens by id."""
+
+    def __init__(self, tokens: Sequence[Token] = ()) -> None:
+        """Take the token of each id, from 0 on."""
+        self.by_id = tokens
+
+    @classmethod
+    def of(cls, vocabulary: Mapping[Any, int]) -> "Tokens":
+        """Those of a map from token (text or bytes) to id, as tokenizers give it (``get_vocab()``)."""
+        tokens: list[Token] = [None] * (max(vocabulary.values(), default=-1) + 1)
+        for token, index in sorted(vocabulary.items(), key=lambda item: token_bytes(item[0])):
+            known, own = tokens[index], token_bytes(token)
+            tokens[index] = own if known is None else known + b"\n" + own
+        return cls(tokens)
+
+    @cached_property
+    def digests(self) -> bytes:
+        """`DIGEST_BYTES` for each chunk."""
+        count = min(MAX_CHUNKS, -(-len(self.by_id) // CHUNK))
+        return b"".join(self._digest(chunk * CHUNK) for chunk in range(count))
+
+    def first_difference(self, digests: bytes) -> int | None:
+        """The first id of the first chunk that differs from another vocabulary's; None where none is known to."""
+        if not digests or not self.by_id:
+            return None
+        for place in range(0, max(len(digests), len(self.digests)), DIGEST_BYTES):
+            if self.digests[place : place + DIGEST_BYTES] != digests[place : place + DIGEST_BYTES]:
+                return place // DIGEST_BYTES * CHUNK
+        return None
+
+    def chunk(self, first: int) -> tuple[Token, ...]:
+        """The tokens of the chunk from id ``first`` on, cut off at `MAX_TOKEN_BYTES`."""
+        return tuple(token and token[:MAX_TOKEN_BYTES] for token in self.by_id[first : first + CHUNK])
+
+    def named(self, first: int, theirs: Sequence[Token]) -> str:
+        """The first ids whose tokens differ from another vocabulary's chunk, with both tokens, escaped and short."""
+        ours = self.chunk(first)
+        different: list[str] = []
+        for place in range(max(len(ours), len(theirs))):
+            here = ours[place] if place < len(ours) else None
+            there = theirs[place] if place < len(theirs) else None
+            if here == there:
+                continue
+            if len(different) == _SHOWN:
+                return "; ".join([*different, "and more"])
+            different.append(f"{first + place}: {_shown(here)} here, {_shown(there)} there")
+        return "; ".join(different) or f"among ids {first} to {first + CHUNK - 1}, in long tokens"
+
+    def _digest(self, first: int) -> bytes:
+        chunk = self.by_id[first : first + CHUNK]
+        lines = b"".join(b"-" if token is None else b"%d\t%s\n" % (len(token), token) for token in chunk)
+        return hashlib.sha256(lines).digest()[:DIGEST_BYTES]
+
+
+def token_bytes(token: str | bytes) -> bytes:
+    """A token as bytes, whatever its tokenizer has it as."""
+    return token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
+
+
+def checked_digests(value: Any) -> bytes:
+    """Digests as they may come from the wire.
+
+    Raises:
+        RemoteProtocolError: They are none.
+    """
+    if type(value) is not bytes or len(value) > MAX_CHUNKS * DIGEST_BYTES or len(value) % DIGEST_BYTES:
+        raise RemoteProtocolError(f"not the digests of at most {MAX_CHUNKS} chunks of a vocabulary")
+    return value
+
+
+def checked_chunk(value: Any) -> tuple[Token, ...]:
+    """A chunk's tokens as they may come from the wire.
+
+    Raises:
+        RemoteProtocolError: They are none.
+    """
+    if type(value) is not list or len(value) > CHUNK:
+        raise RemoteProtocolError(f"not a list of at most {CHUNK} tokens of a vocabulary")
+    for token in value:
+        if token is not None and (type(token) is not bytes or len(token) > MAX_TOKEN_BYTES):
+            raise RemoteProtocolError(f"a token of a vocabulary is not at most {MAX_TOKEN_BYTES} bytes")
+    return tuple(value)
+
+
+def _shown(token: Token) -> str:
+    if token is None:
+        return "nothing"
+    text = token.decode("utf-8", "backslashreplace")
+    return repr(text[:_SHOWN_CHARACTERS]) + ("…" if len(text) > _SHOWN_CHARACTERS else "")
