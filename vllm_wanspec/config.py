@@ -128,13 +128,17 @@ class MetricsSettings(_Section):
 
 
 class Settings(_Section):
-    """The whole file; ``fallback``: where drafts come from for a step that no drafter has served."""
+    """The whole file; ``fallback``: where drafts come from for a step that no drafter has served.
+
+    ``vocabulary_may_differ``: ids that a drafter may have other tokens for; they are never sent nor taken from one.
+    """
 
     draft_endpoints: tuple[DraftEndpoint, ...] = Field(min_length=1, max_length=64)
     tree: TreeSettings = TreeSettings()
     length: LengthSettings = LengthSettings()
     late: LateSettings = LateSettings()
     fallback: tuple[Literal["ngram"], ...] = ("ngram",)
+    vocabulary_may_differ: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=256)
     metrics: MetricsSettings | None = None
     events: str | None = Field(default=None, min_length=1)
 

@@ -211,7 +211,9 @@ class DrafterLink:
     async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
         self.client = f"{self._rng.getrandbits(48):012x}"
-        for frame in frames([Hello(PROTOCOL_VERSION, self._fingerprint, self.client, self._tokens.digests)]):
+        tokens = self._tokens
+        hello = Hello(PROTOCOL_VERSION, self._fingerprint, self.client, tokens.digests, tuple(tokens.apart))
+        for frame in frames([hello]):
             await socket.send_bytes(frame)
         try:
             messages = await self._receive(socket, GREETING_TIMEOUT_S)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import msgpack
 
 from vllm_wanspec.core.tree import NodeRecord
-from vllm_wanspec.core.vocabulary import Token, checked_chunk, checked_digests, token_bytes
+from vllm_wanspec.core.vocabulary import MAX_APART, Token, checked_chunk, checked_digests, token_bytes
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROTOCOL_VERSION = 1
@@ -38,13 +38,15 @@ _make_node = NodeRecord._make
 class Hello:
     """Controller's first message: protocol version, vocabulary fingerprint (hex) and who it is.
 
-    ``digests`` is of its tokens (`Tokens.digests`); empty where it does not say.
+    ``digests`` is of its tokens (`Tokens.digests`); empty where it does not say. The ids ``apart`` may differ: they are
+    part of neither fingerprint nor digests.
     """
 
     version: int
     fingerprint: str
     client: str
     digests: bytes = b""
+    apart: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,7 +347,7 @@ _ID = _integer(0, _MAX_ID)
 _COUNT = _integer(1, _MAX_TOKEN)
 
 _FROM_WIRE: dict[int, tuple[tuple[Callable[[Any], Any], ...], Callable[..., Message]]] = {
-    1: ((_integer(0, 2**16), _text, _text, checked_digests), Hello),
+    1: ((_integer(0, 2**16), _text, _text, checked_digests, _tokens(0, MAX_APART)), Hello),
     2: ((_integer(0, 2**16), _text, _COUNT, _text, _COUNT, _COUNT, _COUNT), Welcome),
     3: ((_text, _text, _integer(0, _MAX_TOKEN), checked_chunk), Refuse),
     4: (
@@ -376,7 +378,7 @@ def _limits_to_wire(limits: Limits) -> list[Any]:
 
 
 _TO_WIRE: dict[type[Message], Callable[[Any], list[Any]]] = {
-    Hello: lambda m: [1, m.version, m.fingerprint, m.client, m.digests],
+    Hello: lambda m: [1, m.version, m.fingerprint, m.client, m.digests, m.apart],
     Welcome: lambda m: [2, m.version, m.model, m.vocab_size, m.fingerprint, m.max_sessions, m.max_nodes, m.max_context],
     Refuse: lambda m: [3, m.code[:MAX_TEXT], m.reason[:MAX_TEXT], m.first, m.tokens],
     Open: lambda m: [4, m.session, m.tokens, *_limits_to_wire(m.limits)],

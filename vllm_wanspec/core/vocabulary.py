@@ -5,7 +5,7 @@ sends its own tokens of that one.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ CHUNK = 512
 """Ids that one digest stands for."""
 DIGEST_BYTES = 8
 MAX_CHUNKS = 4096
+MAX_APART = 256
 MAX_TOKEN_BYTES = 48
 """Of a token on the wire; longer ones are cut off there."""
 _SHOWN = 3
@@ -25,20 +26,28 @@ Token = bytes | None
 
 
 class Tokens:
-    """A vocabulary's tokens by id."""
+    """A vocabulary's tokens by id; those of the ids ``apart`` are left out wherever vocabularies are compared."""
 
-    def __init__(self, tokens: Sequence[Token] = ()) -> None:
+    def __init__(self, tokens: Sequence[Token] = (), apart: Collection[int] = ()) -> None:
         """Take the token of each id, from 0 on."""
         self.by_id = tokens
+        self.apart = frozenset(apart)
 
     @classmethod
-    def of(cls, vocabulary: Mapping[Any, int]) -> "Tokens":
+    def of(cls, vocabulary: Mapping[Any, int], apart: Collection[int] = ()) -> "Tokens":
         """Those of a map from token (text or bytes) to id, as tokenizers give it (``get_vocab()``)."""
         tokens: list[Token] = [None] * (max(vocabulary.values(), default=-1) + 1)
         for token, index in sorted(vocabulary.items(), key=lambda item: token_bytes(item[0])):
             known, own = tokens[index], token_bytes(token)
             tokens[index] = own if known is None else known + b"\n" + own
-        return cls(tokens)
+        return cls(tokens, apart)
+
+    @property
+    def fingerprint(self) -> str:
+        """As `vocabulary_fingerprint`, of what is compared."""
+        compared = enumerate(self._compared(0, len(self.by_id)))
+        lines = (b"%d\t%d\t%s\n" % (index, len(token), token) for index, token in compared if token is not None)
+        return hashlib.sha256(b"".join(lines)).hexdigest()
 
     @cached_property
     def digests(self) -> bytes:
@@ -57,7 +66,7 @@ class Tokens:
 
     def chunk(self, first: int) -> tuple[Token, ...]:
         """The tokens of the chunk from id ``first`` on, cut off at `MAX_TOKEN_BYTES`."""
-        return tuple(token and token[:MAX_TOKEN_BYTES] for token in self.by_id[first : first + CHUNK])
+        return tuple(token and token[:MAX_TOKEN_BYTES] for token in self._compared(first, CHUNK))
 
     def named(self, first: int, theirs: Sequence[Token]) -> str:
         """The first ids whose tokens differ from another vocabulary's chunk, with both tokens, escaped and short."""
@@ -73,8 +82,12 @@ class Tokens:
             different.append(f"{first + place}: {_shown(here)} here, {_shown(there)} there")
         return "; ".join(different) or f"among ids {first} to {first + CHUNK - 1}, in long tokens"
 
+    def _compared(self, first: int, count: int) -> list[Token]:
+        tokens = enumerate(self.by_id[first : first + count], first)
+        return [None if index in self.apart else token for index, token in tokens]
+
     def _digest(self, first: int) -> bytes:
-        chunk = self.by_id[first : first + CHUNK]
+        chunk = self._compared(first, CHUNK)
         lines = b"".join(b"-" if token is None else b"%d\t%s\n" % (len(token), token) for token in chunk)
         return hashlib.sha256(lines).digest()[:DIGEST_BYTES]
 

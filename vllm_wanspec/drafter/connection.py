@@ -28,6 +28,7 @@ from vllm_wanspec.core.messages import (
     decode,
     frames,
 )
+from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.drafter.host import Host
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -131,16 +132,17 @@ class Connection:
         refusal: Refuse | None = None
         if message.version != PROTOCOL_VERSION:
             refusal = Refuse("version", f"this drafter speaks version {PROTOCOL_VERSION}, not {message.version}")
-        elif message.fingerprint != model.fingerprint:
-            first = self._host.tokens.first_difference(message.digests)
-            tokens = () if first is None else self._host.tokens.chunk(first)
+        elif not self._same_vocabulary(message):
+            ours = Tokens(model.tokens, message.apart)
+            first = ours.first_difference(message.digests)
+            tokens = () if first is None else ours.chunk(first)
             reason = f"the tokenizer of {model.name} maps ids to other tokens than the target's"
             refusal = Refuse("vocabulary", reason, first or 0, tokens)
         answer: Message = refusal or Welcome(
             PROTOCOL_VERSION,
             model.name,
             model.vocab_size,
-            model.fingerprint,
+            message.fingerprint,
             model.max_sessions,
             model.max_nodes,
             model.max_context,
@@ -149,6 +151,12 @@ class Connection:
         self._client = message.client
         self._post(answer)
         return self._greeted
+
+    def _same_vocabulary(self, hello: Hello) -> bool:
+        """Whether ids mean the same on both sides, but for those that the controller never sends."""
+        if hello.fingerprint == self._model.fingerprint:
+            return True
+        return bool(hello.apart) and hello.fingerprint == Tokens(self._model.tokens, hello.apart).fingerprint
 
     def _take(self, message: Message) -> None:
         match message:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.events import Sink
-from vllm_wanspec.core.vocabulary import Token, Tokens
+from vllm_wanspec.core.vocabulary import Token
 from vllm_wanspec.drafter.engines import DraftEngine
 
 if TYPE_CHECKING:
@@ -95,7 +95,6 @@ class Host(ABC):
             clock: Seconds, monotonic.
         """
         self.model = model
-        self.tokens = Tokens(model.tokens)
         self.sink = sink
         self.now = clock
         self.connections: set[Connection] = set()

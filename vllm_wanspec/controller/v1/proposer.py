@@ -6,6 +6,7 @@ on the network, and nothing that goes wrong may raise, since an exception there 
 
 import atexit
 import logging
+from itertools import takewhile
 from typing import Any
 
 from vllm_wanspec.config import Settings, TreeSettings, load_settings, settings_path
@@ -38,6 +39,7 @@ class RemoteProposer:
         limit = min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
         pool = _start_pool(vllm_config, settings, limit) if _is_first_rank() else None
         self._set_up(pool, settings.tree, limit)
+        self._apart = frozenset(settings.vocabulary_may_differ)
         self._max_model_len = int(vllm_config.model_config.max_model_len)
 
     @classmethod
@@ -63,6 +65,7 @@ class RemoteProposer:
         self._failed = False
         self._wrong_override = ""
         self._max_model_len = NO_END
+        self._apart = frozenset[int]()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Part of vLLM's contract; there is no model to load here."""
@@ -110,6 +113,8 @@ class RemoteProposer:
             return self._drafts
         try:
             rows = self._verified(self.pool, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            if self._apart:
+                self._end_where_apart(self.pool, rows)
             self._rows = [request if tokens else None for request, tokens in rows]
             self.pool.step(rows)
         except Exception as error:
@@ -124,7 +129,8 @@ class RemoteProposer:
         if self.pool is None or self._failed or drafts is not self._drafts:
             return
         try:
-            self._drafts[:] = self.pool.draft(self._rows, self._scheduled_limit)
+            drafts = self.pool.draft(self._rows, self._scheduled_limit)
+            self._drafts[:] = [self._without_apart(draft) for draft in drafts] if self._apart else drafts
         except Exception as error:
             self._fail(error)
 
@@ -148,15 +154,27 @@ class RemoteProposer:
             elif known < length <= known + MAX_COMMIT_TOKENS:
                 rows.append((request, contexts[row, known:length].tolist()))
             else:
-                pool.begin(
-                    [request], [(request, contexts[row, :length].tolist())], [pool.tree(request)], [pool.end(request)]
-                )
+                context = contexts[row, :length].tolist()
+                anew = [(request, context)] if self._apart.isdisjoint(context) else []
+                pool.begin([request], anew, [pool.tree(request)], [pool.end(request)])
                 rows.append((request, []))
         return rows
+
+    def _end_where_apart(self, pool: DraftPool, rows: list[tuple[str, list[int]]]) -> None:
+        """End the sessions of requests whose text now has a token that drafters may have another for."""
+        ended = [request for request, tokens in rows if not self._apart.isdisjoint(tokens)]
+        if ended:
+            pool.begin(ended, [])
+
+    def _without_apart(self, draft: list[int]) -> list[int]:
+        """A draft up to the first token that the drafter may mean otherwise."""
+        return list(takewhile(lambda token: token not in self._apart, draft))
 
     def _tree_of(self, request: Any) -> TreeSettings | None:
         """What a new request asks of drafters; None where it opted out or cannot be drafted."""
         if not _can_be_drafted(request):
+            return None
+        if not self._apart.isdisjoint(request.prompt_token_ids):
             return None
         # The first token comes with the prefill, without a draft.
         if len(request.prompt_token_ids) + 1 > last_use(self._end_of(request)):
@@ -204,16 +222,17 @@ def _tokens_and_drafts(scheduler_output: Any) -> tuple[int, int]:
 def _start_pool(vllm_config: Any, settings: Settings, limit: int) -> DraftPool:
     vocabulary = _vocabulary(vllm_config.model_config)
     model = str(vllm_config.model_config.model)
+    tokens = Tokens.of(vocabulary, settings.vocabulary_may_differ)
     engines, rank = engine_place(vllm_config)
     settings = settings_of(settings, rank)
     log = EventLog(settings.events, "controller", model) if settings.events else None
     pool = DraftPool(
         settings,
-        fingerprint=vocabulary_fingerprint(vocabulary),
+        fingerprint=tokens.fingerprint if tokens.apart else vocabulary_fingerprint(vocabulary),
         vocab_size=min(max(vocabulary.values()) + 1, vllm_config.model_config.get_vocab_size()),
         speculation_length=limit,
         max_model_len=int(vllm_config.model_config.max_model_len),
-        tokens=Tokens.of(vocabulary),
+        tokens=tokens,
         queued=(lambda: None) if engines > 1 else hooks.queued_requests,
         sink=log.record if log else None,
     )
