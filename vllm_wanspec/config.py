@@ -1,15 +1,17 @@
 """The YAML file as frozen models; every error names the file, the key, the value and what would be right."""
 
 import os
+import re
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vllm_wanspec.addresses import base_url, environment_proxy, proxy_setting, same_place
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.text import masked, printable
+from vllm_wanspec.yamlfile import other_form, read_yaml
 
 CONFIG_ENV = "WANSPEC_CONFIG"
 EVENTS_ENV = "WANSPEC_EVENTS"
@@ -21,43 +23,105 @@ PROPOSER = "vllm_wanspec.RemoteProposer"
 MAX_ENTROPY_NATS = 100.0
 
 
+MAX_TOKEN = 4096
+"""Characters of a bearer token: servers bound their headers."""
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: true is no number and "8" none either. Errors are explained by `_explain`, which hides what may be secret.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
 
 
-def _base_url(value: str) -> str:
-    try:
-        parts = urlsplit(value)
-        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError("must be a base URL such as https://draft.example.com:8443")
-    return value.rstrip("/")
+def _one_line(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError("must have no line ends and no other control characters")
+    if value != value.strip():
+        raise ValueError("must not begin or end with blanks")
+    return value
+
+
+def _variable(value: str) -> str:
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,127}", value):
+        raise ValueError(_NO_VARIABLE)
+    return value
+
+
+def _unless_off(instead: Any) -> BeforeValidator:
+    """For keys whose value is no boolean: ``off``, which is false to YAML, can only mean ``instead``."""
+    return BeforeValidator(lambda value: instead if value is False else value)
+
+
+_Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
+_NO_VARIABLE = "must be the name of an environment variable, as in WANSPEC_TOKEN_EU, not the token itself"
+
+
+def checked_token(variable: str, value: str) -> str:
+    """A bearer token as an environment variable holds it, if an HTTP header can carry it.
+
+    Raises:
+        ConfigError: It cannot, or it is empty; the text names the variable and never tells the value.
+    """
+    wrong = ""
+    if not value.strip(" \t\r\n"):
+        wrong = "is empty; give it the token, or unset it"
+    elif "\n" in value or "\r" in value:
+        wrong = "has a line end in it, as of a file that it was read from; give it the token alone"
+    elif not value.isascii():
+        wrong = "has characters that are not ASCII; give it the token alone"
+    elif value != value.strip():
+        wrong = "begins or ends with a blank; give it the token alone"
+    elif not value.isprintable():
+        wrong = "has a control character in it; give it the token alone"
+    elif len(value) > MAX_TOKEN:
+        wrong = f"is longer than {MAX_TOKEN} characters; give it the token alone"
+    if wrong:
+        raise ConfigError(f"the environment variable {variable} {wrong}")
+    return value
 
 
 class DraftEndpoint(_Section):
-    """One drafter: a name for logs and metrics, its server's base URL, and the variable that holds its token."""
+    """One drafter: a name for logs and metrics, its server's base URL, the variable that holds its token, its proxy."""
 
-    name: str = Field(min_length=1, max_length=64)
-    url: Annotated[str, AfterValidator(_base_url)]
-    token_env: str | None = Field(default=None, min_length=1)
+    name: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_one_line)]
+    url: Annotated[str, AfterValidator(base_url)]
+    token_env: Annotated[str, AfterValidator(_variable)] | None = None
+    proxy: Annotated[str, _unless_off("none"), AfterValidator(proxy_setting)] | None = Field(default=None, repr=False)
 
     def token(self) -> str | None:
         """The bearer token from the environment: ``token_env``, or ``WANSPEC_TOKEN`` where that is not given.
 
         Raises:
-            ConfigError: ``token_env`` names a variable that is not set.
+            ConfigError: ``token_env`` names a variable that is not set, or no header can carry the token.
         """
+        variable = self.token_env or TOKEN_ENV
+        value = os.environ.get(variable)
+        where = f"draft_endpoints: {self.name}: {'token_env: ' if self.token_env else ''}"
+        if value is not None:
+            try:
+                return checked_token(variable, value)
+            except ConfigError as error:
+                raise ConfigError(f"{where}{error}") from error
         if self.token_env is None:
-            return os.environ.get(TOKEN_ENV) or None
-        token = os.environ.get(self.token_env)
-        if not token:
-            raise ConfigError(
-                f"draft_endpoints: {self.name}: token_env: the environment variable {self.token_env} is not set; "
-                "set it to the drafter's token or remove token_env"
-            )
-        return token
+            return None
+        # Somebody may have written the token itself there.
+        named = f"the environment variable {variable} is not set" if variable.isupper() else _NO_SUCH_VARIABLE
+        raise ConfigError(f"{where}{named}; set it to the drafter's token or remove token_env")
+
+    def proxy_url(self) -> str | None:
+        """The HTTP proxy that leads to the drafter, with user and password where it has them; None: there is none.
+
+        Raises:
+            ConfigError: The environment names one that cannot be used.
+        """
+        if self.proxy is not None:
+            return None if self.proxy == "none" else self.proxy
+        try:
+            return environment_proxy(self.url)
+        except ConfigError as error:
+            raise ConfigError(f"draft_endpoints: {self.name}: {error}") from error
+
+
+_NO_SUCH_VARIABLE = "there is no environment variable of that name"
 
 
 def _entropy(value: float) -> float:
@@ -88,12 +152,16 @@ class TreeSettings(_Section):
         """
         values: dict[str, str] = {}
         for item in text.split(","):
-            key, equals, value = item.partition("=")
+            key, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
                 raise ConfigError(f'wanspec: {item!r:.80}: expected "off" or key=value,…, as in max_branches=1')
-            values[key.strip()] = value.strip()
+            if key in values:
+                raise ConfigError(f"wanspec: {printable(key, 60)} is given twice; keep one of them")
+            if wrong := other_form(value):
+                raise ConfigError(f"wanspec: {printable(key, 60)}: {wrong}")
+            values[key] = value
         try:
-            return TreeSettings.model_validate({**self.model_dump(), **values})
+            return TreeSettings.model_validate({**self.model_dump(), **values}, strict=False)
         except ValidationError as error:
             explained = [_explain(item, TreeSettings) for item in _innermost(error.errors())]
             raise ConfigError(f"wanspec: {'; '.join(explained)}") from error
@@ -116,7 +184,7 @@ class LateSettings(_Section):
     ``none``; ``adaptive``: where the wait yields more than it costs; ``fixed``: always while a request has none.
     """
 
-    policy: Literal["none", "adaptive", "fixed"] = "adaptive"
+    policy: Annotated[Literal["none", "adaptive", "fixed"], _unless_off("none")] = "adaptive"
     max_wait_ms: float = Field(default=15.0, ge=0.0, le=1000.0)
 
 
@@ -124,7 +192,7 @@ class MetricsSettings(_Section):
     """Where the controller serves its Prometheus metrics."""
 
     port: int = Field(ge=1, le=65535)
-    host: str = "127.0.0.1"
+    host: _Line = "127.0.0.1"
 
 
 class Settings(_Section):
@@ -133,14 +201,14 @@ class Settings(_Section):
     ``vocabulary_may_differ``: ids that a drafter may have other tokens for; they are never sent nor taken from one.
     """
 
-    draft_endpoints: tuple[DraftEndpoint, ...] = Field(min_length=1, max_length=64)
+    draft_endpoints: tuple[DraftEndpoint, ...] = Field(min_length=1, max_length=64, strict=False)
     tree: TreeSettings = TreeSettings()
     length: LengthSettings = LengthSettings()
     late: LateSettings = LateSettings()
-    fallback: tuple[Literal["ngram"], ...] = ("ngram",)
-    vocabulary_may_differ: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=256)
-    metrics: MetricsSettings | None = None
-    events: str | None = Field(default=None, min_length=1)
+    fallback: Annotated[tuple[Literal["ngram"], ...], _unless_off(()), Field(strict=False)] = ("ngram",)
+    vocabulary_may_differ: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), max_length=256, strict=False)
+    metrics: Annotated[MetricsSettings | None, _unless_off(None)] = None
+    events: Annotated[_Line | None, _unless_off(None)] = None
 
 
 def load_settings(path: str | Path) -> Settings:
@@ -149,26 +217,19 @@ def load_settings(path: str | Path) -> Settings:
     Raises:
         ConfigError: The file cannot be read, or something in it is wrong; one line.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text") from error
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        what = getattr(error, "problem", None) or "cannot parse"
-        raise ConfigError(f"{path}: is not valid YAML{where}: {what}") from error
+    data = read_yaml(path)
+    shown = printable(str(path), 1000)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must be a mapping with the key draft_endpoints, not {type(data).__name__}")
+        raise ConfigError(f"{shown}: must be a mapping with the key draft_endpoints, not {type(data).__name__}")
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("; ".join(f"{path}: {_explain(item)}" for item in _innermost(error.errors()))) from error
-    _check_names(path, settings)
+        explained = [f"{shown}: {_explain(item)}" for item in _innermost(error.errors())]
+        raise ConfigError("; ".join(explained)) from None
+    try:
+        _check_endpoints(settings.draft_endpoints)
+    except ConfigError as error:
+        raise ConfigError(f"{shown}: {error}") from error
     return settings
 
 
@@ -180,24 +241,31 @@ def settings_path(additional_config: Any) -> str:
     """
     given = additional_config.get("wanspec") if isinstance(additional_config, dict) else None
     path = given or os.environ.get(CONFIG_ENV)
-    if not isinstance(path, str):
+    if not isinstance(path, str) or not path:
         raise ConfigError(
             'no configuration: give --additional-config \'{"wanspec": "wanspec.yaml"}\' (a path) '
-            f"or set {CONFIG_ENV}" + (f"; got {given!r}" if given else "")
+            f"or set {CONFIG_ENV}" + (f"; got {masked(given)}" if given else "")
         )
     return path
 
 
-def _check_names(path: str | Path, settings: Settings) -> None:
-    names = [endpoint.name for endpoint in settings.draft_endpoints]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{path}: draft_endpoints: the name {name!r} is given twice; names must differ")
-    for endpoint in settings.draft_endpoints:
-        try:
-            endpoint.token()
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from error
+def _check_endpoints(endpoints: tuple[DraftEndpoint, ...]) -> None:
+    """What no endpoint shows alone, or only with the environment.
+
+    Raises:
+        ConfigError: Two have one name or one url, or a token or a proxy of the environment cannot be used.
+    """
+    names = [endpoint.name for endpoint in endpoints]
+    places: dict[tuple[str, str, int, str], str] = {}
+    for endpoint in endpoints:
+        if names.count(endpoint.name) > 1:
+            raise ConfigError(f"draft_endpoints: the name {endpoint.name!r} is given twice; names must differ")
+        first = places.setdefault(same_place(endpoint.url), endpoint.name)
+        if first != endpoint.name:
+            raise ConfigError(f"draft_endpoints: {first} and {endpoint.name} have the same url; keep one of them")
+    for endpoint in endpoints:
+        endpoint.token()
+        endpoint.proxy_url()
 
 
 def _innermost(errors: list[Any]) -> list[Any]:
@@ -221,14 +289,18 @@ _BRANCHES_OF_UNIONS = {
 
 def _explain(error: Any, model: type[_Section] | None = None) -> str:
     """One pydantic error as ``key: what is wrong``; of the whole file, or of one section."""
-    key = ".".join(str(part) for part in error["loc"] if part not in _BRANCHES_OF_UNIONS)
+    key = printable(".".join(str(part) for part in error["loc"] if part not in _BRANCHES_OF_UNIONS), 160)
     value = error.get("input")
     if error["type"] == "missing":
         return f"{key}: is missing"
     if error["type"] == "extra_forbidden":
         return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc'], model))}"
+    if error["loc"][-1] == "token_env":
+        return f"{key}: {_NO_VARIABLE}"
     message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{key}: {value!r:.80}: {message[0].lower()}{message[1:]}"
+    boolean = isinstance(value, bool) and not error["type"].startswith("bool")
+    hint = " (on, off, yes and no are true and false to YAML: put text in quotes)" if boolean else ""
+    return f"{key}: {masked(value)}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _known_keys(location: tuple[str | int, ...], section: type[_Section] | None) -> list[str]:

@@ -268,7 +268,6 @@ def test_an_endpoint_strips_the_last_slash() -> None:
             {"lookahead_tokens": 9, "min_probability": 0.0, "branch_depth": 3},
         ),
         ("entropy_threshold_nats=inf", {"entropy_threshold_nats": float("inf")}),
-        ("running_branches=5,running_branches=6", {"running_branches": 6}),
     ],
 )
 def test_settings_with_some_replaced(text: str, changes: dict[str, object]) -> None:
