@@ -8,6 +8,7 @@ a counter, and another try after a back-off with jitter.
 import asyncio
 import logging
 import random
+import ssl
 import threading
 import time
 from collections import deque
@@ -18,6 +19,7 @@ from typing import Protocol
 import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
+from vllm_wanspec.controller.troubles import Trouble, connect_trouble, handshake_trouble, redirect_trouble, tls_context
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
@@ -36,7 +38,8 @@ from vllm_wanspec.core.messages import (
 )
 from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.vocabulary import Tokens
-from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.errors import ConfigError, RemoteProtocolError
+from vllm_wanspec.text import printable
 
 logger = logging.getLogger("vllm.wanspec.link")
 
@@ -46,6 +49,7 @@ MAX_BACKOFF_S = 5.0
 REFUSED_BACKOFF_S = 30.0
 GREETING_TIMEOUT_S = 10.0
 CLOSING_TIMEOUT_S = 0.5
+TLS_GOODBYE_S = 0.2
 PING_INTERVAL_S = 1.0
 SILENCE_LIMIT_S = 15.0
 IDLE_AFTER_S = 1.0
@@ -65,15 +69,6 @@ class LinkUser(Protocol):
 
     def link_received(self, link: "DrafterLink", messages: list[Message]) -> None:
         """Messages for sessions; may raise RemoteProtocolError, which drops the connection."""
-
-
-class _Trouble(Exception):
-    """Why a connection attempt or a connection ended: a log line, and the wait before the next attempt."""
-
-    def __init__(self, reason: str, *, refused: bool = False, fault: bool = False) -> None:
-        super().__init__(reason)
-        self.refused = refused
-        self.fault = fault
 
 
 class DrafterLink:
@@ -111,8 +106,9 @@ class DrafterLink:
         self._rtt_s = Smoothed()
         self._outbox: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._tls: ssl.SSLContext | bool = True
         self._wake = asyncio.Event()
-        self._last_trouble: _Trouble | None = None
+        self._last_trouble: Trouble | None = None
         self._asked_s = inf
         self._flushed_s = 0.0
 
@@ -125,6 +121,11 @@ class DrafterLink:
     def rtt_s(self) -> float:
         """Smoothed round trip in seconds; 0 before the first measurement."""
         return self._rtt_s.get(0.0)
+
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection is one of TLS."""
+        return self._tls is not True
 
     def send(self, message: Message) -> None:
         """Queue a message; `flush` sets it on its way. Keeps order."""
@@ -150,11 +151,14 @@ class DrafterLink:
         """Connect, serve the connection, and do so again for ever; ends by cancellation."""
         self._loop = asyncio.get_running_loop()
         backoff_s = FIRST_BACKOFF_S
-        async with aiohttp.ClientSession() as http:
+        self._tls = tls_context(self.endpoint.url)
+        watched = aiohttp.TraceConfig()
+        watched.on_request_redirect.append(self._refuse_redirect)
+        async with aiohttp.ClientSession(trace_configs=[watched]) as http:
             while True:
                 try:
                     await self._connect(http)
-                except _Trouble as trouble:
+                except Trouble as trouble:
                     unwanted = trouble.refused or trouble.fault
                     self.faults += trouble.fault
                     self._log(trouble)
@@ -170,43 +174,46 @@ class DrafterLink:
                 backoff_s = min(MAX_BACKOFF_S, 2.0 * backoff_s)
 
     async def _connect(self, http: aiohttp.ClientSession) -> None:
-        """One connection from handshake to end; always ends in `_Trouble`."""
-        token = self.endpoint.token()
+        """One connection from handshake to end; always ends in `Trouble`."""
+        try:
+            token, proxy = self.endpoint.token(), self.endpoint.proxy_url()
+        except ConfigError as error:
+            raise Trouble(str(error)) from error
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
                 socket = await http.ws_connect(
-                    self.endpoint.url + PATH, headers=headers, max_msg_size=MAX_FRAME_BYTES, compress=0
+                    self.endpoint.url + PATH,
+                    headers=headers,
+                    max_msg_size=MAX_FRAME_BYTES,
+                    compress=0,
+                    proxy=proxy,
+                    ssl=self._tls,
                 )
         except aiohttp.WSServerHandshakeError as error:
-            raise self._handshake_trouble(error.status) from error
+            raise handshake_trouble(error.status, self.endpoint, proxy) from error
         except TimeoutError as error:
-            raise _Trouble(f"does not answer within {GREETING_TIMEOUT_S:.0f} s; is its address right?") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name or header can be that
-            raise _Trouble(f"unreachable ({error}); start `wanspec drafter` there or mend the url") from error
+            raise Trouble(f"does not answer within {GREETING_TIMEOUT_S:.0f} s; is its address right?") from error
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name can be that
+            raise connect_trouble(error, self.endpoint, proxy) from error
         try:
             await self._greet(socket)
             await self._serve(socket)
         except RemoteProtocolError as error:
-            reason = f"broke the protocol ({error}); connection dropped; run a `wanspec drafter` of our version there"
-            raise _Trouble(reason, fault=True) from error
+            said = printable(str(error))
+            reason = f"broke the protocol ({said}); connection dropped; run a `wanspec drafter` of our version there"
+            raise Trouble(reason, fault=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise _Trouble(f"connection lost ({error})") from error
+            raise Trouble(f"connection lost ({printable(str(error))})") from error
         finally:
             with suppress(TimeoutError):  # a peer that is dead does not shake hands
                 async with asyncio.timeout(CLOSING_TIMEOUT_S):
                     await socket.close()
 
-    def _handshake_trouble(self, status: int) -> _Trouble:
-        if status in {401, 403}:
-            variable = self.endpoint.token_env or "WANSPEC_TOKEN"
-            return _Trouble(
-                f"does not accept our token (HTTP {status}); set {variable} here to the drafter's WANSPEC_TOKEN",
-                refused=True,
-            )
-        if status == 404:
-            return _Trouble(f"has no {PATH} (HTTP 404); start it by `wanspec drafter MODEL`", refused=True)
-        return _Trouble(f"answers HTTP {status} instead of opening the WebSocket")
+    async def _refuse_redirect(self, _: object, __: object, asked: aiohttp.TraceRequestRedirectParams) -> None:
+        """Called by aiohttp before it follows."""
+        asked.response.close()
+        raise redirect_trouble(asked.response.status, self.endpoint, asked.response.headers.get("Location"))
 
     async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
@@ -218,13 +225,14 @@ class DrafterLink:
         try:
             messages = await self._receive(socket, GREETING_TIMEOUT_S)
         except TimeoutError as error:
-            raise _Trouble(f"does not greet within {GREETING_TIMEOUT_S:.0f} s") from error
+            raise Trouble(f"does not greet within {GREETING_TIMEOUT_S:.0f} s") from error
         answer = messages[0] if len(messages) == 1 else None
         if isinstance(answer, Refuse):
             wrong_vocabulary = answer.code == "vocabulary"
             right = "serve a draft model with the target's tokenizer" if wrong_vocabulary else "match the versions"
             named = f"; differing are {self._tokens.named(answer.first, answer.tokens)}" if answer.tokens else ""
-            raise _Trouble(f"refuses us ({answer.code}: {answer.reason}{named}); {right}", refused=True)
+            said = f"{printable(answer.code, 40)}: {printable(answer.reason)}{named}"
+            raise Trouble(f"refuses us ({said}); {right}", refused=True)
         if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
             raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")
         if answer.fingerprint != self._fingerprint:
@@ -236,7 +244,8 @@ class DrafterLink:
         self.welcome = answer
         if self._last_trouble is not None and not self._last_trouble.fault:
             self._last_trouble = None
-        logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, answer.model, 1000 * self.rtt_s)
+        model = printable(answer.model)
+        logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, model, 1000 * self.rtt_s)
         self._user.link_ready(self)
 
     async def _serve(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -273,7 +282,7 @@ class DrafterLink:
             try:
                 messages = await self._receive(socket, SILENCE_LIMIT_S)
             except TimeoutError as error:
-                raise _Trouble(f"silent for {SILENCE_LIMIT_S:.0f} s; connection dropped") from error
+                raise Trouble(f"silent for {SILENCE_LIMIT_S:.0f} s; connection dropped") from error
             now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
@@ -289,10 +298,11 @@ class DrafterLink:
             self.received_bytes += len(frame.data)
             return decode(frame.data)
         if frame.type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED}:
-            raise _Trouble(f"closed the connection ({frame.extra or 'no reason given'})")
+            said = printable(str(frame.extra)) if frame.extra else "no reason given"
+            raise Trouble(f"closed the connection ({said})")
         raise RemoteProtocolError(f"sent a WebSocket frame of type {frame.type.name}")
 
-    def _log(self, trouble: _Trouble) -> None:
+    def _log(self, trouble: Trouble) -> None:
         """One line per kind of trouble, not one per attempt."""
         if str(trouble) != str(self._last_trouble):
             logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), trouble)
@@ -339,7 +349,8 @@ class LinkThread:
         except asyncio.CancelledError:
             logger.debug("links stopped")
         finally:
-            self._loop.run_until_complete(_wind_up())
+            encrypted = any(link.encrypted for link in self._links)
+            self._loop.run_until_complete(_wind_up(goodbye_s=TLS_GOODBYE_S if encrypted else 0.0))
             self._loop.close()
 
     async def _keep_all(self) -> None:
@@ -347,11 +358,15 @@ class LinkThread:
         await asyncio.gather(*(link.run() for link in self._links))
 
 
-async def _wind_up() -> None:
-    """End what the links have left behind: a connection attempt's own tasks, transports that close one turn later."""
+async def _wind_up(*, goodbye_s: float = 0.0) -> None:
+    """End what the links have left behind: a connection attempt's own tasks, transports that close one turn later.
+
+    Args:
+        goodbye_s: Time for transports that close when the peer has answered, as those of TLS do.
+    """
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await asyncio.get_running_loop().shutdown_asyncgens()
-    await asyncio.sleep(0)
+    await asyncio.sleep(goodbye_s)

@@ -18,7 +18,6 @@ from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.core.messages import PATH
 
 pytestmark = [pytest.mark.usefixtures("short_waits", "no_proxies")]
-ignored = pytest.mark.xfail(strict=True, reason="finding 3.6: proxies are ignored")
 VARIABLES = ("http_proxy", "https_proxy", "no_proxy", "all_proxy")
 BASIC = "Basic " + base64.b64encode(b"user:pass").decode()
 
@@ -55,7 +54,6 @@ def running(**keys: object) -> Iterator[User]:
         assert not thread._thread.is_alive()
 
 
-@ignored
 @pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY"])
 def test_a_proxy_of_the_environment(
     server: DrafterServer, proxy: ToyProxy, monkeypatch: pytest.MonkeyPatch, variable: str
@@ -67,7 +65,6 @@ def test_a_proxy_of_the_environment(
     assert proxy.credentials == [BASIC]
 
 
-@ignored
 def test_a_tunnel_for_https(monkeypatch: pytest.MonkeyPatch, proxy: ToyProxy) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     monkeypatch.setenv("https_proxy", f"http://user:pass@127.0.0.1:{proxy.port}")
@@ -79,7 +76,6 @@ def test_a_tunnel_for_https(monkeypatch: pytest.MonkeyPatch, proxy: ToyProxy) ->
     assert proxy.credentials == [BASIC]
 
 
-@ignored
 def test_a_proxy_of_the_endpoint(server: DrafterServer, proxy: ToyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with running(url=server.url, proxy=f"http://127.0.0.1:{proxy.port}") as user:
@@ -88,7 +84,6 @@ def test_a_proxy_of_the_endpoint(server: DrafterServer, proxy: ToyProxy, monkeyp
     assert proxy.credentials == [None]
 
 
-@ignored
 def test_no_proxy_for_an_endpoint(server: DrafterServer, proxy: ToyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
     with running(url=server.url, proxy="none") as user:
@@ -115,7 +110,6 @@ ANSWERS = {
 }
 
 
-@ignored
 @pytest.mark.parametrize("scheme", ["http", "https"])
 @pytest.mark.parametrize(("answer", "fragments"), ANSWERS.values(), ids=ANSWERS.keys())
 def test_a_proxy_that_does_not_serve_us(
@@ -134,7 +128,6 @@ def test_a_proxy_that_does_not_serve_us(
     assert line.isprintable()
 
 
-@ignored
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_is_not_there(log: LogLines, scheme: str) -> None:
     with socket.socket() as taken:

@@ -15,9 +15,6 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Handler, wait_until
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.core.messages import PATH, Refuse, Welcome, encode
 
-gateway = pytest.mark.xfail(strict=True, reason="finding 3.5: a gateway's answer delays the next try by 30 s")
-plain = pytest.mark.xfail(strict=True, reason="finding 3.7: redirects, TLS and text of peers are told wrongly")
-tokens = pytest.mark.xfail(strict=True, reason="finding 3.8: a token that cannot be right is told as something else")
 LONGEST_WAIT_S = link_module.MAX_BACKOFF_S
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -46,7 +43,7 @@ def clean(log: LogLines) -> None:
 # Gateways
 
 
-@pytest.mark.parametrize("number", [*(pytest.param(n, marks=gateway) for n in (403, 404)), 429, 500, 502, 503, 504])
+@pytest.mark.parametrize("number", [403, 404, 429, 500, 502, 503, 504])
 def test_a_gateway_without_a_drafter_is_asked_again_soon(
     server: DrafterServer, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
@@ -59,7 +56,6 @@ def test_a_gateway_without_a_drafter_is_asked_again_soon(
     assert LONGEST_WAIT_S <= 6.0
 
 
-@gateway
 @pytest.mark.parametrize("number", [403, 404, 502, 503, 504])
 def test_a_gateway_is_named_as_a_possible_cause(server: DrafterServer, log: LogLines, number: int) -> None:
     server.handler = status(number)
@@ -84,7 +80,6 @@ def test_a_drafter_that_refuses_our_token_is_not_asked_again_soon(
 # Redirects
 
 
-@plain
 @pytest.mark.parametrize("number", [301, 302, 303, 307, 308])
 @pytest.mark.parametrize("same_host", [True, False])
 def test_redirects_are_told_and_not_followed(
@@ -113,7 +108,6 @@ def test_redirects_are_told_and_not_followed(
     clean(log)
 
 
-@plain
 @pytest.mark.parametrize(
     ("location", "told"),
     [("/login", "/login"), ("\x1b[31mhttp://x", "\\x1b[31m"), ("x" * 5000, "xxxx"), ("http://[", "http://[")],
@@ -127,7 +121,6 @@ def test_odd_redirects(server: DrafterServer, log: LogLines, location: str, told
     clean(log)
 
 
-@plain
 def test_a_redirect_to_nowhere(server: DrafterServer, log: LogLines) -> None:
     server.handler = status(307)
     with running(server.url):
@@ -138,7 +131,6 @@ def test_a_redirect_to_nowhere(server: DrafterServer, log: LogLines) -> None:
 # TLS
 
 
-@plain
 def test_an_authority_that_is_not_known(log: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with DrafterServer(TOY, tls=server_tls()) as server, running(f"https://localhost:{server.port}"):
@@ -149,7 +141,6 @@ def test_an_authority_that_is_not_known(log: LogLines, monkeypatch: pytest.Monke
     clean(log)
 
 
-@plain
 def test_an_authority_that_is_known(log: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     with DrafterServer(TOY, tls=server_tls()) as server, running(f"https://localhost:{server.port}") as (_, user):
@@ -157,7 +148,6 @@ def test_an_authority_that_is_known(log: LogLines, monkeypatch: pytest.MonkeyPat
     assert log.warnings() == []
 
 
-@plain
 def test_a_file_of_authorities_that_is_not_there(log: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/ca.pem")
     with DrafterServer(TOY, tls=server_tls()) as server, running(f"https://localhost:{server.port}"):
@@ -165,7 +155,6 @@ def test_a_file_of_authorities_that_is_not_there(log: LogLines, monkeypatch: pyt
     assert "SSL_CERT_FILE names /nowhere/ca.pem, which cannot be read" in log.warnings()[0]
 
 
-@plain
 def test_a_certificate_for_another_name(log: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSL_CERT_FILE", str(AUTHORITY))
     with DrafterServer(TOY, tls=server_tls()) as server, running(f"https://127.0.0.1:{server.port}"):
@@ -176,7 +165,6 @@ def test_a_certificate_for_another_name(log: LogLines, monkeypatch: pytest.Monke
     clean(log)
 
 
-@plain
 def test_https_to_a_plain_port(server: DrafterServer, log: LogLines) -> None:
     with running(f"https://127.0.0.1:{server.port}"):
         wait_until(log.warnings)
@@ -186,7 +174,6 @@ def test_https_to_a_plain_port(server: DrafterServer, log: LogLines) -> None:
     clean(log)
 
 
-@plain
 def test_http_to_a_tls_port(log: LogLines) -> None:
     with DrafterServer(TOY, tls=server_tls()) as server, running(server.url):
         wait_until(log.warnings)
@@ -203,7 +190,6 @@ NGINX = (
 )
 
 
-@plain
 @pytest.mark.parametrize("answer", [TLS_ALERT, NGINX, b""])
 def test_http_to_other_tls_ports(log: LogLines, answer: bytes) -> None:
     with speaking(answer) as url, running(url):
@@ -243,7 +229,6 @@ def speaking(answer: bytes) -> Iterator[str]:
             thread.join(5.0)
 
 
-@plain
 @pytest.mark.parametrize("frame", [encode([Refuse("version", EVIL)]), encode([Refuse(EVIL, "no")])])
 def test_text_of_a_drafter_that_refuses(server: DrafterServer, log: LogLines, frame: bytes) -> None:
     server.handler = answering(frame)
@@ -253,7 +238,6 @@ def test_text_of_a_drafter_that_refuses(server: DrafterServer, log: LogLines, fr
     clean(log)
 
 
-@plain
 def test_text_of_a_drafter_that_welcomes(server: DrafterServer, log: LogLines) -> None:
     server.handler = answering(encode([Welcome(1, EVIL, VOCAB_SIZE, FINGERPRINT, 8, 64, 64)]))
     with running(server.url) as (_, user):
@@ -263,7 +247,6 @@ def test_text_of_a_drafter_that_welcomes(server: DrafterServer, log: LogLines) -
     clean(log)
 
 
-@plain
 def test_text_of_a_drafter_that_closes(server: DrafterServer, log: LogLines) -> None:
     async def closing(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -274,9 +257,8 @@ def test_text_of_a_drafter_that_closes(server: DrafterServer, log: LogLines) -> 
         return socket
 
     server.handler = closing
-    with running(server.url):
-        wait_until(log.warnings)
-    assert any("\\x1b[2J\\nERROR" in line for line in log.warnings())
+    with running(server.url):  # now and then our ping meets the closed connection first
+        wait_until(lambda: any("\\x1b[2J\\nERROR" in line for line in log.warnings()))
     clean(log)
 
 
@@ -298,7 +280,6 @@ def test_text_of_what_is_no_drafter(log: LogLines, answer: bytes) -> None:
 # Tokens
 
 
-@tokens
 @pytest.mark.parametrize("token", ["secret\n", "secret ", "sec\r\nret", "s\xe9cret", "s\u20accret", ""])
 def test_a_token_that_no_header_can_carry_is_told_as_that(
     server: DrafterServer, log: LogLines, monkeypatch: pytest.MonkeyPatch, token: str

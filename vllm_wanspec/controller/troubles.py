@@ -1,0 +1,146 @@
+"""Why a drafter does not serve us: from what came back, or did not, to one line that says what would be right.
+
+Nothing that a peer wrote gets into a line as it is, and no password at all.
+"""
+
+import os
+import ssl
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+
+from vllm_wanspec.addresses import place
+from vllm_wanspec.config import TOKEN_ENV, DraftEndpoint
+from vllm_wanspec.core.messages import PATH
+from vllm_wanspec.text import masked_url, printable
+
+CERTIFICATES_ENV = "SSL_CERT_FILE"
+_GATEWAY = "a gateway in front of it has no drafter ready"
+_EXPIRED, _NOT_YET_VALID, _OTHER_NAMES = 10, 9, {62, 63, 64}
+"""OpenSSL's X509_V_ERR_… numbers."""
+
+
+class Trouble(Exception):
+    """Why a connection attempt or a connection ended: a log line, and the wait before the next attempt.
+
+    Attributes:
+        refused: The drafter itself will not have us; asking again soon is of no use.
+        fault: It broke the protocol.
+    """
+
+    def __init__(self, reason: str, *, refused: bool = False, fault: bool = False) -> None:
+        """Say ``reason``."""
+        super().__init__(reason)
+        self.refused = refused
+        self.fault = fault
+
+
+def tls_context(url: str) -> ssl.SSLContext | bool:
+    """What to check a server's certificate by, ``SSL_CERT_FILE`` as it is now included; True where there is no TLS."""
+    if urlsplit(url).scheme != "https":
+        return True
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def handshake_trouble(status: int, endpoint: DraftEndpoint, proxy: str | None) -> Trouble:
+    """A server has answered, but not by opening the WebSocket.
+
+    Only a 401 is the drafter's own word: a gateway whose drafter still starts answers the others, so they are soon
+    asked again.
+    """
+    via = _via(proxy)
+    if status == 401:
+        return Trouble(
+            f"does not accept our token (HTTP 401){via}; {_set_token(endpoint)}",
+            refused=True,
+        )
+    if status == 403:
+        return Trouble(
+            f"does not accept our token (HTTP 403), or {_GATEWAY}{via}; {_set_token(endpoint)}, "
+            "or start `wanspec drafter MODEL` there"
+        )
+    if status == 404:
+        return Trouble(f"has no {PATH} (HTTP 404), or {_GATEWAY}{via}; start it by `wanspec drafter MODEL`")
+    if status == 407:
+        return Trouble(f"is not reached{via}: HTTP 407, it wants a login; put user:password@ before the proxy's host")
+    right = ""
+    if status in {502, 503, 504}:
+        right = f"; perhaps {_GATEWAY}: start `wanspec drafter MODEL` there"
+    elif status == 400 and not _is_tls(endpoint):
+        right = "; if the port wants TLS, write https:// in the url"
+    return Trouble(f"answers HTTP {status} instead of opening the WebSocket{via}{right}")
+
+
+def redirect_trouble(status: int, endpoint: DraftEndpoint, location: str | None) -> Trouble:
+    """A server sends us elsewhere; nobody follows there with the token."""
+    if location is None:
+        there = "nowhere"
+    else:
+        there = printable(location, 2000)
+        with suppress(ValueError):
+            there = urljoin(endpoint.url + PATH, there)
+        there = printable(masked_url(there))
+    return Trouble(
+        f"redirects us (HTTP {status}) to {there}; change the url to where the drafter itself is, "
+        "redirects are not followed"
+    )
+
+
+def connect_trouble(error: Exception, endpoint: DraftEndpoint, proxy: str | None) -> Trouble:
+    """There is no connection, or nothing that speaks HTTP at its other end."""
+    via = _via(proxy)
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return handshake_trouble(error.status, endpoint, proxy)
+    if isinstance(error, aiohttp.ClientProxyConnectionError) and proxy is not None:
+        return Trouble(f"its proxy {place(proxy)} is unreachable ({_cause(error)}); start it or mend its url")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return _certificate_trouble(error.certificate_error, via)
+    if isinstance(error, aiohttp.ClientSSLError):
+        reason = getattr(error.os_error, "reason", None) or _cause(error)
+        return Trouble(
+            f"speaks no TLS{via}, or not ours ({printable(str(reason))}); write http:// in the url if the port is plain"
+        )
+    wants_tls = "" if _is_tls(endpoint) else "; if the port wants TLS, write https:// in the url"
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
+        return Trouble(f"hangs up without an answer{via}; start `wanspec drafter MODEL` there{wants_tls}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        said = printable(" ".join(str(error.message).split()), 120)
+        return Trouble(f"does not answer in HTTP{via} ({said}); mend the url{wants_tls}")
+    return Trouble(f"unreachable{via} ({_cause(error)}); start `wanspec drafter` there or mend the url")
+
+
+def _certificate_trouble(error: Exception, via: str) -> Trouble:
+    code = getattr(error, "verify_code", 0)
+    why = printable(str(getattr(error, "verify_message", "") or error))
+    if code in _OTHER_NAMES:
+        right = "it is for another name: write a name that is in it into the url"
+    elif code in {_EXPIRED, _NOT_YET_VALID}:
+        right = "renew it, or set the clock right"
+    else:
+        right = f"for an authority of your own set {CERTIFICATES_ENV} to a file with its certificate (PEM)"
+        file = os.environ.get(CERTIFICATES_ENV)
+        if file is not None and not os.access(Path(file), os.R_OK):
+            right = f"{CERTIFICATES_ENV} names {printable(file)}, which cannot be read"
+    return Trouble(f"its certificate is not accepted{via} ({why}); {right}")
+
+
+def _cause(error: Exception) -> str:
+    """What the system says, without the addresses that aiohttp puts around it."""
+    cause = getattr(error, "os_error", error)
+    return printable(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__)
+
+
+def _via(proxy: str | None) -> str:
+    return f" through its proxy {place(proxy)}" if proxy is not None else ""
+
+
+def _set_token(endpoint: DraftEndpoint) -> str:
+    return f"set {endpoint.token_env or TOKEN_ENV} here to the drafter's WANSPEC_TOKEN"
+
+
+def _is_tls(endpoint: DraftEndpoint) -> bool:
+    return urlsplit(endpoint.url).scheme == "https"
