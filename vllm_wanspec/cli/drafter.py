@@ -7,6 +7,7 @@ import typer
 from vllm_wanspec.cli.arguments import read_arguments
 from vllm_wanspec.cli.launch import become_vllm_serve, require_vllm
 from vllm_wanspec.config import HOST_ENV
+from vllm_wanspec.drafter.environment import check_environment
 
 #: With the sessions in the engine a branch begins with the step after the token that it follows, which vLLM must not
 #: have scheduled before.
@@ -21,6 +22,7 @@ def drafter(context: typer.Context) -> None:
     token where that variable is set.
     """
     require_vllm()
+    check_environment(os.environ)
     arguments = read_arguments(context.args)
     inside = os.environ.get(HOST_ENV) == "engine"
     more = [SYNCHRONOUS] if inside and not arguments.give(SCHEDULING) else []

@@ -3,6 +3,7 @@
 import hmac
 import logging
 import os
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,19 +18,20 @@ from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.drafter.engines import VllmEngine
+from vllm_wanspec.drafter.environment import ENGINE, check_environment, host_place, running_branches
 from vllm_wanspec.drafter.gate import EngineGate
-from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
+from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.drafter.startup import alternatives
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
+from vllm_wanspec.text import printable
 
 logger = logging.getLogger("vllm.wanspec.drafter")
 
 WARM_UP_TOKENS = 4
 GOING_AWAY, PROTOCOL_ERROR = 1001, 1002
-ENGINE, FRONT_END = "engine", "front-end"
 
 
 class WanspecRoutes:
@@ -39,7 +41,12 @@ class WanspecRoutes:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the route."""
+        """Add the route; ends the server with one line and status 2 where its environment is wrong."""
+        try:
+            check_environment(os.environ)
+        except ConfigError as error:
+            sys.stderr.write(f"wanspec: {error}\n")
+            raise SystemExit(2) from None
         app.add_api_websocket_route(PATH, serve_controller)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
@@ -66,22 +73,11 @@ class WanspecRoutes:
             host = StreamingHost(engine, model, running_branches=places, sink=log.record if log else None)
             state.wanspec_port, stats = partial(LocalPort, host), host.stats
         REGISTRY.register(HostCollector(stats))
+        if TOKEN_ENV not in os.environ:
+            logger.warning("%s is not set: everybody who reaches this port is served drafts", TOKEN_ENV)
         async for _ in engine.draft((0,), WARM_UP_TOKENS):
             pass
         logger.info("drafter ready: %s, longest context %d tokens", config.model, config.max_model_len - 1)
-
-
-def host_place(asked: str | None, data_parallel_size: int) -> str:
-    """Where the sessions live: in the front end, or, if asked for, with the engine.
-
-    Raises:
-        ConfigError: ``asked`` is neither, or cannot be.
-    """
-    if asked not in (None, "", ENGINE, FRONT_END):
-        raise ConfigError(f"{HOST_ENV}: {asked!r} is neither {ENGINE} nor {FRONT_END}")
-    if asked == ENGINE and data_parallel_size > 1:
-        raise ConfigError(f"{HOST_ENV}: with --data-parallel-size {data_parallel_size} it can only be {FRONT_END}")
-    return asked or FRONT_END
 
 
 async def serve_controller(websocket: WebSocket) -> None:
@@ -95,26 +91,17 @@ async def serve_controller(websocket: WebSocket) -> None:
         await serve(websocket.app.state.wanspec_port(), _frames(websocket), websocket.send_bytes)
         await _close(websocket, GOING_AWAY, "")
     except RemoteProtocolError as error:
-        logger.warning("controller at %s dropped: %s", _peer(websocket), error)
-        await _close(websocket, PROTOCOL_ERROR, str(error)[:100])
+        said = printable(str(error))
+        logger.warning("controller at %s dropped: %s", _peer(websocket), said)
+        # A close frame takes 123 bytes of reason.
+        await _close(websocket, PROTOCOL_ERROR, said.encode("ascii", "backslashreplace")[:100].decode())
     except (WebSocketDisconnect, RuntimeError, OSError) as error:
         logger.info("controller at %s is gone (%s)", _peer(websocket), type(error).__name__)
 
 
 def authorized(header: str | None, token: str | None) -> bool:
-    """Whether an Authorization header carries the token; without a token everybody is welcome."""
-    return not token or hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode())
-
-
-def running_branches(asked: str | None, max_num_seqs: int) -> int:
-    """Places for running branches: as asked, or the default; never more than vLLM runs at a time.
-
-    Raises:
-        ConfigError: ``asked`` is not a positive integer.
-    """
-    if asked is not None and not (asked.isdecimal() and int(asked) > 0):
-        raise ConfigError(f"{WIDTH_ENV}: {asked!r} is not a number of branches, as in 64")
-    return min(int(asked or DEFAULT_RUNNING_BRANCHES), max_num_seqs)
+    """Whether an Authorization header carries the token; where there is none (None, not "") everybody is welcome."""
+    return token is None or (token != "" and hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode()))
 
 
 async def _frames(websocket: WebSocket) -> AsyncGenerator[bytes, None]:
@@ -134,4 +121,4 @@ async def _close(websocket: WebSocket, code: int, reason: str) -> None:
 
 
 def _peer(websocket: WebSocket) -> str:
-    return f"{websocket.client.host}:{websocket.client.port}" if websocket.client else "unknown address"
+    return printable(f"{websocket.client.host}:{websocket.client.port}", 80) if websocket.client else "unknown address"

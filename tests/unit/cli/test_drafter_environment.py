@@ -35,7 +35,6 @@ def test_good_environments(becomes: list[list[str]], monkeypatch: pytest.MonkeyP
     assert len(becomes) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="findings 3.2 and 3.8: wrong variables of the drafter are not told at start")
 @pytest.mark.parametrize(
     ("name", "value", "what"),
     [

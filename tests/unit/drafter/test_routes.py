@@ -19,9 +19,10 @@ from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_mode
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
 from vllm_wanspec.drafter import routes
-from vllm_wanspec.drafter.host import StreamingHost
+from vllm_wanspec.drafter.environment import FRONT_END, running_branches
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort
-from vllm_wanspec.drafter.routes import WanspecRoutes, authorized, running_branches
+from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
 from vllm_wanspec.errors import ConfigError
 
 TOY = Toy(seed=9)
@@ -207,7 +208,7 @@ def test_many_controllers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (None, None, True),
         ("Bearer x", None, True),
-        ("Bearer x", "", True),
+        ("Bearer x", "", False),
         ("Bearer x", "x", True),
         (None, "x", False),
         ("", "x", False),
@@ -240,7 +241,7 @@ def client(max_num_seqs: int = 100) -> SimpleNamespace:
 def registry(monkeypatch: pytest.MonkeyPatch) -> CollectorRegistry:
     for name in (WIDTH_ENV, EVENTS_ENV):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(HOST_ENV, routes.FRONT_END)
+    monkeypatch.setenv(HOST_ENV, FRONT_END)
     registry = CollectorRegistry()
     monkeypatch.setattr(routes, "REGISTRY", registry)
     return registry
@@ -278,7 +279,7 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
 
 @pytest.mark.parametrize(
     ("asked", "max_num_seqs", "width"),
-    [(None, 100, routes.DEFAULT_RUNNING_BRANCHES), (None, 4, 4), ("12", 100, 12), ("12", 4, 4), ("1", 4, 1)],
+    [(None, 100, DEFAULT_RUNNING_BRANCHES), (None, 4, 4), ("12", 100, 12), ("12", 4, 4), ("1", 4, 1)],
 )
 def test_places_for_running_branches(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, asked: str | None, max_num_seqs: int, width: int
