@@ -47,6 +47,8 @@ def read_yaml(path: str | Path) -> Any:
             root = _Loader(text).get_single_node()
         except yaml.YAMLError as error:
             raise ConfigError(f"is not valid YAML{_explained(error, text)}") from error
+        except (ValueError, OverflowError) as error:  # as PyYAML meets "\UFFFFFFFF" or %YAML with endless digits
+            raise ConfigError("is not valid YAML: it holds an escape or a directive that is out of range") from error
         if root is None:
             return None
         _check_size(root)
@@ -68,13 +70,15 @@ def other_form(text: str) -> str | None:
 class _Loader(yaml.SafeLoader):
     """PyYAML's loader as far as nodes: refuses what is nested too deep, and keys given twice."""
 
-    depth = 0
+    depth = count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.depth += 1
-        if self.depth > MAX_DEPTH:
+        self.count += 1
+        if self.depth > MAX_DEPTH or self.count > MAX_VALUES:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise ConfigError(f"line {mark.line + 1}: nested more than {MAX_DEPTH} deep")
+            what = f"nested more than {MAX_DEPTH} deep" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
+            raise ConfigError(f"line {mark.line + 1}: {what}")
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from vllm_wanspec.config import CONFIG_ENV, TOKEN_ENV, Settings, TreeSettings, load_settings, settings_path
 from vllm_wanspec.errors import ConfigError
@@ -199,6 +201,7 @@ SHAPES = {
         ENDPOINTS + "x-0: &a0 {a: 1}\n" + BOMB.replace("[", "{<<: [").replace("]", "]}") + "tree: {<<: *a8}\n",
         ["anchors"],
     ),
+    "very many values": (ENDPOINTS + f"fallback: [{'ngram, ' * 10_000}]\n", ["line 3", "more than 10000 values"]),
     "very long": (ENDPOINTS + "#" * 2_000_000, ["larger than"]),
     "a second document": (ENDPOINTS + "---\ntree: {}\n", ["line 3", "second document"]),
     "a merge of text": (ENDPOINTS + "tree: {<<: a}\n", ["line 3", "<<"]),
@@ -342,3 +345,30 @@ def test_line_ends_of_a_request_reach_no_log() -> None:
 def test_a_key_of_a_request_given_twice() -> None:
     with pytest.raises(ConfigError, match="max_nodes is given twice"):
         TreeSettings().overridden("max_nodes=64,max_branches=2,max_nodes=128")
+
+
+# Anything at all
+
+
+WORDS = [*"?:-[]{}\"'#0F ", "tree:", "x-a:", "<<:", "&a", "*a", "!!int", "!x", "1e9", "\\U"]
+PIECES = st.sampled_from(
+    [*WORDS, *ENDPOINTS.splitlines(keepends=True), "|\n", ">\n", "\n", "  ", "\t", "%YAML 1.1\n", "---\n", "...\n"]
+)
+
+
+@example('"\\UFFFFFFFF"')
+@example("%YAML 1." + "9" * 5000 + "\n--- a")
+@example("? [a]\n: b")
+@example("- &a [*a]")
+@example("!!map [a]")
+@example("!!seq {a: b}")
+@example("? &a x\n: 1\n*a : 2")
+@given(st.text() | st.lists(PIECES | st.text(max_size=3)).map("".join))
+def test_any_text_is_read_or_told_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogatepass"))
+    try:
+        assert isinstance(load_settings(file), Settings)
+    except ConfigError as error:
+        assert str(error).startswith(f"{file}: ")
+        assert str(error).isprintable()

@@ -19,7 +19,14 @@ from typing import Protocol
 import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
-from vllm_wanspec.controller.troubles import Trouble, connect_trouble, handshake_trouble, redirect_trouble, tls_context
+from vllm_wanspec.controller.troubles import (
+    Trouble,
+    connect_trouble,
+    handshake_trouble,
+    redirect_trouble,
+    tls_context,
+    via_proxy,
+)
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
@@ -193,7 +200,8 @@ class DrafterLink:
         except aiohttp.WSServerHandshakeError as error:
             raise handshake_trouble(error.status, self.endpoint, proxy) from error
         except TimeoutError as error:
-            raise Trouble(f"does not answer within {GREETING_TIMEOUT_S:.0f} s; is its address right?") from error
+            within = f"within {GREETING_TIMEOUT_S:.0f} s{via_proxy(proxy)}"
+            raise Trouble(f"does not answer {within}; is its address right?") from error
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name can be that
             raise connect_trouble(error, self.endpoint, proxy) from error
         try:

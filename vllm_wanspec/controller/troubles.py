@@ -52,7 +52,7 @@ def handshake_trouble(status: int, endpoint: DraftEndpoint, proxy: str | None) -
     Only a 401 is the drafter's own word: a gateway whose drafter still starts answers the others, so they are soon
     asked again.
     """
-    via = _via(proxy)
+    via = via_proxy(proxy)
     if status == 401:
         return Trouble(
             f"does not accept our token (HTTP 401){via}; {_set_token(endpoint)}",
@@ -92,7 +92,7 @@ def redirect_trouble(status: int, endpoint: DraftEndpoint, location: str | None)
 
 def connect_trouble(error: Exception, endpoint: DraftEndpoint, proxy: str | None) -> Trouble:
     """There is no connection, or nothing that speaks HTTP at its other end."""
-    via = _via(proxy)
+    via = via_proxy(proxy)
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return handshake_trouble(error.status, endpoint, proxy)
     if isinstance(error, aiohttp.ClientProxyConnectionError) and proxy is not None:
@@ -134,7 +134,8 @@ def _cause(error: Exception) -> str:
     return printable(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__)
 
 
-def _via(proxy: str | None) -> str:
+def via_proxy(proxy: str | None) -> str:
+    """Which way was taken, for a log line; empty for the straight one."""
     return f" through its proxy {place(proxy)}" if proxy is not None else ""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm_wanspec.config import HOST_ENV, WIDTH_ENV
 from vllm_wanspec.drafter.engines import TOP_K
+from vllm_wanspec.drafter.environment import host_place, running_branches
 from vllm_wanspec.errors import ConfigError
 
 logger = logging.getLogger("vllm.wanspec.drafter")
@@ -29,8 +30,6 @@ def check(vllm_config: Any, usage: Any) -> None:
     """
     if getattr(usage, "name", None) != SERVER or PLUGIN not in os.environ.get(PLUGINS_ENV, "").split(","):
         return
-    from vllm_wanspec.drafter.routes import host_place, running_branches  # with FastAPI, which few processes need
-
     model = vllm_config.model_config
     if model.runner_type != "generate":
         raise ConfigError(f"{model.model} is a {model.runner_type} model; a drafter serves a model that generates text")

@@ -35,7 +35,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (TOKEN_ENV, WIDTH_ENV, EVENTS_ENV, HOST_ENV):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
-    monkeypatch.setattr(routes, "VllmEngine", lambda client: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
 
 
 def started() -> None:
