@@ -21,8 +21,9 @@ from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import Hello, Nodes, decode, encode
 from vllm_wanspec.drafter import inside, routes
+from vllm_wanspec.drafter.environment import FRONT_END
 from vllm_wanspec.drafter.gate import EngineGate
-from vllm_wanspec.drafter.host import HostStats
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, HostStats
 from vllm_wanspec.drafter.ports import serve
 from vllm_wanspec.drafter.routes import WanspecRoutes
 from vllm_wanspec.errors import WanspecError
@@ -101,8 +102,8 @@ def test_frames_reach_the_engine_within_a_few_steps() -> None:
 
 def made_ready(monkeypatch: pytest.MonkeyPatch, processes: int) -> int:
     """Places of all of a server's front ends together; they are made ready one after the other, as by vLLM."""
-    monkeypatch.setenv(HOST_ENV, routes.FRONT_END)
-    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client: ToyEngine(TOY))
+    monkeypatch.setenv(HOST_ENV, FRONT_END)
+    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client, top_k: ToyEngine(TOY))
     places = 0
     for rank in range(processes):
         monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
@@ -121,7 +122,7 @@ def test_two_front_ends_do_not_double_the_places(monkeypatch: pytest.MonkeyPatch
         places = made_ready(monkeypatch, processes=2)
     except WanspecError:
         return
-    assert places <= routes.DEFAULT_RUNNING_BRANCHES
+    assert places <= DEFAULT_RUNNING_BRANCHES
 
 
 SCRAPED = """
@@ -133,7 +134,7 @@ from toys import Toy, ToyEngine
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.errors import WanspecError
 
-routes.VllmEngine = lambda engine_client: ToyEngine(Toy(9))
+routes.VllmEngine = lambda engine_client, top_k: ToyEngine(Toy(9))
 engine_client = client()
 engine_client.vllm_config.parallel_config._api_process_count = 2
 engine_client.vllm_config.parallel_config._api_process_rank = 0
@@ -153,7 +154,7 @@ print(generate_latest(registry).decode())
 def test_a_scrape_of_several_front_ends_has_our_metrics(tmp_path: Path) -> None:
     variables = {
         **os.environ,
-        HOST_ENV: routes.FRONT_END,
+        HOST_ENV: FRONT_END,
         "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }

@@ -142,7 +142,6 @@ def test_an_adaptive_window_knows_what_drafts_cost_a_batch() -> None:
     assert world.run(150, costs) >= 0.9 * best_fixed(64, 0.6, costs, 8)
 
 
-@finding("1.5", "a step is held back for drafts of a request that has got its last token")
 def test_finished_requests_are_not_waited_for() -> None:
     world = World(0, speculation=4, agreement=0.9, seed=6, late={"policy": "fixed", "max_wait_ms": 5})
     costs = Costs(30e-3, 0.0, 0.0)

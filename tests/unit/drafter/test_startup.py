@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from toys import VOCABULARY, Toy, ToyEngine
 
 from vllm_wanspec import plugin
-from vllm_wanspec.config import HOST_ENV, WIDTH_ENV
+from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.drafter import routes
@@ -135,6 +135,7 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, client: Client) -> tuple[int, Sim
         return ToyEngine(Toy())
 
     monkeypatch.setattr(routes, "VllmEngine", engine)
+    monkeypatch.setenv(TOKEN_ENV, "secret")
     monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
     state = SimpleNamespace()
     asyncio.run(routes.WanspecRoutes().init_state(client, state, None))
