@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_wanspec.core.policy.lateness import Coming, Pace, Turnaround, Wait, worthwhile_wait
+from vllm_wanspec.core.learned.meter import Pace
+from vllm_wanspec.core.policy.lateness import Coming, Turnaround, Wait, worthwhile_wait
 
 STEP_S = 0.03
 
