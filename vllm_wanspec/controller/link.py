@@ -34,7 +34,7 @@ from vllm_wanspec.core.messages import (
     decode,
     frames,
 )
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 logger = logging.getLogger("vllm.wanspec.link")

@@ -11,17 +11,15 @@ from math import inf
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
-from vllm_wanspec.core.policy.expansion import main_line_tip
-from vllm_wanspec.core.policy.lateness import ASSUMED_GAP_S, Coming, Turnaround
 from vllm_wanspec.core.policy.length import StepCost, Window
 from vllm_wanspec.core.policy.lookup import LookupRates, Text
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import Committed, DraftTree
+from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
-LONGEST_GAP_S = 0.1
 POOR_DRAFT_TOKENS = 0.5
 """A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
@@ -98,17 +96,13 @@ class ControllerSession:
     """
 
     __slots__ = (
-        "_answered",
-        "_asked_s",
         "_chance",
+        "_clock",
         "_context",
         "_drafted",
         "_expected",
-        "_front",
-        "_front_s",
         "_guess",
         "_guess_length",
-        "_missed_length",
         "_number",
         "_prompt_length",
         "_rejects",
@@ -117,7 +111,6 @@ class ControllerSession:
         "_state",
         "_text",
         "_tree",
-        "_turnaround",
         "changed",
         "window",
     )
@@ -136,14 +129,9 @@ class ControllerSession:
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
         self._tree: DraftTree | None = None
-        self._turnaround = Turnaround()
+        self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
         self._reopen_at = 0.0
         self._rejects = 0
-        self._missed_length = 0
-        self._asked_s: float | None = None
-        self._answered = True
-        self._front: int | None = None
-        self._front_s = 0.0
         self._text = Text()
         self._drafted: list[int] = []
         self._expected = 0.0
@@ -191,8 +179,7 @@ class ControllerSession:
             max_nodes=limits.max_nodes,
             calibration=self._shared.calibration,
         )
-        self._turnaround = turnaround
-        self._ask(None)  # the first answer takes a whole prefill, and tells nothing of later ones
+        self._clock = AnswerClock(turnaround, len(self._context))
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self._context), limits)
 
@@ -243,7 +230,7 @@ class ControllerSession:
         counters.stale_nodes += appended.stale
         counters.late_drafts += appended.late
         counters.late_hits += appended.late_hits
-        self._measure(message, tree, now)
+        self._clock.received(message, tree, now)
         if self._state is ControllerState.BLIND and not tree.pending:
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.CATCH_UP]
 
@@ -313,28 +300,9 @@ class ControllerSession:
         return not self._drafted
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
-        """When the next draft is expected, for a session that has none; None where none can be expected ``until`` then.
-
-        Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
-        tokens committed meanwhile are of use only if all of them agree.
-        """
+        """When the next draft is expected, as `AnswerClock.coming`; None without a link."""
         tree = self._tree
-        if tree is None:
-            return None
-        behind = len(tree.pending)
-        if not behind and tree.cursor.best is not None:
-            return None
-        gap_s = self._turnaround.gap_s.get(ASSUMED_GAP_S)
-        if self._answered:
-            first_s = self._front_s + gap_s
-        else:
-            answer_s = self._turnaround.answer_s.get(0.0)
-            if answer_s == 0.0 or self._asked_s is None:
-                return None
-            first_s = self._asked_s + answer_s
-            behind = max(0, tree.committed_length - self._missed_length) if behind else 0
-        at_s = max(now, first_s) + behind * gap_s
-        return Coming(at_s, agreement**behind, gap_s) if at_s <= until else None
+        return None if tree is None else self._clock.coming(tree, now, agreement, until)
 
     def link_lost(self, now: float) -> None:
         """The link is gone, and the tree with it; the context stays."""
@@ -356,42 +324,11 @@ class ControllerSession:
         else:
             counters.misses += 1
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-            opening = not self._answered and self._asked_s is None
-            self._ask(None if opening else now)
+            self._clock.asked(len(self._context), now)
         if committed.missed:
-            self._front = None
+            self._clock.line_left()
         if self.window is not None:
             self.window.observe(committed.followed, committed.missed, self._shared.cost)
-
-    def _ask(self, now: float | None) -> None:
-        """The drafter must begin at the present context: note when, to measure how long it takes; None: do not."""
-        self._missed_length = len(self._context)
-        self._asked_s = now
-        self._answered = False
-        self._front = None
-
-    def _measure(self, message: Nodes, tree: DraftTree, now: float) -> None:
-        """Learn how fast the drafter answers and drafts."""
-        if not self._answered:
-            # What was on its way before, and echoes, which no engine has drafted, tell nothing.
-            if message.seen < self._missed_length or all(record.is_echo for record in message.nodes):
-                return
-            if self._asked_s is not None:
-                self._turnaround.answer_s.add(now - self._asked_s)
-            self._answered = True
-        if self._front is None:
-            self._front, self._front_s = main_line_tip(tree).id, now
-            return
-        advanced = 0
-        for record in message.nodes:
-            if record.parent == self._front:
-                self._front = record.id
-                advanced += 1
-        if advanced:
-            gap_s = (now - self._front_s) / advanced
-            if gap_s < LONGEST_GAP_S:
-                self._turnaround.gap_s.add(gap_s)
-            self._front_s = now
 
     def _rejected(self, code: str, now: float) -> None:
         if self._number is None:

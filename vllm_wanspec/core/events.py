@@ -12,8 +12,8 @@ from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject, from_wire, to_wire
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.length import Window
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 LOG_VERSION = 1

@@ -11,7 +11,7 @@ from toys import wait_until
 
 from vllm_wanspec.controller.pool import WAIT_SLICE_S
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -142,7 +142,7 @@ def test_the_wait_is_over_when_those_it_is_for_have_drafts() -> None:
     drafts = world.miss("a", "b")
     far = Turnaround()
     far.answer_s.add(0.5)
-    world.pool._sessions["b"].core._turnaround = far
+    world.pool._sessions["b"].core._clock.turnaround = far
     world.later(0.003, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
     assert world.draft(drafts) == pytest.approx(0.003)
     assert [len(draft) for draft in drafts] == [LIMIT, 0]

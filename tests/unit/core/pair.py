@@ -17,8 +17,8 @@ from toys import VOCAB_SIZE
 from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header
 from vllm_wanspec.core.messages import Commit, Limits, Message, Nodes, Pong, Reject, decode, frames
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.states import ControllerState
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROMPTS = ((7, 7, 42), (1, 2, 3, 4, 5), (9,))

@@ -13,10 +13,10 @@ from vllm_wanspec.core.controller import (
     Shared,
 )
 from vllm_wanspec.core.messages import REJECT_CODES, Close, Commit, Nodes, Open, Reject
-from vllm_wanspec.core.policy.lateness import ASSUMED_GAP_S, Coming, Turnaround
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.states import ControllerState
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.turnaround import ASSUMED_GAP_S, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROMPT = [10, 11, 12, 13]

@@ -16,9 +16,9 @@ from vllm_wanspec.core.events import (
     header,
 )
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject, from_wire, to_wire
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 TOY = Toy(seed=2)

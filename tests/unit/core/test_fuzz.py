@@ -35,7 +35,7 @@ from vllm_wanspec.core.messages import (
     encode,
     to_wire,
 )
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError

@@ -1,41 +1,13 @@
-"""Whether to hold a step back for drafts that will arrive in a moment, and estimates of when they will.
+"""Whether to hold a step back for drafts that will arrive in a moment.
 
 The wait stops the whole engine, so it must be worth more than the tokens that all requests would yield meanwhile.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.learned.meter import Pace
-
-ASSUMED_GAP_S = 0.008
-
-
-class Turnaround:
-    """How soon a drafter answers: measured times, shared by the sessions of one drafter.
-
-    Attributes:
-        answer_s: From a commit that leaves the tree to the first nodes drafted with knowledge of it.
-        gap_s: Between two tokens of the main line.
-    """
-
-    def __init__(self) -> None:
-        """Start without measurements."""
-        self.answer_s = Smoothed()
-        self.gap_s = Smoothed()
-
-
-class Coming(NamedTuple):
-    """The next draft of a request that has none: when it is expected (seconds), and the chance that it is of use.
-
-    A named tuple, since it is made on the serving path.
-    """
-
-    at_s: float
-    chance: float
-    gap_s: float
+from vllm_wanspec.core.turnaround import Coming
 
 
 @dataclass(frozen=True, slots=True)

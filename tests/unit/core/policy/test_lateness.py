@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_wanspec.core.learned.meter import Pace
-from vllm_wanspec.core.policy.lateness import Coming, Turnaround, Wait, worthwhile_wait
+from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait
+from vllm_wanspec.core.turnaround import Coming
 
 STEP_S = 0.03
 
@@ -115,8 +116,3 @@ def test_no_other_wait_would_gain_more(coming: list[Coming], now_pace: Pace, max
     assert 1 <= best.drafts <= now_pace.limit
     assert gain(reached, best.seconds, now_pace) > 0.0
     assert all(gain(reached, s, now_pace) <= gain(reached, best.seconds, now_pace) + 1e-9 for s in others)
-
-
-def test_a_turnaround_begins_without_measurements() -> None:
-    turnaround = Turnaround()
-    assert (turnaround.answer_s.get(-1.0), turnaround.gap_s.get(-1.0)) == (-1.0, -1.0)

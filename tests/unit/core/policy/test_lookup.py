@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from vllm_wanspec.core.controller import ControllerSession, Shared
 from vllm_wanspec.core.messages import Limits, Nodes
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.lookup import LENGTHS, WINDOW_TOKENS, LookupRates, Text
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.turnaround import Turnaround
 
 
 def text_of(tokens: list[int]) -> Text:
