@@ -3,13 +3,23 @@
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import Limits
 
 
 class LiveSession:
-    """One request: ``expected`` and ``offered`` tokens of its present draft; ``guessed``: no drafter gave it."""
+    """One request.
 
-    __slots__ = ("core", "expected", "guessed", "link", "number", "offered", "tree")
+    Attributes:
+        core: Its session.
+        tree: What it asks of drafters.
+        link: The link to the drafter that serves it; None while none does.
+        number: The session's on that link.
+        draft: What was drafted last since its last commit.
+        offered: Whether the target got that draft; it can be withheld.
+    """
+
+    __slots__ = ("core", "draft", "link", "number", "offered", "tree")
 
     def __init__(self, core: ControllerSession, tree: TreeSettings) -> None:
         """Start without a link."""
@@ -17,9 +27,8 @@ class LiveSession:
         self.tree = tree
         self.link: DrafterLink | None = None
         self.number = 0
-        self.expected = 0.0
-        self.offered = 0
-        self.guessed = False
+        self.draft = NO_DRAFT
+        self.offered = False
 
 
 def limits_for(tree: TreeSettings, max_nodes: int, lookahead: int) -> Limits:

@@ -14,6 +14,7 @@ from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.controller.live import LiveSession, limits_for
 from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import StepMeter
 from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Limits, Message, Nodes, Reject
@@ -130,7 +131,7 @@ class DraftPool:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     continue
-                if live.offered and not live.guessed:
+                if live.offered and live.draft.drafted:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
                 else:
@@ -163,31 +164,30 @@ class DraftPool:
                 if live is None:
                     continue
                 rows.append((row, live))
-                drafts[row] = self._draft(live, plan, now)
-                if not drafts[row] and live.link is not None:
+                live.draft = self._draft(live, plan, now)
+                if not live.draft.drafted and live.link is not None:
                     dry.append(live)
             if dry and self._settings.late.policy != "none" and self._hold_back(dry, limit):
                 now = self._clock()
-                for row, live in rows:
+                for _, live in rows:
                     if live.core.changed:
-                        drafts[row] = self._draft(live, plan, now)
+                        live.draft = self._draft(live, plan, now)
             offered, expected = 0, 0.0
             lookup = self._fallback and len(requests) <= MAX_LOOKUP_ROWS
             for row, live in rows:
-                count = len(drafts[row])
-                live.guessed = not count
-                if lookup and count < plan.limit:
-                    drafts[row] = self._look_up(live, plan, now)
-                    live.guessed, count = live.core.is_guess, len(drafts[row])
-                live.offered = count
-                offered += count
-                expected += live.expected
+                draft = live.draft
+                if lookup and len(draft.drafted) < plan.limit:
+                    draft = live.draft = self._look_up(live, plan, now)
+                tokens = drafts[row] = draft.tokens
+                live.offered = bool(tokens)
+                offered += len(tokens)
+                expected += draft.expected
             full = offered == self._speculation_length * len(requests)
             judged = offered > 0 and self._settings.length.shut_off
             if judged and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
                 self.counters.unpaid_steps += 1
                 for row, live in rows:
-                    drafts[row], live.offered = [], 0
+                    drafts[row], live.offered = [], False
                 offered = 0
             self.counters.offered_tokens += offered
         return drafts
@@ -260,7 +260,8 @@ class DraftPool:
         self._open(live, now)
 
     def _commit(self, live: LiveSession, tokens: Sequence[int], now: float) -> None:
-        message = live.core.commit(tokens, now)
+        message = live.core.commit(tokens, now, live.draft)
+        live.draft = NO_DRAFT
         if live.link is not None and message is not None:
             live.link.send(message)
         elif live.core.wants_link(now):
@@ -270,15 +271,13 @@ class DraftPool:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
         return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self.meter.token_worth())
 
-    def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
+    def _draft(self, live: LiveSession, plan: Plan, now: float) -> Draft:
         own = self._own_plan(live, plan)
-        tokens, live.expected = live.core.draft(own.limit, own.least, now)
-        return tokens
+        return live.core.draft(own.limit, own.least, now)
 
-    def _look_up(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
+    def _look_up(self, live: LiveSession, plan: Plan, now: float) -> Draft:
         own = self._own_plan(live, plan)
-        tokens, live.expected = live.core.fall_back(own.limit, own.least, now)
-        return tokens
+        return live.core.fall_back(live.draft, own.limit, own.least, now)
 
     def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
         return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from math import inf
 
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import StepCost, Window
-from vllm_wanspec.core.policy.lookup import LookupRates, Text
+from vllm_wanspec.core.policy.lookup import LookupRates, Text, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import Committed, DraftTree
 from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
@@ -20,8 +21,6 @@ from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
-POOR_DRAFT_TOKENS = 0.5
-"""A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -96,13 +95,8 @@ class ControllerSession:
     """
 
     __slots__ = (
-        "_chance",
         "_clock",
         "_context",
-        "_drafted",
-        "_expected",
-        "_guess",
-        "_guess_length",
         "_number",
         "_prompt_length",
         "_rejects",
@@ -133,11 +127,6 @@ class ControllerSession:
         self._reopen_at = 0.0
         self._rejects = 0
         self._text = Text()
-        self._drafted: list[int] = []
-        self._expected = 0.0
-        self._chance = 1.0
-        self._guess: list[int] = []
-        self._guess_length = 0
         self.window = window
         self.changed = False
 
@@ -183,16 +172,22 @@ class ControllerSession:
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self._context), limits)
 
-    def commit(self, tokens: Sequence[int], now: float) -> Commit | None:
-        """Take what the target has verified; the message to send, if there is a link."""
+    def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
+        """Take what the target has verified; the message to send, if there is a link.
+
+        Args:
+            tokens: In order; at least one.
+            now: Seconds.
+            draft: The last one made since the commit before, whether or not the target got it: what prompt lookup
+                guessed in it is judged.
+        """
         counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
-        if self._guess:
-            before = len(self._drafted)
-            if list(tokens[:before]) == self._drafted:
-                counters.fallback_hits += self._shared.lookup.saw(self._guess_length, self._guess, tokens[before:])
-            self._guess = []
+        if draft.guess:
+            before = len(draft.drafted)
+            if list(tokens[:before]) == draft.drafted:
+                counters.fallback_hits += self._shared.lookup.saw(draft.match, draft.guess, tokens[before:])
         if position > self._prompt_length:
             counters.steps += 1
             counters.committed_tokens += len(tokens)
@@ -234,70 +229,33 @@ class ControllerSession:
         if self._state is ControllerState.BLIND and not tree.pending:
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.CATCH_UP]
 
-    def draft(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
-        """What the target may verify next.
+    def draft(self, limit: int, least: float, now: float) -> Draft:
+        """What the target may verify next, as far as a drafter has drafted it.
 
         Args:
             limit: Most tokens.
             least: See `DraftTree.draft`.
             now: Seconds.
-
-        Returns:
-            Token ids, none where there is nothing to use, and how many of them the target can be expected to take.
         """
         self.changed = False
         if self._state is not ControllerState.SERVED or self._tree is None:
-            self._drafted, self._expected, self._chance = [], 0.0, 1.0
-        else:
-            self._drafted, self._expected, self._chance = self._tree.draft(limit, least)
-        return self._drafted, self._expected
+            return NO_DRAFT
+        tokens, expected, chance = self._tree.draft(limit, least)
+        return Draft(tokens, expected, chance, [], 0)
 
-    def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+    def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
 
-        It goes on after what `draft` gave last; where that promises little, lookup alone takes its place if it promises
-        more.
-
         Args:
+            draft: What `draft` has just given, to go on after or to replace; see `lengthened`.
             limit: Most tokens.
             least: The draft ends where the chance that the target takes all of it falls below this.
             now: Seconds.
-
-        Returns:
-            As for `draft`.
         """
         self._text.append(self._context[self._text.length :])
-        drafted, expected = self._drafted, self._expected
-        if expected < POOR_DRAFT_TOKENS:
-            length, guess, worth = self._look_up([], 1.0, limit, least)
-            if worth > expected:
-                drafted, expected = [], 0.0
-            elif drafted:
-                length, guess, worth = self._look_up(drafted, self._chance, limit, least)
-        else:
-            length, guess, worth = self._look_up(drafted, self._chance, limit, least)
-        self._drafted, self._guess, self._guess_length = drafted, guess, length
-        self._shared.counters.fallback_tokens += len(guess)
-        return drafted + guess, expected + worth
-
-    def _look_up(self, drafted: list[int], chance: float, limit: int, least: float) -> tuple[int, list[int], float]:
-        """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
-        length, found = self._text.continuation(max(0, limit - len(drafted)), drafted)
-        each = self._shared.lookup.chance[length]
-        guess: list[int] = []
-        expected = 0.0
-        for token in found:
-            chance *= each
-            if chance < least:
-                break
-            expected += chance
-            guess.append(token)
-        return length, guess, expected
-
-    @property
-    def is_guess(self) -> bool:
-        """Whether all of the present draft is prompt lookup, or there is none."""
-        return not self._drafted
+        longer = lengthened(draft, self._text, self._shared.lookup, limit, least)
+        self._shared.counters.fallback_tokens += len(longer.guess)
+        return longer
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, as `AnswerClock.coming`; None without a link."""

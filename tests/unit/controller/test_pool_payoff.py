@@ -6,6 +6,7 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.policy.length import LEARNING_STEPS, PROBE_STEPS
 
@@ -136,7 +137,7 @@ def test_the_yield_of_requests_that_had_drafts_is_kept_apart() -> None:
     world = running_well("ab")
     drafted, dry = (world.pool._sessions[name] for name in "ab")
     for _ in range(300):
-        drafted.offered, drafted.guessed, dry.offered = 3, False, 0
+        drafted.draft, drafted.offered, dry.offered = Draft([7, 7, 7], 2.0, 0.5, [], 0), True, False
         world.pool.step_begins(5, 3)
         world.pool.step([("a", [7, 7, 7]), ("b", [7])])
     assert world.pool.meter.tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)

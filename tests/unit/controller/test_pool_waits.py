@@ -11,6 +11,7 @@ from toys import wait_until
 
 from vllm_wanspec.controller.pool import WAIT_SLICE_S
 from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.turnaround import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -46,7 +47,7 @@ def test_after_a_wait_only_sessions_whose_trees_have_changed_are_drafted_again(m
     calls: list[ControllerSession] = []
     draft = ControllerSession.draft
 
-    def watched(self: ControllerSession, *args: float) -> tuple[list[int], float]:
+    def watched(self: ControllerSession, *args: float) -> Draft:
         calls.append(self)
         return draft(self, *args)  # type: ignore[arg-type]
 

@@ -172,7 +172,7 @@ class World:
                 self._step(request, limit, least, withhold)
 
     def _step(self, request: Request, limit: int, least: float, withhold: bool) -> None:
-        draft, expected = request.session.draft(limit, least, self.now_s)
+        draft, expected = request.session.draft(limit, least, self.now_s)[:2]
         assert len(draft) <= limit
         assert 0.0 <= expected <= len(draft)
         if self.poisoned:

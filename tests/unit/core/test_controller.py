@@ -12,6 +12,7 @@ from vllm_wanspec.core.controller import (
     Counters,
     Shared,
 )
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import REJECT_CODES, Close, Commit, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.states import ControllerState
@@ -43,7 +44,7 @@ def opened_session() -> tuple[ControllerSession, Counters]:
 
 
 def draft(session: ControllerSession, limit: int = 8) -> list[int]:
-    return session.draft(limit, 0.0, 0.0)[0]
+    return session.draft(limit, 0.0, 0.0).tokens
 
 
 def nodes(items: list[tuple[int, int, int, float]], seen: int = len(PROMPT), number: int = 1) -> Nodes:
@@ -261,10 +262,10 @@ def test_a_session_says_whether_its_tree_has_changed_since_its_last_draft() -> N
 
 def test_a_draft_says_how_much_of_it_is_expected() -> None:
     session, _ = opened_session()
-    tokens, expected = session.draft(8, 0.0, 0.0)
-    assert tokens == [30, 31]
-    assert 1.0 < expected < 2.0
-    assert session.draft(8, 0.99, 0.0) == ([], 0.0)
+    made = session.draft(8, 0.0, 0.0)
+    assert made.tokens == [30, 31]
+    assert 1.0 < made.expected < 2.0
+    assert session.draft(8, 0.99, 0.0) == NO_DRAFT
 
 
 # When the next draft is expected

@@ -85,6 +85,18 @@ def test_a_controller_s_session_that_records_does_what_others_do() -> None:
     assert blind["out"] == []
 
 
+def test_a_lookup_is_recorded_with_all_of_the_draft_that_it_makes() -> None:
+    records: list[Record] = []
+    session = RecordedControllerSession([1, 2, 3, 4, 1, 2, 3], Shared(), key="r", sink=records.append, now=0.0)
+    draft = session.fall_back(session.draft(2, 0.0, 1.0), 2, 0.25, 1.0)
+    session.commit([4, 1], 2.0, draft)
+    assert records[1:] == [
+        {"t": 1.0, "k": "r", "call": "draft", "limit": 2, "least": 0.0, "out": []},
+        {"t": 1.0, "k": "r", "call": "fall_back", "limit": 2, "least": 0.25, "out": [4, 1]},
+        {"t": 2.0, "k": "r", "call": "commit", "tokens": [4, 1], "out": []},
+    ]
+
+
 def test_what_a_bad_peer_sent_is_in_the_log() -> None:
     records: list[Record] = []
     session = RecordedControllerSession(PROMPT, Shared(), key="r", sink=records.append, now=0.0)

@@ -155,7 +155,7 @@ def test_fuzz_of_the_controllers_session() -> None:
             session.link_lost(0.0)
             assert session.tree is None
             continue
-        draft, expected = session.draft(8, 0.0, 0.0)
+        draft, expected = session.draft(8, 0.0, 0.0)[:2]
         assert len(draft) <= 8
         assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in draft)
         assert 0.0 <= expected <= len(draft)

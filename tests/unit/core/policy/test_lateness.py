@@ -84,7 +84,8 @@ def gain(coming: list[Coming], seconds: float, pace: Pace) -> float:
     """Tokens won by a wait, counted one by one."""
     total = -pace.rows * pace.tokens_per_step * seconds / pace.step_s
     for request in coming:
-        drafts = [i for i in range(pace.limit) if max(0.0, request.at_s) + i * request.gap_s <= seconds]
+        arrivals = [max(0.0, request.at_s) + i * request.gap_s for i in range(pace.limit)]
+        drafts = [at_s for at_s in arrivals if at_s <= seconds + 1e-12]  # whichever way their sums are rounded
         if drafts:
             now_yields = sum(pace.agreement**i for i in range(len(drafts) + 1))
             short = max(0.0, pace.tokens_per_drafted_step - now_yields)
