@@ -1,10 +1,13 @@
-"""What the pool keeps for each request: its session, what it asks of drafters, and the link that serves it now."""
+"""What the pool keeps for each request: its session, what it asks of drafters, the link that serves it, its draft.
+
+A `LiveSession` is the pool's, and is changed under its lock alone: its link by `pool`, its draft by `drafting`, until
+`pool` has given it to the commit that tells what became of it. What is inside ``core`` is the session's own.
+"""
 
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import NO_DRAFT
-from vllm_wanspec.core.messages import Limits
 
 
 class LiveSession:
@@ -29,17 +32,3 @@ class LiveSession:
         self.number = 0
         self.draft = NO_DRAFT
         self.offered = False
-
-
-def limits_for(tree: TreeSettings, max_nodes: int, lookahead: int) -> Limits:
-    """What a session asks of a drafter that takes ``max_nodes`` nodes; ``lookahead`` serves where it is ``auto``."""
-    threshold = tree.entropy_threshold_nats
-    return Limits(
-        lookahead=lookahead if tree.lookahead_tokens == "auto" else tree.lookahead_tokens,
-        max_nodes=min(tree.max_nodes, max_nodes),
-        max_branches=tree.max_branches,
-        running_branches=tree.running_branches,
-        branch_depth=tree.branch_depth,
-        entropy_threshold_nats=None if threshold == "adaptive" else threshold,
-        min_probability=tree.min_probability,
-    )

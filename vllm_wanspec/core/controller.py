@@ -21,6 +21,7 @@ from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
+_SERVED, _BLIND = ControllerState.SERVED, ControllerState.BLIND  # to look them up takes long, on the serving path
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -194,7 +195,7 @@ class ControllerSession:
         tree = self._tree
         if tree is None or self._number is None:
             return None
-        blind = self._state is ControllerState.BLIND
+        blind = self._state is _BLIND
         committed = tree.commit(tokens)
         if blind:
             counters.blind_steps += 1
@@ -226,7 +227,7 @@ class ControllerSession:
         counters.late_drafts += appended.late
         counters.late_hits += appended.late_hits
         self._clock.received(message, tree, now)
-        if self._state is ControllerState.BLIND and not tree.pending:
+        if self._state is _BLIND and not tree.pending:
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.CATCH_UP]
 
     def draft(self, limit: int, least: float, now: float) -> Draft:
@@ -238,10 +239,10 @@ class ControllerSession:
             now: Seconds.
         """
         self.changed = False
-        if self._state is not ControllerState.SERVED or self._tree is None:
+        tree = self._tree
+        if tree is None or self._state is not _SERVED:
             return NO_DRAFT
-        tokens, expected, chance = self._tree.draft(limit, least)
-        return Draft(tokens, expected, chance, [], 0)
+        return Draft(*tree.draft(limit, least))
 
     def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.

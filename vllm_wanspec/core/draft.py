@@ -12,20 +12,20 @@ class Draft(NamedTuple):
         drafted: Token ids that a drafter gave; not to be changed.
         expected: How many of all tokens the target can be expected to take.
         chance: Chance that it takes all of ``drafted``.
-        guess: Token ids that prompt lookup goes on with; not to be changed.
+        guess: Token ids that prompt lookup goes on with.
         match: Tokens of the match that they followed; 0 without one.
     """
 
     drafted: list[int]
     expected: float
     chance: float
-    guess: list[int]
-    match: int
+    guess: tuple[int, ...] = ()
+    match: int = 0
 
     @property
     def tokens(self) -> list[int]:
         """All token ids, none where there is nothing to use; a list of the caller's own."""
-        return self.drafted + self.guess
+        return [*self.drafted, *self.guess]
 
 
-NO_DRAFT = Draft([], 0.0, 1.0, [], 0)
+NO_DRAFT = Draft([], 0.0, 1.0)

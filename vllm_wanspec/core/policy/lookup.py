@@ -122,7 +122,7 @@ def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: 
 
 def _guess(
     text: Text, rates: LookupRates, drafted: list[int], chance: float, limit: int, least: float
-) -> tuple[int, list[int], float]:
+) -> tuple[int, tuple[int, ...], float]:
     """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
     length, found = text.continuation(max(0, limit - len(drafted)), drafted)
     each = rates.chance[length]
@@ -134,4 +134,4 @@ def _guess(
             break
         expected += chance
         guess.append(token)
-    return length, guess, expected
+    return length, tuple(guess), expected

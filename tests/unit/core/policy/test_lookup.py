@@ -124,7 +124,7 @@ def test_a_short_draft_is_lengthened() -> None:
     alone = short.expected
     longer = session.fall_back(short, 3, 0.0, 0.0)
     assert longer.tokens == [3, 4, 5]
-    assert (longer.drafted, longer.guess) == ([3], [4, 5])
+    assert (longer.drafted, longer.guess) == ([3], (4, 5))
     assert longer.expected == pytest.approx(alone + alone * 0.5 + alone * 0.25, rel=1e-3)
     session.commit([3, 4, 9], 1.0, longer)
     assert (shared.counters.fallback_tokens, shared.counters.fallback_hits, shared.counters.hits) == (2, 1, 0)

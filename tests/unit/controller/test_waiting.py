@@ -1,4 +1,4 @@
-"""DraftPool's waits for drafts about to arrive: in played time, and some on sockets."""
+"""Waits for drafts about to arrive: in played time, and some on sockets."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from pool_world import WRONG, World
 from pools import LIMIT, PROMPT, pool_of, served
 from toys import wait_until
 
-from vllm_wanspec.controller.pool import WAIT_SLICE_S
+from vllm_wanspec.controller.waiting import WAIT_SLICE_S
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.turnaround import Turnaround
