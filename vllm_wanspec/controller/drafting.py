@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.live import LiveSession
 from vllm_wanspec.controller.waiting import LateDrafts
-from vllm_wanspec.core.controller import Shared
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.learned.meter import StepMeter
 from vllm_wanspec.core.policy.length import Payoff, Plan, length_policy
 

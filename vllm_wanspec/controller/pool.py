@@ -19,7 +19,8 @@ from vllm_wanspec.controller.drafting import Drafting
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.controller.live import LiveSession
 from vllm_wanspec.controller.waiting import LateDrafts
-from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import StepMeter

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import LateSettings
 from vllm_wanspec.controller.live import LiveSession
-from vllm_wanspec.core.controller import Shared
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import RecordedControllerSession
 from vllm_wanspec.core.learned.meter import StepMeter
 from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait

@@ -14,7 +14,8 @@ import pair_checks as rules
 from pair_drafter import CachedToy, ToyDrafter
 from toys import VOCAB_SIZE
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header
 from vllm_wanspec.core.messages import Commit, Limits, Message, Nodes, Pong, Reject, decode, frames
 from vllm_wanspec.core.states import ControllerState

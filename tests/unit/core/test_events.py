@@ -5,7 +5,8 @@ import json
 import pytest
 from toys import VOCAB_SIZE, Toy, limits
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DrafterSession, StartBranch, StopBranch
 from vllm_wanspec.core.events import (
     LOG_VERSION,

@@ -17,7 +17,8 @@ import pytest
 from toys import FINGERPRINT, VOCAB_SIZE, Toy, draft_model
 from wire_fuzz import KINDS, Fuzz, same, some_limits, some_nodes, some_tokens
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,

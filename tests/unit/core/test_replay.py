@@ -10,7 +10,7 @@ from pair import Logs, Setup, World
 from pair_drafter import ToyDrafter
 from pair_finish import finish
 
-from vllm_wanspec.core.controller import Shared
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header, replay
 from vllm_wanspec.core.messages import Limits, Nodes, encode
 from vllm_wanspec.core.tree import NodeRecord

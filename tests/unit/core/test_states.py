@@ -7,7 +7,8 @@ from branch_play import Play, even_step
 from toys import limits
 from tree_checks import record
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DrafterSession, DraftStep, StartBranch
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
 from vllm_wanspec.core.states import (

@@ -17,7 +17,8 @@ from random import Random
 
 import aiohttp
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PATH,

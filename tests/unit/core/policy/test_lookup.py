@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import Limits, Nodes
 from vllm_wanspec.core.policy.lookup import LENGTHS, WINDOW_TOKENS, LookupRates, Text
