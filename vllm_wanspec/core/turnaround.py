@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import Nodes
-from vllm_wanspec.core.policy.expansion import main_line_tip
-from vllm_wanspec.core.tree import DraftTree
+from vllm_wanspec.core.tree import DraftTree, main_line_tip
 
 ASSUMED_GAP_S = 0.008
 LONGEST_GAP_S = 0.1

@@ -34,8 +34,7 @@ from vllm_wanspec.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from vllm_wanspec.core.policy.expansion import main_line_tip
-from vllm_wanspec.core.tree import Node
+from vllm_wanspec.core.tree import Node, main_line_tip
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.lab.harness.client import ClientError
