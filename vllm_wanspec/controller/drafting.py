@@ -68,13 +68,12 @@ class Drafting:
             Drafts per row; empty where there is none.
         """
         plan, now = self._plan(limit), self._clock()
-        rows = [live for live in batch if live is not None]
-        dry = self._take(rows, plan, now)
+        dry = self._take(batch, plan, now)
         if dry and self._late.hold_back(dry, limit, arrived):
             now = self._clock()
-            self._take([live for live in rows if live.core.changed], plan, now)
+            self._take([live for live in batch if live is not None and live.core.changed], plan, now)
         if self.looks_up and len(batch) <= MAX_LOOKUP_ROWS:
-            self._look_up(rows, plan, now)
+            self._look_up(batch, plan, now)
         return self._handed_out(batch)
 
     def _plan(self, limit: int) -> Plan:
@@ -84,11 +83,13 @@ class Drafting:
     def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
         return self._policy.plan(plan.limit, live.core.window, 0.0) if self.windowed else plan
 
-    def _take(self, rows: Sequence[LiveSession], plan: Plan, now: float) -> list[LiveSession]:
+    def _take(self, batch: Sequence[LiveSession | None], plan: Plan, now: float) -> list[LiveSession]:
         """Draft with all that has arrived by now; those for which nothing has that a drafter serves."""
         own, windowed = plan, self.windowed
         dry: list[LiveSession] = []
-        for live in rows:
+        for live in batch:
+            if live is None:
+                continue
             if windowed:
                 own = self._own_plan(live, plan)
             draft = live.draft = live.core.draft(own.limit, own.least, now)
@@ -96,10 +97,10 @@ class Drafting:
                 dry.append(live)
         return dry
 
-    def _look_up(self, rows: Sequence[LiveSession], plan: Plan, now: float) -> None:
+    def _look_up(self, batch: Sequence[LiveSession | None], plan: Plan, now: float) -> None:
         """Go on with prompt lookup where a draft is short."""
-        for live in rows:
-            if len(live.draft.drafted) < plan.limit:
+        for live in batch:
+            if live is not None and len(live.draft.drafted) < plan.limit:
                 own = self._own_plan(live, plan)
                 live.draft = live.core.fall_back(live.draft, own.limit, own.least, now)
 

@@ -130,13 +130,19 @@ class DraftPool:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     continue
-                if live.offered and live.draft.drafted:
+                draft, link = live.draft, live.link
+                if live.offered and draft.drafted:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
                 else:
                     dry_rows += 1
                     dry_yield += len(tokens)
-                self._commit(live, tokens, now)
+                message = live.core.commit(tokens, now, draft)
+                live.draft = NO_DRAFT
+                if link is not None and message is not None:
+                    link.send(message)
+                elif live.core.wants_link(now):
+                    self._open(live, now)
         self._flush()
         if drafted_rows:
             self.meter.tokens_per_drafted_step.add(drafted_yield / drafted_rows)
@@ -224,14 +230,6 @@ class DraftPool:
             core = RecordedControllerSession(context, self.shared, window, key=request, sink=self._sink, now=now)
         live = self._sessions[request] = LiveSession(core, tree)
         self._open(live, now)
-
-    def _commit(self, live: LiveSession, tokens: Sequence[int], now: float) -> None:
-        message = live.core.commit(tokens, now, live.draft)
-        live.draft = NO_DRAFT
-        if live.link is not None and message is not None:
-            live.link.send(message)
-        elif live.core.wants_link(now):
-            self._open(live, now)
 
     def _open(self, live: LiveSession, now: float) -> None:
         chosen = choose(self._by_link, live.core.length)
