@@ -18,10 +18,11 @@ from toys import FINGERPRINT, VOCAB_SIZE, ToyEngine, draft_model, limits
 
 from vllm_wanspec.config import TOKEN_ENV
 from vllm_wanspec.core import messages
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import Commit, Hello, Message, Nodes, Ping, Pong, Reject, decode, encode, frames
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import RemoteProtocolError
@@ -157,7 +158,7 @@ class Batch:
     async def step(self) -> None:
         commits: list[Message] = []
         for number, session in self._sessions.items():
-            draft, _ = session.draft(4, 0.0, 0.0)
+            draft = session.draft(4, 0.0, 0.0).tokens
             self.drafted_steps[number] += bool(draft)
             tokens = TOY.verify(self._contexts[number], draft)
             self._contexts[number] += tokens

@@ -24,7 +24,9 @@ from worlds import Costs, World, unconnected_pool
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.metrics import PoolCollector
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.drafter import DrafterSession
 from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Pong, Welcome, decode, encode
 from vllm_wanspec.core.tree import NodeRecord
@@ -272,7 +274,7 @@ def test_reopening_all_sessions_does_not_copy_all_contexts_at_once() -> None:
 @finding("2.5", "the first lookup copies all of the context, of which it searches the last 2,048 tokens")
 def test_the_first_lookup_in_a_long_context_copies_what_it_searches() -> None:
     session = ControllerSession(list(range(LONG_CONTEXT)), Shared())
-    assert allocated(lambda: session.fall_back(8, 0.0, 100.0)) < LONG_CONTEXT
+    assert allocated(lambda: session.fall_back(NO_DRAFT, 8, 0.0, 100.0)) < LONG_CONTEXT
 
 
 @finding("2.5", "the start of a branch copies the whole context")

@@ -178,7 +178,7 @@ def test_a_drafter_that_is_surely_wrong_does_not_spoil_another() -> None:
     pool.begin([], [("after", [1, 2, 3])])
     sure = tuple(NodeRecord(index + 1, index, 10 + index, -0.005, 0.03) for index in range(8))
     pool.link_received(good, [Nodes(2, 3, sure)])
-    drafted, _ = pool._sessions["after"].core.draft(8, 0.25, 100.0)
+    drafted = pool._sessions["after"].core.draft(8, 0.25, 100.0).drafted
     assert drafted == list(range(10, 18))
 
 

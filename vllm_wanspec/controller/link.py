@@ -43,7 +43,7 @@ from vllm_wanspec.core.messages import (
     decode,
     frames,
 )
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.text import printable

@@ -2,33 +2,33 @@
 
 Two threads meet here under one lock. The model runner's thread opens, commits and takes drafts; the link thread
 delivers what arrived. The lock is held for a batch or for a message, never over I/O.
+
+The pool owns the sessions, by request and by link, and what they learn and count together (`shared`); they are changed
+under the lock. What steps take and yield (`meter`) the model runner's thread alone changes. Which drafter serves a
+session is decided in `choice`, what the drafts of a step are in `drafting`, how long it is held back in `waiting`.
 """
 
-import logging
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import Settings, TreeSettings
+from vllm_wanspec.controller.choice import choose, limits_for, tell_of_shorter_context
+from vllm_wanspec.controller.drafting import Drafting
 from vllm_wanspec.controller.link import NO_TOKENS, DrafterLink, LinkThread
-from vllm_wanspec.controller.live import NO_END, LiveSession, last_use, limits_for, tell_of_shorter_context
-from vllm_wanspec.core.controller import ControllerSession, Counters, Shared
+from vllm_wanspec.controller.live import NO_END, LiveSession, last_use
+from vllm_wanspec.controller.waiting import LateDrafts
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Counters, Shared
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import StepMeter
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Limits, Message, Nodes, Reject
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
-from vllm_wanspec.core.policy.lateness import Wait, worthwhile_wait
-from vllm_wanspec.core.policy.length import Payoff, Plan, StepCost, Window, length_policy
+from vllm_wanspec.core.policy.length import StepCost, Window
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import RemoteProtocolError
-
-logger = logging.getLogger("vllm.wanspec.pool")
-
-MAX_LOOKUP_ROWS = 16
-"""Larger batches do not fall back on prompt lookup: a bound on what it adds to the serving path."""
-WAIT_SLICE_S = 0.002
-"""While it holds a step back, the pool looks this often whether new requests have come."""
 
 
 class DraftPool:
@@ -65,16 +65,16 @@ class DraftPool:
         """
         self.shared = Shared()
         self._settings = settings
-        self._policy = length_policy(settings.length.policy)
-        self._payoff = Payoff(self.shared.times)
-        self._fallback = "ngram" in settings.fallback
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
         self.meter = StepMeter(self.shared.times, self._speculation_length)
+        self._late = LateDrafts(settings.late, self.meter, self.shared, clock=clock, queued=queued)
+        self._drafting = Drafting(
+            settings, self.meter, self.shared, self._late, speculation_length=self._speculation_length, clock=clock
+        )
         self._max_model_len = max_model_len
         self._shorter: set[DrafterLink] = set()
         self._clock = clock
-        self._queued = queued
         self._sink = sink
         self._arrived = threading.Condition(threading.Lock())
         self._sessions: dict[str, LiveSession] = {}
@@ -131,7 +131,7 @@ class DraftPool:
             rows: Per batch row the request id and the tokens that were verified; none for rows still in prefill.
         """
         now = self._clock()
-        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows)) and self._policy.windowed:
+        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows)) and self._drafting.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
         sessions = self._sessions
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
@@ -140,17 +140,26 @@ class DraftPool:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     continue
-                if live.offered and not live.guessed:
+                draft, link = live.draft, live.link
+                if live.offered and draft.drafted:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
                 else:
                     dry_rows += 1
                     dry_yield += len(tokens)
-                self._commit(live, tokens, now)
+                message = live.core.commit(tokens, now, draft)
+                live.draft = NO_DRAFT
+                if link is not None and message is not None:
+                    if live.core.length <= live.room:
+                        link.send(message)
+                    else:
+                        self._leave(live, link, now)
+                elif live.core.wants_link(now):
+                    self._open(live, now)
         self._flush()
         if drafted_rows:
             self.meter.tokens_per_drafted_step.add(drafted_yield / drafted_rows)
-        if dry_rows and self._fallback:  # without it such a step yields one token
+        if dry_rows and self._drafting.looks_up:  # without it such a step yields one token
             self.meter.tokens_per_dry_step.add(dry_yield / dry_rows)
 
     def draft(self, requests: Sequence[str | None], limit: int) -> list[list[int]]:
@@ -163,44 +172,10 @@ class DraftPool:
         Returns:
             Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
-        drafts: list[list[int]] = [[] for _ in requests]
-        rows: list[tuple[int, LiveSession]] = []
-        dry: list[LiveSession] = []
         with self._arrived:
-            sessions, plan, now = self._sessions, self._plan(limit), self._clock()
-            for row, request in enumerate(requests):
-                live = sessions.get(request) if request is not None else None
-                if live is None:
-                    continue
-                rows.append((row, live))
-                drafts[row] = self._draft(live, plan, now)
-                if not drafts[row] and live.link is not None:
-                    dry.append(live)
-            if dry and self._settings.late.policy != "none" and self._hold_back(dry, limit):
-                now = self._clock()
-                for row, live in rows:
-                    if live.core.changed:
-                        drafts[row] = self._draft(live, plan, now)
-            offered, expected = 0, 0.0
-            lookup = self._fallback and len(requests) <= MAX_LOOKUP_ROWS
-            for row, live in rows:
-                count = len(drafts[row])
-                live.guessed = not count
-                if lookup and count < plan.limit:
-                    drafts[row] = self._look_up(live, plan, now)
-                    live.guessed, count = live.core.is_guess, len(drafts[row])
-                live.offered = count
-                offered += count
-                expected += live.expected
-            full = offered == self._speculation_length * len(requests)
-            judged = offered > 0 and self._settings.length.shut_off
-            if judged and not self._payoff.pays(rows=len(requests), drafts=offered, expected=expected, full=full):
-                self.counters.unpaid_steps += 1
-                for row, live in rows:
-                    drafts[row], live.offered = [], 0
-                offered = 0
-            self.counters.offered_tokens += offered
-        return drafts
+            sessions = self._sessions
+            batch = [sessions.get(request) if request is not None else None for request in requests]
+            return self._drafting.draft(batch, limit, self._arrived)
 
     def length(self, request: str) -> int | None:
         """Tokens in a request's committed context; None where it has no session."""
@@ -268,23 +243,13 @@ class DraftPool:
 
     def _add(self, request: str, context: Sequence[int], tree: TreeSettings, end: int) -> None:
         now = self._clock()
-        window = Window() if self._policy.windowed else None
+        window = Window() if self._drafting.windowed else None
         if self._sink is None:
             core = ControllerSession(context, self.shared, window)
         else:
             core = RecordedControllerSession(context, self.shared, window, key=request, sink=self._sink, now=now)
         live = self._sessions[request] = LiveSession(core, tree, end)
         self._open(live, now)
-
-    def _commit(self, live: LiveSession, tokens: Sequence[int], now: float) -> None:
-        message = live.core.commit(tokens, now)
-        if live.link is not None and message is not None:
-            if live.core.length <= live.room:
-                live.link.send(message)
-            else:
-                self._leave(live, live.link, now)
-        elif live.core.wants_link(now):
-            self._open(live, now)
 
     def _leave(self, live: LiveSession, link: DrafterLink, now: float) -> None:
         """End a session whose drafts cannot be used any more; another drafter may still have some that can."""
@@ -294,42 +259,20 @@ class DraftPool:
         live.link = None
         self._open(live, now)
 
-    def _plan(self, limit: int) -> Plan:
-        """The plan of all requests; with a windowed policy only the limit that theirs start from."""
-        return Plan(limit) if self._policy.windowed else self._policy.plan(limit, None, self.meter.token_worth())
-
-    def _draft(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan)
-        tokens, live.expected = live.core.draft(own.limit, own.least, now)
-        return tokens
-
-    def _look_up(self, live: LiveSession, plan: Plan, now: float) -> list[int]:
-        own = self._own_plan(live, plan)
-        tokens, live.expected = live.core.fall_back(own.limit, own.least, now)
-        return tokens
-
-    def _own_plan(self, live: LiveSession, plan: Plan) -> Plan:
-        return self._policy.plan(plan.limit, live.core.window, 0.0) if self._policy.windowed else plan
-
     def _open(self, live: LiveSession, now: float) -> None:
         if live.core.length > last_use(live.end):
             return
-        ready = [
-            (link.rtt_s * (1 + len(self._by_link[link])), link, welcome)
-            for link in self.links
-            if (welcome := link.welcome) is not None  # read once: the link thread clears it without our lock
-            and len(self._by_link[link]) < welcome.max_sessions
-            and live.core.length <= min(welcome.max_context, MAX_CONTEXT_TOKENS)
-        ]
-        if not ready:
+        chosen = choose(self._by_link, live.core.length)
+        if chosen is None:
             return
-        _, link, welcome = min(ready, key=lambda item: item[0])
+        link, welcome = chosen
         number = link.next_number
+        lookahead = lookahead_tokens(link.rtt_s, self.meter.seconds, self._speculation_length)
         if isinstance(live.core, RecordedControllerSession):
             live.core.note("link", now, drafter=link.name, peer=f"{link.client}#{number}")
         message = live.core.open(
             number,
-            self._limits(live.tree, link, welcome.max_nodes),
+            limits_for(live.tree, welcome.max_nodes, lookahead),
             now,
             vocab_size=min(self._vocab_size, welcome.vocab_size),
             turnaround=link.turnaround,
@@ -339,50 +282,6 @@ class DraftPool:
         live.room = min(last_use(live.end), welcome.max_context, MAX_CONTEXT_TOKENS)
         self._by_link[link][number] = live
         link.send(message)
-
-    def _limits(self, tree: TreeSettings, link: DrafterLink, max_nodes: int) -> Limits:
-        lookahead = lookahead_tokens(link.rtt_s, self.meter.seconds, self._speculation_length)
-        return limits_for(tree, max_nodes, lookahead)
-
-    def _hold_back(self, dry: Sequence[LiveSession], limit: int) -> bool:
-        """Wait for drafts about to arrive, as configured; gives the lock free meanwhile. Whether it waited."""
-        late, began_s = self._settings.late, self._clock()
-        adaptive = late.policy == "adaptive"
-        if adaptive:
-            wait, waiting = self._worthwhile(dry, limit, began_s)
-        else:
-            wait, waiting = Wait(late.max_wait_ms / 1000.0, 1), dry
-        if wait is None or all(live.has_drafts(wait.drafts) for live in waiting):
-            return False
-        began_s = self._clock()
-        while not all(live.has_drafts(wait.drafts) for live in waiting):
-            left_s = began_s + wait.seconds - self._clock()
-            if left_s <= 0.0 or (adaptive and self._queued() != 0):
-                break
-            self._arrived.wait(min(left_s, WAIT_SLICE_S))
-        ended_s = self._clock()
-        self.counters.waits += 1
-        self.counters.wait_seconds += ended_s - began_s
-        for live in waiting:
-            if isinstance(live.core, RecordedControllerSession):
-                live.core.note("wait", ended_s, waited_s=ended_s - began_s)
-        return True
-
-    def _worthwhile(
-        self, dry: Sequence[LiveSession], limit: int, now: float
-    ) -> tuple[Wait | None, Sequence[LiveSession]]:
-        """The wait that pays, if any, and the sessions that it is for."""
-        if self._queued() != 0:
-            return None, ()
-        agreement = self.shared.calibration.agreement()
-        pace = self.meter.pace(agreement, limit)
-        max_wait_s = min(self._settings.late.max_wait_ms / 1000.0, pace.longest_wait_s(len(dry)))
-        until = now + max_wait_s
-        expected = [(live, coming) for live in dry if (coming := live.core.coming(now, agreement, until)) is not None]
-        wait = worthwhile_wait([coming for _, coming in expected], pace, now=now, max_wait_s=max_wait_s)
-        if wait is None:
-            return None, ()
-        return wait, [live for live, coming in expected if coming.at_s <= now + wait.seconds]
 
     def _close(self, request: str) -> None:
         live = self._sessions.pop(request, None)

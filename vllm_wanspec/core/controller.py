@@ -5,90 +5,22 @@ drafts for the target. It outlives links: without one it only keeps the context,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from math import inf
 
-from vllm_wanspec.core.learned.calibration import Calibration
-from vllm_wanspec.core.learned.estimates import StepTimes
+from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
-from vllm_wanspec.core.policy.expansion import main_line_tip
-from vllm_wanspec.core.policy.lateness import ASSUMED_GAP_S, Coming, Turnaround
-from vllm_wanspec.core.policy.length import StepCost, Window
-from vllm_wanspec.core.policy.lookup import LookupRates, Text
+from vllm_wanspec.core.policy.length import Window
+from vllm_wanspec.core.policy.lookup import Text, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import Committed, DraftTree
+from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
-LONGEST_GAP_S = 0.1
-POOR_DRAFT_TOKENS = 0.5
-"""A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
+_SERVED, _BLIND = ControllerState.SERVED, ControllerState.BLIND  # to look them up takes long, on the serving path
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
-
-
-@dataclass(slots=True)
-class Counters:
-    """What sessions count, all in plain numbers; one object serves all sessions of a controller.
-
-    Attributes:
-        steps: Verification steps in which a request with a session got tokens (its prefill not included).
-        committed_tokens: Tokens that those steps yielded.
-        offered_tokens: Draft tokens handed to the target.
-        hits: Commits that stayed in the tree to their end.
-        branch_hits: Those of them that left the most probable path: a branch saved the step after.
-        misses: Commits that left the tree.
-        blind_steps: Commits made while an earlier one was still pending, so that nothing could be predicted.
-        received_nodes: Nodes that arrived, of use or not.
-        added_nodes: Nodes that arrived in time to be live.
-        late_drafts: Positions whose drafts arrived after they were committed.
-        late_hits: Those of them whose draft was right: it confirmed what was pending.
-        stale_nodes: Nodes dropped on arrival because what they hang below is gone.
-        fallback_tokens: Tokens that prompt lookup added for want of drafts, those of withheld steps included.
-        fallback_hits: Those of them that proved right.
-        unpaid_steps: Steps whose drafts were withheld because they would have cost more than they yield.
-        waits: Steps held back for drafts about to arrive.
-        wait_seconds: Time of those waits.
-        opened_sessions: Sessions opened, again after a lost link included.
-        rejected_sessions: Rejects received.
-        local_draft_passes: Forward passes of a draft model on the target's side.
-    """
-
-    steps: int = 0
-    committed_tokens: int = 0
-    offered_tokens: int = 0
-    hits: int = 0
-    branch_hits: int = 0
-    misses: int = 0
-    blind_steps: int = 0
-    received_nodes: int = 0
-    added_nodes: int = 0
-    late_drafts: int = 0
-    late_hits: int = 0
-    stale_nodes: int = 0
-    fallback_tokens: int = 0
-    fallback_hits: int = 0
-    unpaid_steps: int = 0
-    waits: int = 0
-    wait_seconds: float = 0.0
-    opened_sessions: int = 0
-    rejected_sessions: int = 0
-    local_draft_passes: int = 0
-
-    def items(self) -> list[tuple[str, float]]:
-        """Names and values."""
-        return [(field.name, getattr(self, field.name)) for field in fields(self)]
-
-
-@dataclass(slots=True)
-class Shared:
-    """What all sessions of a controller learn together."""
-
-    counters: Counters = field(default_factory=Counters)
-    calibration: Calibration = field(default_factory=Calibration)
-    times: StepTimes = field(default_factory=StepTimes)
-    cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
-    lookup: LookupRates = field(default_factory=LookupRates)
 
 
 class ControllerSession:
@@ -98,17 +30,8 @@ class ControllerSession:
     """
 
     __slots__ = (
-        "_answered",
-        "_asked_s",
-        "_chance",
+        "_clock",
         "_context",
-        "_drafted",
-        "_expected",
-        "_front",
-        "_front_s",
-        "_guess",
-        "_guess_length",
-        "_missed_length",
         "_number",
         "_prompt_length",
         "_rejects",
@@ -117,7 +40,6 @@ class ControllerSession:
         "_state",
         "_text",
         "_tree",
-        "_turnaround",
         "changed",
         "window",
     )
@@ -136,20 +58,10 @@ class ControllerSession:
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
         self._tree: DraftTree | None = None
-        self._turnaround = Turnaround()
+        self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
         self._reopen_at = 0.0
         self._rejects = 0
-        self._missed_length = 0
-        self._asked_s: float | None = None
-        self._answered = True
-        self._front: int | None = None
-        self._front_s = 0.0
         self._text = Text()
-        self._drafted: list[int] = []
-        self._expected = 0.0
-        self._chance = 1.0
-        self._guess: list[int] = []
-        self._guess_length = 0
         self.window = window
         self.changed = False
 
@@ -191,28 +103,33 @@ class ControllerSession:
             max_nodes=limits.max_nodes,
             calibration=self._shared.calibration,
         )
-        self._turnaround = turnaround
-        self._ask(None)  # the first answer takes a whole prefill, and tells nothing of later ones
+        self._clock = AnswerClock(turnaround, len(self._context))
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self._context), limits)
 
-    def commit(self, tokens: Sequence[int], now: float) -> Commit | None:
-        """Take what the target has verified; the message to send, if there is a link."""
+    def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
+        """Take what the target has verified; the message to send, if there is a link.
+
+        Args:
+            tokens: In order; at least one.
+            now: Seconds.
+            draft: The last one made since the commit before, whether or not the target got it: what prompt lookup
+                guessed in it is judged.
+        """
         counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
-        if self._guess:
-            before = len(self._drafted)
-            if list(tokens[:before]) == self._drafted:
-                counters.fallback_hits += self._shared.lookup.saw(self._guess_length, self._guess, tokens[before:])
-            self._guess = []
+        if draft.guess:
+            before = len(draft.drafted)
+            if list(tokens[:before]) == draft.drafted:
+                counters.fallback_hits += self._shared.lookup.saw(draft.match, draft.guess, tokens[before:])
         if position > self._prompt_length:
             counters.steps += 1
             counters.committed_tokens += len(tokens)
         tree = self._tree
         if tree is None or self._number is None:
             return None
-        blind = self._state is ControllerState.BLIND
+        blind = self._state is _BLIND
         committed = tree.commit(tokens)
         if blind:
             counters.blind_steps += 1
@@ -243,98 +160,42 @@ class ControllerSession:
         counters.stale_nodes += appended.stale
         counters.late_drafts += appended.late
         counters.late_hits += appended.late_hits
-        self._measure(message, tree, now)
-        if self._state is ControllerState.BLIND and not tree.pending:
+        self._clock.received(message, tree, now)
+        if self._state is _BLIND and not tree.pending:
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.CATCH_UP]
 
-    def draft(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
-        """What the target may verify next.
+    def draft(self, limit: int, least: float, now: float) -> Draft:
+        """What the target may verify next, as far as a drafter has drafted it.
 
         Args:
             limit: Most tokens.
             least: See `DraftTree.draft`.
             now: Seconds.
-
-        Returns:
-            Token ids, none where there is nothing to use, and how many of them the target can be expected to take.
         """
         self.changed = False
-        if self._state is not ControllerState.SERVED or self._tree is None:
-            self._drafted, self._expected, self._chance = [], 0.0, 1.0
-        else:
-            self._drafted, self._expected, self._chance = self._tree.draft(limit, least)
-        return self._drafted, self._expected
+        tree = self._tree
+        if tree is None or self._state is not _SERVED:
+            return NO_DRAFT
+        return Draft(*tree.draft(limit, least))
 
-    def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+    def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
 
-        It goes on after what `draft` gave last; where that promises little, lookup alone takes its place if it promises
-        more.
-
         Args:
+            draft: What `draft` has just given, to go on after or to replace; see `lengthened`.
             limit: Most tokens.
             least: The draft ends where the chance that the target takes all of it falls below this.
             now: Seconds.
-
-        Returns:
-            As for `draft`.
         """
         self._text.append(self._context[self._text.length :])
-        drafted, expected = self._drafted, self._expected
-        if expected < POOR_DRAFT_TOKENS:
-            length, guess, worth = self._look_up([], 1.0, limit, least)
-            if worth > expected:
-                drafted, expected = [], 0.0
-            elif drafted:
-                length, guess, worth = self._look_up(drafted, self._chance, limit, least)
-        else:
-            length, guess, worth = self._look_up(drafted, self._chance, limit, least)
-        self._drafted, self._guess, self._guess_length = drafted, guess, length
-        self._shared.counters.fallback_tokens += len(guess)
-        return drafted + guess, expected + worth
-
-    def _look_up(self, drafted: list[int], chance: float, limit: int, least: float) -> tuple[int, list[int], float]:
-        """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
-        length, found = self._text.continuation(max(0, limit - len(drafted)), drafted)
-        each = self._shared.lookup.chance[length]
-        guess: list[int] = []
-        expected = 0.0
-        for token in found:
-            chance *= each
-            if chance < least:
-                break
-            expected += chance
-            guess.append(token)
-        return length, guess, expected
-
-    @property
-    def is_guess(self) -> bool:
-        """Whether all of the present draft is prompt lookup, or there is none."""
-        return not self._drafted
+        longer = lengthened(draft, self._text, self._shared.lookup, limit, least)
+        self._shared.counters.fallback_tokens += len(longer.guess)
+        return longer
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
-        """When the next draft is expected, for a session that has none; None where none can be expected ``until`` then.
-
-        Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
-        tokens committed meanwhile are of use only if all of them agree.
-        """
+        """When the next draft is expected, as `AnswerClock.coming`; None without a link."""
         tree = self._tree
-        if tree is None:
-            return None
-        behind = len(tree.pending)
-        if not behind and tree.cursor.best is not None:
-            return None
-        gap_s = self._turnaround.gap_s.get(ASSUMED_GAP_S)
-        if self._answered:
-            first_s = self._front_s + gap_s
-        else:
-            answer_s = self._turnaround.answer_s.get(0.0)
-            if answer_s == 0.0 or self._asked_s is None:
-                return None
-            first_s = self._asked_s + answer_s
-            behind = max(0, tree.committed_length - self._missed_length) if behind else 0
-        at_s = max(now, first_s) + behind * gap_s
-        return Coming(at_s, agreement**behind, gap_s) if at_s <= until else None
+        return None if tree is None else self._clock.coming(tree, now, agreement, until)
 
     def link_lost(self, now: float) -> None:
         """The link is gone, and the tree with it; the context stays."""
@@ -356,42 +217,11 @@ class ControllerSession:
         else:
             counters.misses += 1
             self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-            opening = not self._answered and self._asked_s is None
-            self._ask(None if opening else now)
+            self._clock.asked(len(self._context), now)
         if committed.missed:
-            self._front = None
+            self._clock.line_left()
         if self.window is not None:
             self.window.observe(committed.followed, committed.missed, self._shared.cost)
-
-    def _ask(self, now: float | None) -> None:
-        """The drafter must begin at the present context: note when, to measure how long it takes; None: do not."""
-        self._missed_length = len(self._context)
-        self._asked_s = now
-        self._answered = False
-        self._front = None
-
-    def _measure(self, message: Nodes, tree: DraftTree, now: float) -> None:
-        """Learn how fast the drafter answers and drafts."""
-        if not self._answered:
-            # What was on its way before, and echoes, which no engine has drafted, tell nothing.
-            if message.seen < self._missed_length or all(record.is_echo for record in message.nodes):
-                return
-            if self._asked_s is not None:
-                self._turnaround.answer_s.add(now - self._asked_s)
-            self._answered = True
-        if self._front is None:
-            self._front, self._front_s = main_line_tip(tree).id, now
-            return
-        advanced = 0
-        for record in message.nodes:
-            if record.parent == self._front:
-                self._front = record.id
-                advanced += 1
-        if advanced:
-            gap_s = (now - self._front_s) / advanced
-            if gap_s < LONGEST_GAP_S:
-                self._turnaround.gap_s.add(gap_s)
-            self._front_s = now
 
     def _rejected(self, code: str, now: float) -> None:
         if self._number is None:

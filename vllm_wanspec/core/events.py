@@ -6,14 +6,17 @@ writes it, and where, is the caller's. The timeline page, the Chrome trace and t
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject, from_wire, to_wire
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.length import Window
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 LOG_VERSION = 1
@@ -39,7 +42,11 @@ def action_to_log(action: Action) -> list[Any]:
 
 
 class RecordedControllerSession(ControllerSession):
-    """A `ControllerSession` that tells a sink of every call."""
+    """A `ControllerSession` that tells a sink of every call.
+
+    The log does not repeat the drafts that `fall_back` and `commit` are given: it is the one that the session gave
+    last since the commit before, in the pool as in `replay`.
+    """
 
     __slots__ = ("_key", "_sink")
 
@@ -68,9 +75,9 @@ class RecordedControllerSession(ControllerSession):
         """Put something into the log that is no call of the session: which link it is on, a wait."""
         self._record(now, call, **values)
 
-    def commit(self, tokens: Sequence[int], now: float) -> Commit | None:
+    def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
         """See `ControllerSession.commit`."""
-        message = super().commit(tokens, now)
+        message = super().commit(tokens, now, draft)
         self._record(now, "commit", tokens=list(tokens), out=[to_wire(message)] if message else [])
         return message
 
@@ -79,17 +86,17 @@ class RecordedControllerSession(ControllerSession):
         self._record(now, "receive", message=to_wire(message), out=[])
         super().receive(message, now)
 
-    def draft(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+    def draft(self, limit: int, least: float, now: float) -> Draft:
         """See `ControllerSession.draft`."""
-        tokens, expected = super().draft(limit, least, now)
-        self._record(now, "draft", limit=limit, least=least, out=list(tokens))
-        return tokens, expected
+        draft = super().draft(limit, least, now)
+        self._record(now, "draft", limit=limit, least=least, out=draft.tokens)
+        return draft
 
-    def fall_back(self, limit: int, least: float, now: float) -> tuple[list[int], float]:
+    def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """See `ControllerSession.fall_back`."""
-        tokens, expected = super().fall_back(limit, least, now)
-        self._record(now, "fall_back", limit=limit, least=least, out=list(tokens))
-        return tokens, expected
+        longer = super().fall_back(draft, limit, least, now)
+        self._record(now, "fall_back", limit=limit, least=least, out=longer.tokens)
+        return longer
 
     def link_lost(self, now: float) -> None:
         """See `ControllerSession.link_lost`."""
@@ -179,22 +186,31 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+@dataclass(slots=True)
+class _Played:
+    """A session, and what it drafted last since its last commit: as the pool keeps them."""
+
+    session: ControllerSession
+    draft: Draft = NO_DRAFT
+
+
 class _ControllerReplay:
     """Sessions of one controller, by the keys of the log."""
 
     def __init__(self) -> None:
         self._shared = Shared()
-        self._sessions: dict[str, ControllerSession] = {}
+        self._played: dict[str, _Played] = {}
 
     def play(self, record: Mapping[str, Any]) -> list[Any] | None:
         key, now, call = record["k"], record["t"], record["call"]
         if call == "begin":
             window = Window() if record["windowed"] else None
-            self._sessions[key] = ControllerSession(record["context"], self._shared, window)
+            self._played[key] = _Played(ControllerSession(record["context"], self._shared, window))
             return None
-        session = self._sessions.get(key)
-        if session is None:
+        played = self._played.get(key)
+        if played is None:
             return None
+        session = played.session
         match call:
             case "open":
                 opened = from_wire(record["out"][0])
@@ -204,7 +220,8 @@ class _ControllerReplay:
                     opened.session, opened.limits, now, vocab_size=vocab_size, turnaround=Turnaround()
                 )
             case "commit":
-                message = session.commit(record["tokens"], now)
+                message = session.commit(record["tokens"], now, played.draft)
+                played.draft = NO_DRAFT
             case "receive":
                 received = from_wire(record["message"])
                 assert isinstance(received, Nodes | Reject)
@@ -212,9 +229,11 @@ class _ControllerReplay:
                     session.receive(received, now)
                 message = None
             case "draft":
-                return session.draft(record["limit"], record["least"], now)[0]
+                played.draft = session.draft(record["limit"], record["least"], now)
+                return played.draft.tokens
             case "fall_back":
-                return session.fall_back(record["limit"], record["least"], now)[0]
+                played.draft = session.fall_back(played.draft, record["limit"], record["least"], now)
+                return played.draft.tokens
             case "link_lost":
                 session.link_lost(now)
                 message = None

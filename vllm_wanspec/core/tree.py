@@ -300,3 +300,11 @@ class DraftTree:
             del self._nodes[node.id]
             doomed.extend(node.children.values())
             node.children, node.best, node.parent = {}, None, None
+
+
+def main_line_tip(tree: DraftTree) -> Node:
+    """The end of the most probable continuation: the node to extend."""
+    node = tree.cursor
+    while node.best is not None:
+        node = node.best
+    return node

@@ -1,6 +1,7 @@
 """Hosts: what the connections of one drafter share, and the way from their sessions to the draft engine.
 
-One event loop, or the engine's own thread, owns a host with all of its connections and sessions; nothing here locks.
+One event loop, or the engine's own thread, owns a host with all of its connections and sessions; nothing here locks. A
+host knows which branch is whose and counts; what a session does with its branches is its connection's (`BranchOwner`).
 """
 
 import asyncio
@@ -11,15 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.vocabulary import Token
 from vllm_wanspec.drafter.engines import DraftEngine
-
-if TYPE_CHECKING:
-    from vllm_wanspec.drafter.connection import Connection
 
 DEFAULT_RUNNING_BRANCHES = 64
 
@@ -61,11 +59,34 @@ class HostStats(NamedTuple):
     gap_seconds: float = 0.0
 
 
+class BranchOwner(Protocol):
+    """Whoever has sessions at a host, and their branches: a connection. The host tells it what the engine does."""
+
+    @property
+    def sessions(self) -> int:
+        """Open sessions."""
+
+    def resize(self, width: int) -> None:
+        """Let each session run ``width`` branches."""
+
+    def drafted(self, number: int, branch: int, steps: Sequence[DraftStep]) -> None:
+        """The engine gave tokens for a session's branch."""
+
+    def ended(self, number: int, branch: int) -> None:
+        """The engine has given all that a session's branch asked for."""
+
+    def failed(self, number: int, branch: int, reason: str) -> None:
+        """The engine cannot serve a session's branch."""
+
+    def forget(self, number: int, branch: int) -> None:
+        """The engine is through with a session's branch."""
+
+
 @dataclass(slots=True)
-class _Owner:
+class _Running:
     """Whose branch the engine extends, and when it began or gave its last token."""
 
-    connection: "Connection"
+    owner: BranchOwner
     number: int
     branch: int
     since_s: float
@@ -97,7 +118,7 @@ class Host(ABC):
         self.model = model
         self.sink = sink
         self.now = clock
-        self.connections: set[Connection] = set()
+        self.connections: set[BranchOwner] = set()
         self.drafted_tokens = 0
         self.branches_started = 0
         self._first_tokens = 0
@@ -105,7 +126,7 @@ class Host(ABC):
         self._gap_seconds = 0.0
         self._places = running_branches
         self._handles = itertools.count(1)
-        self._owners: dict[int, _Owner] = {}
+        self._running: dict[int, _Running] = {}
         self._branch_seconds = 0.0
         self._changed_s = clock()
 
@@ -117,7 +138,7 @@ class Host(ABC):
     @property
     def running(self) -> int:
         """Branches that the engine is extending."""
-        return len(self._owners)
+        return len(self._running)
 
     @property
     def branch_seconds(self) -> float:
@@ -147,44 +168,44 @@ class Host(ABC):
             self._gap_seconds,
         )
 
-    def start(self, connection: "Connection", number: int, start: StartBranch) -> int:
-        """Let the engine extend a branch of a session; its handle."""
+    def start(self, owner: BranchOwner, number: int, start: StartBranch) -> int:
+        """Let the engine extend a branch of a session of ``owner``'s; its handle."""
         self._add_up()
         handle = next(self._handles)
-        self._owners[handle] = _Owner(connection, number, start.branch, self._changed_s)
+        self._running[handle] = _Running(owner, number, start.branch, self._changed_s)
         self.branches_started += 1
         self._extend(handle, start)
         return handle
 
     def stop(self, handle: int) -> None:
         """Let the engine drop a branch."""
-        if handle in self._owners:
+        if handle in self._running:
             self._cease(handle)
 
     def drafted(self, handle: int, steps: Sequence[DraftStep]) -> None:
         """The engine gave tokens for a branch."""
-        owner = self._owners.get(handle)
-        if owner is not None:
-            self._time(owner, len(steps))
-            owner.connection.drafted(owner.number, owner.branch, steps)
+        running = self._running.get(handle)
+        if running is not None:
+            self._time(running, len(steps))
+            running.owner.drafted(running.number, running.branch, steps)
 
     def ended(self, handle: int) -> None:
         """The engine has given all that a branch asked for."""
-        owner = self._owners.get(handle)
-        if owner is not None:
-            owner.connection.ended(owner.number, owner.branch)
+        running = self._running.get(handle)
+        if running is not None:
+            running.owner.ended(running.number, running.branch)
 
     def failed(self, handle: int, reason: str) -> None:
         """The engine cannot serve a branch."""
-        owner = self._owners.get(handle)
-        if owner is not None:
-            owner.connection.failed(owner.number, owner.branch, reason)
+        running = self._running.get(handle)
+        if running is not None:
+            running.owner.failed(running.number, running.branch, reason)
 
     def gone(self, handle: int) -> None:
         """The engine is through with a branch."""
         self._add_up()
-        owner = self._owners.pop(handle)
-        owner.connection.forget(owner.number, owner.branch)
+        running = self._running.pop(handle)
+        running.owner.forget(running.number, running.branch)
 
     def _add_up(self) -> None:
         """Add up the time that branches have run, before their number changes."""
@@ -192,13 +213,13 @@ class Host(ABC):
         self._branch_seconds += self.running * (now - self._changed_s)
         self._changed_s = now
 
-    def _time(self, owner: _Owner, tokens: int) -> None:
+    def _time(self, running: _Running, tokens: int) -> None:
         """Count tokens of a branch, and how long it took to give them."""
         now = self.now()
-        waited_s, owner.since_s = now - owner.since_s, now
+        waited_s, running.since_s = now - running.since_s, now
         self.drafted_tokens += tokens
-        if owner.fresh and tokens:
-            owner.fresh = False
+        if running.fresh and tokens:
+            running.fresh = False
             self._first_tokens += 1
             self._first_seconds += waited_s
         elif tokens:

@@ -74,7 +74,7 @@ class InsideHost(Host):
                     self.ended(handle)
                 else:
                     self.failed(handle, f"it ended a request: {output.finish_reason}")
-                if handle in self._owners:  # a session that ends has stopped its branches itself
+                if handle in self._running:  # a session that ends has stopped its branches itself
                     self.gone(handle)
 
     def _extend(self, handle: int, start: StartBranch) -> None:

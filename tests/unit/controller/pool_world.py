@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pools import LIMIT
 
 from vllm_wanspec.config import Settings
-from vllm_wanspec.controller.pool import WAIT_SLICE_S, DraftPool
+from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.controller.waiting import WAIT_SLICE_S
 from vllm_wanspec.core.learned.estimates import Smoothed, StepTimes
 from vllm_wanspec.core.messages import Nodes, Welcome
 from vllm_wanspec.core.tree import NodeRecord

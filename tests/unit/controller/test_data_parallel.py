@@ -108,7 +108,7 @@ def test_no_step_of_a_dense_model_is_held_back_with_data_parallelism(
     config = vllm_config(tmp_path, server.url)
     in_engine(monkeypatch, config, size=2, rank=rank, dense=True)
     with running(config) as engine:
-        assert pool_of(engine)._queued() is None
+        assert pool_of(engine)._late._queued() is None
 
 
 def test_an_engine_alone_may_hold_steps_back(
@@ -118,7 +118,7 @@ def test_an_engine_alone_may_hold_steps_back(
     config = vllm_config(tmp_path, server.url)
     in_engine(monkeypatch, config, size=1, rank=0, dense=True)
     with running(config) as engine:
-        assert pool_of(engine)._queued() == 0
+        assert pool_of(engine)._late._queued() == 0
 
 
 def test_ports_that_cannot_be_are_said_at_the_start(

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller import metrics
 from vllm_wanspec.controller.metrics import PoolCollector, serve_metrics
-from vllm_wanspec.core.controller import Counters, Shared
+from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.learned.calibration import OUTCOMES, entropy_ranges
 
 

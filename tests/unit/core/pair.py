@@ -14,11 +14,12 @@ import pair_checks as rules
 from pair_drafter import CachedToy, ToyDrafter
 from toys import VOCAB_SIZE
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header
 from vllm_wanspec.core.messages import Commit, Limits, Message, Nodes, Pong, Reject, decode, frames
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.states import ControllerState
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 PROMPTS = ((7, 7, 42), (1, 2, 3, 4, 5), (9,))
@@ -172,7 +173,7 @@ class World:
                 self._step(request, limit, least, withhold)
 
     def _step(self, request: Request, limit: int, least: float, withhold: bool) -> None:
-        draft, expected = request.session.draft(limit, least, self.now_s)
+        draft, expected = request.session.draft(limit, least, self.now_s)[:2]
         assert len(draft) <= limit
         assert 0.0 <= expected <= len(draft)
         if self.poisoned:

@@ -8,9 +8,8 @@ from toys import VOCAB_SIZE
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.drafter import DrafterSession, StartBranch
 from vllm_wanspec.core.messages import Nodes
-from vllm_wanspec.core.policy.expansion import main_line_tip
 from vllm_wanspec.core.states import CONTROLLER_TABLE, DRAFTER_TABLE, ControllerState, DrafterState
-from vllm_wanspec.core.tree import DraftTree, Node
+from vllm_wanspec.core.tree import DraftTree, Node, main_line_tip
 
 CONTROLLER_CHANGES = {(before, after) for (before, _), after in CONTROLLER_TABLE.items()}
 DRAFTER_CHANGES = {(before, after) for (before, _), after in DRAFTER_TABLE.items()}

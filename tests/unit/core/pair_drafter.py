@@ -13,8 +13,8 @@ from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBr
 from vllm_wanspec.core.events import RecordedDrafterSession
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Reject, decode
-from vllm_wanspec.core.policy.expansion import main_line_tip
 from vllm_wanspec.core.states import DrafterState
+from vllm_wanspec.core.tree import main_line_tip
 from vllm_wanspec.drafter.connection import gathered
 from vllm_wanspec.errors import RemoteProtocolError
 

@@ -66,7 +66,7 @@ def _check_agreement(world: World, request: Request, session: ControllerSession)
     _check_best(world, request)
     limits = world.limits
     room = min(limits.lookahead, world.setup.max_context - len(request.context))
-    draft, _ = session.draft(limits.lookahead, 0.0, world.now_s)
+    draft = session.draft(limits.lookahead, 0.0, world.now_s).tokens
     assert draft == world.toy.drafted(request.context, len(draft))
     assert len(draft) <= max(0, room)
     if room > 0:

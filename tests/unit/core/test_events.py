@@ -5,7 +5,8 @@ import json
 import pytest
 from toys import VOCAB_SIZE, Toy, limits
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DrafterSession, StartBranch, StopBranch
 from vllm_wanspec.core.events import (
     LOG_VERSION,
@@ -16,9 +17,9 @@ from vllm_wanspec.core.events import (
     header,
 )
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject, from_wire, to_wire
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
 TOY = Toy(seed=2)
@@ -83,6 +84,18 @@ def test_a_controller_s_session_that_records_does_what_others_do() -> None:
     assert (draft["limit"], draft["least"], draft["out"]) == (4, 0.1, [7, 8])
     assert (commit["tokens"], from_wire(commit["out"][0])) == ([7, 9], Commit(4, 3, (7, 9)))
     assert blind["out"] == []
+
+
+def test_a_lookup_is_recorded_with_all_of_the_draft_that_it_makes() -> None:
+    records: list[Record] = []
+    session = RecordedControllerSession([1, 2, 3, 4, 1, 2, 3], Shared(), key="r", sink=records.append, now=0.0)
+    draft = session.fall_back(session.draft(2, 0.0, 1.0), 2, 0.25, 1.0)
+    session.commit([4, 1], 2.0, draft)
+    assert records[1:] == [
+        {"t": 1.0, "k": "r", "call": "draft", "limit": 2, "least": 0.0, "out": []},
+        {"t": 1.0, "k": "r", "call": "fall_back", "limit": 2, "least": 0.25, "out": [4, 1]},
+        {"t": 2.0, "k": "r", "call": "commit", "tokens": [4, 1], "out": []},
+    ]
 
 
 def test_what_a_bad_peer_sent_is_in_the_log() -> None:

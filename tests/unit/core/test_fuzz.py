@@ -17,7 +17,8 @@ import pytest
 from toys import FINGERPRINT, VOCAB_SIZE, Toy, draft_model
 from wire_fuzz import KINDS, Fuzz, same, some_limits, some_nodes, some_tokens
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
@@ -35,7 +36,7 @@ from vllm_wanspec.core.messages import (
     encode,
     to_wire,
 )
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError
@@ -155,7 +156,7 @@ def test_fuzz_of_the_controllers_session() -> None:
             session.link_lost(0.0)
             assert session.tree is None
             continue
-        draft, expected = session.draft(8, 0.0, 0.0)
+        draft, expected = session.draft(8, 0.0, 0.0)[:2]
         assert len(draft) <= 8
         assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in draft)
         assert 0.0 <= expected <= len(draft)

@@ -10,7 +10,8 @@ from pair import Logs, Setup, World
 from pair_drafter import ToyDrafter
 from pair_finish import finish
 
-from vllm_wanspec.core.events import Record, replay
+from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.events import Record, RecordedControllerSession, header, replay
 from vllm_wanspec.core.messages import Limits, Nodes, encode
 from vllm_wanspec.core.tree import NodeRecord
 
@@ -86,6 +87,20 @@ def test_both_logs_have_every_call() -> None:
     drafter = {record.get("call") for record in logs.drafter}
     assert controller == {None, "begin", "open", "commit", "receive", "draft", "link_lost", "close"}
     assert drafter == {None, "open", "commit", "drafted", "ended", "failed", "resize", "close"}
+
+
+def test_what_prompt_lookup_learns_from_its_guesses_is_learnt_again() -> None:
+    """As the pool calls it: the draft that was made last goes with the commit that tells what became of it."""
+    log: list[Record] = [header("controller", "m", wall_s=1e9, at_s=0.0)]
+    text = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    session = RecordedControllerSession(text, Shared(), key="r", sink=log.append, now=0.0)
+    guess = session.fall_back(session.draft(2, 0.0, 1.0), 2, 0.0, 1.0)
+    session.commit([4, 5], 2.0, guess)
+    surer = session.fall_back(session.draft(8, 0.0, 3.0), 8, 0.5, 3.0)
+    assert surer.tokens == [6, 1]  # 0.75 each; it was 0.5 before the guess came true
+    session.commit([9], 4.0, surer)
+    for record, out in replay(read_back(log)):
+        assert out == record["out"], record
 
 
 def differences(log: list[dict[str, Any]]) -> int:

@@ -7,10 +7,10 @@ from branch_play import Play, even_step
 from toys import limits
 from tree_checks import record
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DrafterSession, DraftStep, StartBranch
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.states import (
     CONTROLLER_TABLE,
     DRAFTER_TABLE,
@@ -21,6 +21,7 @@ from vllm_wanspec.core.states import (
     DrafterState,
     states_markdown,
 )
+from vllm_wanspec.core.turnaround import Turnaround
 
 DOCS = Path(__file__).parents[3] / "docs" / "states.md"
 

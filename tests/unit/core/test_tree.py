@@ -6,7 +6,7 @@ import pytest
 from tree_checks import CONTEXT, chain, check_consistent, make_tree, reachable, record
 
 from vllm_wanspec.core.learned.calibration import Calibration
-from vllm_wanspec.core.tree import Appended, Committed, NodeRecord
+from vllm_wanspec.core.tree import Appended, Committed, DraftTree, NodeRecord, main_line_tip
 from vllm_wanspec.errors import RemoteProtocolError
 
 
@@ -303,3 +303,12 @@ def test_a_draft_ends_where_the_target_is_unlikely_to_follow() -> None:
     assert tree.draft(9, 1.0) == ([], 0.0, 1.0)
     tree.commit([9])
     assert tree.draft(9) == ([], 0.0, 1.0)
+
+
+def test_the_tip_follows_the_most_probable_children() -> None:
+    tree = DraftTree(5, vocab_size=10, max_nodes=10)
+    assert main_line_tip(tree) is tree.cursor
+    tree.append([NodeRecord(1, 0, 1, -0.5, 1.0), NodeRecord(2, 0, 2, -2.0, 1.0), NodeRecord(3, 2, 3, -0.1, 1.0)])
+    assert main_line_tip(tree).id == 1
+    tree.commit([2])
+    assert main_line_tip(tree).id == 3

@@ -20,6 +20,7 @@ from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.eventlog import EventLog
+from vllm_wanspec.text import printable
 
 logger = logging.getLogger("vllm.wanspec.proposer")
 
@@ -184,7 +185,8 @@ class RemoteProposer:
         except ConfigError as error:
             if str(error) != self._wrong_override:
                 self._wrong_override = str(error)
-                logger.warning("vllm_xargs: %s; request %s is served as configured", error, request.req_id)
+                name = printable(str(request.req_id))
+                logger.warning("vllm_xargs: %s; request %s is served as configured", error, name)
             return self._tree
 
     def _end_of(self, request: Any) -> int:

@@ -1,9 +1,45 @@
 """What the target's steps cost and yield, as measured: what a draft token, or waiting for one, is held against."""
 
+from dataclasses import dataclass
+from math import inf
+
 from vllm_wanspec.core.learned.estimates import Smoothed, StepTimes
-from vllm_wanspec.core.policy.lateness import Pace
 
 ASSUMED_STEP_S = 0.030
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How the batch does at present.
+
+    Attributes:
+        rows: Requests in it.
+        step_s: Time of one verification step.
+        tokens_per_step: Mean tokens that one request gets per step.
+        tokens_per_drafted_step: The same over steps for which the request had a draft.
+        agreement: Chance that the target takes the draft model's best token.
+        limit: Most drafts per request and step.
+        tokens_per_dry_step: Mean tokens of steps for which the request had no draft, prompt lookup included.
+    """
+
+    rows: int
+    step_s: float
+    tokens_per_step: float
+    tokens_per_drafted_step: float
+    agreement: float
+    limit: int
+    tokens_per_dry_step: float = 1.0
+
+    @property
+    def yield_per_s(self) -> float:
+        """Tokens per second of the whole batch: what each second of waiting costs."""
+        return self.rows * self.tokens_per_step / self.step_s
+
+    def longest_wait_s(self, chances: float) -> float:
+        """No wait gains more than all that the requests without a draft could gain; ``chances``: the sum of theirs."""
+        yield_per_s = self.yield_per_s
+        gain = max(0.0, self.tokens_per_step - self.tokens_per_dry_step)
+        return gain * chances / yield_per_s if yield_per_s > 0.0 else inf
 
 
 class StepMeter:

@@ -54,14 +54,6 @@ def lookahead_tokens(rtt_s: float, step_s: float, speculation_length: int) -> in
     return steps * (speculation_length + 1) + speculation_length + LOOKAHEAD_SLACK
 
 
-def main_line_tip(tree: DraftTree) -> Node:
-    """The end of the most probable continuation: the node to extend."""
-    node = tree.cursor
-    while node.best is not None:
-        node = node.best
-    return node
-
-
 def branching_tokens(
     alternatives: Iterable[tuple[int, float]], entropy: float, limits: Limits, calibration: Calibration
 ) -> list[tuple[int, float]]:

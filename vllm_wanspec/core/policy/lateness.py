@@ -1,75 +1,13 @@
-"""Whether to hold a step back for drafts that will arrive in a moment, and estimates of when they will.
+"""Whether to hold a step back for drafts that will arrive in a moment.
 
 The wait stops the whole engine, so it must be worth more than the tokens that all requests would yield meanwhile.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import inf
-from typing import NamedTuple
 
-from vllm_wanspec.core.learned.estimates import Smoothed
-
-ASSUMED_GAP_S = 0.008
-
-
-class Turnaround:
-    """How soon a drafter answers: measured times, shared by the sessions of one drafter.
-
-    Attributes:
-        answer_s: From a commit that leaves the tree to the first nodes drafted with knowledge of it.
-        gap_s: Between two tokens of the main line.
-    """
-
-    def __init__(self) -> None:
-        """Start without measurements."""
-        self.answer_s = Smoothed()
-        self.gap_s = Smoothed()
-
-
-class Coming(NamedTuple):
-    """The next draft of a request that has none: when it is expected (seconds), and the chance that it is of use.
-
-    A named tuple, since it is made on the serving path.
-    """
-
-    at_s: float
-    chance: float
-    gap_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How the batch does at present.
-
-    Attributes:
-        rows: Requests in it.
-        step_s: Time of one verification step.
-        tokens_per_step: Mean tokens that one request gets per step.
-        tokens_per_drafted_step: The same over steps for which the request had a draft.
-        agreement: Chance that the target takes the draft model's best token.
-        limit: Most drafts per request and step.
-        tokens_per_dry_step: Mean tokens of steps for which the request had no draft, prompt lookup included.
-    """
-
-    rows: int
-    step_s: float
-    tokens_per_step: float
-    tokens_per_drafted_step: float
-    agreement: float
-    limit: int
-    tokens_per_dry_step: float = 1.0
-
-    @property
-    def yield_per_s(self) -> float:
-        """Tokens per second of the whole batch: what each second of waiting costs."""
-        return self.rows * self.tokens_per_step / self.step_s
-
-    def longest_wait_s(self, chances: float) -> float:
-        """No wait gains more than all that the requests without a draft could gain; ``chances``: the sum of theirs."""
-        yield_per_s = self.yield_per_s
-        gain = max(0.0, self.tokens_per_step - self.tokens_per_dry_step)
-        return gain * chances / yield_per_s if yield_per_s > 0.0 else inf
+from vllm_wanspec.core.learned.meter import Pace
+from vllm_wanspec.core.turnaround import Coming
 
 
 @dataclass(frozen=True, slots=True)

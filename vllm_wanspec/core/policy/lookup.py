@@ -7,10 +7,14 @@ there is the draft. (Saxena's prompt lookup; how likely a match of a given lengt
 from array import array
 from collections.abc import Sequence
 
+from vllm_wanspec.core.draft import Draft
+
 LENGTHS = (3, 2, 1)
 """Tokens of a match, the most telling first."""
 WINDOW_TOKENS = 2048
 """So far back is sought: a bound on the time that it takes on the serving path."""
+POOR_DRAFT_TOKENS = 0.5
+"""A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
 _WIDTH = array("I").itemsize
 
 
@@ -93,3 +97,41 @@ class Text:
                 found = array("I", bytes(text[begin : begin + limit * _WIDTH])).tolist()
                 return length, found
         return 0, []
+
+
+def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: float) -> Draft:
+    """A draft with what prompt lookup goes on with; where it promises little, lookup alone if that promises more.
+
+    Args:
+        draft: What a drafter gave, without a guess.
+        text: The request's tokens.
+        rates: How often lookup is right.
+        limit: Most tokens of both.
+        least: The guess ends where the chance that the target takes all of the draft falls below this.
+    """
+    drafted, expected, chance, _, _ = draft
+    if expected < POOR_DRAFT_TOKENS:
+        match, guess, worth = _guess(text, rates, [], 1.0, limit, least)
+        if worth > expected:
+            return Draft([], worth, 1.0, guess, match)
+        if not drafted:
+            return Draft([], expected + worth, 1.0, guess, match)
+    match, guess, worth = _guess(text, rates, drafted, chance, limit, least)
+    return Draft(drafted, expected + worth, chance, guess, match)
+
+
+def _guess(
+    text: Text, rates: LookupRates, drafted: list[int], chance: float, limit: int, least: float
+) -> tuple[int, tuple[int, ...], float]:
+    """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
+    length, found = text.continuation(max(0, limit - len(drafted)), drafted)
+    each = rates.chance[length]
+    guess: list[int] = []
+    expected = 0.0
+    for token in found:
+        chance *= each
+        if chance < least:
+            break
+        expected += chance
+        guess.append(token)
+    return length, tuple(guess), expected

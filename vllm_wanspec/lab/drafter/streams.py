@@ -17,7 +17,8 @@ from random import Random
 
 import aiohttp
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PATH,
@@ -33,9 +34,8 @@ from vllm_wanspec.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from vllm_wanspec.core.policy.expansion import main_line_tip
-from vllm_wanspec.core.policy.lateness import Turnaround
-from vllm_wanspec.core.tree import Node
+from vllm_wanspec.core.tree import Node, main_line_tip
+from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.lab.harness.client import ClientError
 

@@ -187,11 +187,11 @@ def test_steps_are_held_back_only_where_the_queue_is_known(
     core = SimpleNamespace(input_queue=queue.Queue())
     monkeypatch.setattr(hooks, "_engine_core", lambda: core)
     with running(vllm_config(tmp_path, server.url)) as engine:
-        assert pool_of(engine)._queued() == 0
+        assert pool_of(engine)._late._queued() == 0
         core.input_queue.put(1)
-        assert pool_of(engine)._queued() == 1
+        assert pool_of(engine)._late._queued() == 1
     with running(vllm_config(tmp_path, server.url, parallel=2)) as engine:
-        assert pool_of(engine)._queued() is None  # data-parallel engines wait for each other
+        assert pool_of(engine)._late._queued() is None  # data-parallel engines wait for each other
 
 
 # What the configuration asks for

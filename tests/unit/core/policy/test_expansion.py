@@ -16,9 +16,8 @@ from vllm_wanspec.core.policy.expansion import (
     branching_tokens,
     entropy_nats,
     lookahead_tokens,
-    main_line_tip,
 )
-from vllm_wanspec.core.tree import DraftTree, NodeRecord
+from vllm_wanspec.core.tree import DraftTree
 
 distributions = st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=20).map(
     lambda weights: sorted((w / sum(weights) for w in weights), reverse=True)
@@ -72,15 +71,6 @@ def test_entropy_takes_impossible_tokens_with_finite_log_probabilities() -> None
 )
 def test_lookahead_covers_a_round_trip_of_lucky_steps(rtt_s: float, step_s: float, length: int, expected: int) -> None:
     assert lookahead_tokens(rtt_s, step_s, length) == expected + LOOKAHEAD_SLACK
-
-
-def test_the_tip_follows_the_most_probable_children() -> None:
-    tree = DraftTree(5, vocab_size=10, max_nodes=10)
-    assert main_line_tip(tree) is tree.cursor
-    tree.append([NodeRecord(1, 0, 1, -0.5, 1.0), NodeRecord(2, 0, 2, -2.0, 1.0), NodeRecord(3, 2, 3, -0.1, 1.0)])
-    assert main_line_tip(tree).id == 1
-    tree.commit([2])
-    assert main_line_tip(tree).id == 3
 
 
 # Where to branch

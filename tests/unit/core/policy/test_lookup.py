@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_wanspec.core.controller import ControllerSession, Shared
+from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import Limits, Nodes
-from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.policy.lookup import LENGTHS, WINDOW_TOKENS, LookupRates, Text
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.turnaround import Turnaround
 
 
 def text_of(tokens: list[int]) -> Text:
@@ -76,21 +78,20 @@ def test_rates_are_learnt_per_length_and_per_token() -> None:
 def test_a_session_without_a_link_guesses_from_its_own_text() -> None:
     shared = Shared()
     session = ControllerSession([1, 2, 3, 4, 5, 1, 2, 3], shared)
-    assert session.draft(8, 0.0, 0.0) == ([], 0.0)
-    guess, expected = session.fall_back(2, 0.0, 0.0)
-    assert (guess, expected) == ([4, 5], pytest.approx(0.5 + 0.25))
-    session.commit([4, 9], 1.0)
+    assert session.draft(8, 0.0, 0.0) == NO_DRAFT
+    guess = session.fall_back(NO_DRAFT, 2, 0.0, 0.0)
+    assert (guess.tokens, guess.expected) == ([4, 5], pytest.approx(0.5 + 0.25))
+    session.commit([4, 9], 1.0, guess)
     assert (shared.counters.fallback_tokens, shared.counters.fallback_hits) == (2, 1)
     assert shared.lookup.chance[3] == pytest.approx((1 + 1) / (2 + 2))
-    assert session.draft(8, 0.0, 1.0) == ([], 0.0)
-    assert session.fall_back(8, 0.0, 1.0) == ([], 0.0)
+    assert session.draft(8, 0.0, 1.0) == NO_DRAFT
+    assert session.fall_back(NO_DRAFT, 8, 0.0, 1.0) == NO_DRAFT
 
 
 def test_a_guess_ends_where_it_is_hardly_ever_taken() -> None:
     session = ControllerSession([1, 2, 3, 4, 5, 1, 2, 3], Shared())
-    session.draft(8, 0.0, 0.0)
-    assert session.fall_back(8, 0.2, 0.0)[0] == [4, 5]  # 0.5, 0.25, 0.125
-    assert session.fall_back(8, 0.6, 0.0)[0] == []
+    assert session.fall_back(NO_DRAFT, 8, 0.2, 0.0).tokens == [4, 5]  # 0.5, 0.25, 0.125
+    assert session.fall_back(NO_DRAFT, 8, 0.6, 0.0).tokens == []
 
 
 def test_a_draft_that_promises_little_gives_way_to_a_lookup_that_promises_more() -> None:
@@ -99,18 +100,18 @@ def test_a_draft_that_promises_little_gives_way_to_a_lookup_that_promises_more()
     session.open(1, Limits(8, 64, 2, 2, 4, 1.0, 0.0), 0.0, vocab_size=99, turnaround=Turnaround())
     unsure, sure = (NodeRecord(1, 0, 9, -5.0, 3.0), NodeRecord(2, 1, 1, -0.01, 0.1))
     session.receive(Nodes(1, 8, (unsure,)), 0.0)
-    assert session.draft(8, 0.0, 0.0)[0] == [9]
-    tokens, expected = session.fall_back(2, 0.0, 0.0)
-    assert (tokens, expected) == ([4, 5], pytest.approx(0.75))
-    assert session.is_guess
+    poor = session.draft(8, 0.0, 0.0)
+    assert poor.tokens == [9]
+    better = session.fall_back(poor, 2, 0.0, 0.0)
+    assert (better.tokens, better.expected) == ([4, 5], pytest.approx(0.75))
+    assert better.drafted == []
     session.receive(Nodes(1, 8, (sure,)), 0.0)
     for _ in range(400):  # the draft model turns out to be right
         shared.calibration.saw(session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
-    drafted, worth = session.draft(1, 0.0, 0.0)
-    assert drafted == [9]
-    assert worth > 0.9
-    assert session.fall_back(1, 0.0, 0.0)[0] == [9]
-    assert not session.is_guess
+    good = session.draft(1, 0.0, 0.0)
+    assert good.tokens == [9]
+    assert good.expected > 0.9
+    assert session.fall_back(good, 1, 0.0, 0.0) == good
 
 
 def test_a_short_draft_is_lengthened() -> None:
@@ -120,9 +121,11 @@ def test_a_short_draft_is_lengthened() -> None:
     session.receive(Nodes(1, 8, (NodeRecord(1, 0, 3, -0.01, 0.1),)), 0.0)
     for _ in range(400):
         shared.calibration.saw(session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
-    _, alone = session.draft(8, 0.0, 0.0)
-    tokens, expected = session.fall_back(3, 0.0, 0.0)
-    assert tokens == [3, 4, 5]
-    assert expected == pytest.approx(alone + alone * 0.5 + alone * 0.25, rel=1e-3)
-    session.commit([3, 4, 9], 1.0)
+    short = session.draft(8, 0.0, 0.0)
+    alone = short.expected
+    longer = session.fall_back(short, 3, 0.0, 0.0)
+    assert longer.tokens == [3, 4, 5]
+    assert (longer.drafted, longer.guess) == ([3], (4, 5))
+    assert longer.expected == pytest.approx(alone + alone * 0.5 + alone * 0.25, rel=1e-3)
+    session.commit([3, 4, 9], 1.0, longer)
     assert (shared.counters.fallback_tokens, shared.counters.fallback_hits, shared.counters.hits) == (2, 1, 0)

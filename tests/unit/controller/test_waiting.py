@@ -1,4 +1,4 @@
-"""DraftPool's waits for drafts about to arrive: in played time, and some on sockets."""
+"""Waits for drafts about to arrive: in played time, and some on sockets."""
 
 import threading
 import time
@@ -9,9 +9,10 @@ from pool_world import WRONG, World
 from pools import LIMIT, PROMPT, pool_of, served
 from toys import wait_until
 
-from vllm_wanspec.controller.pool import WAIT_SLICE_S
+from vllm_wanspec.controller.waiting import WAIT_SLICE_S
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.policy.lateness import Turnaround
+from vllm_wanspec.core.draft import Draft
+from vllm_wanspec.core.turnaround import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -46,7 +47,7 @@ def test_after_a_wait_only_sessions_whose_trees_have_changed_are_drafted_again(m
     calls: list[ControllerSession] = []
     draft = ControllerSession.draft
 
-    def watched(self: ControllerSession, *args: float) -> tuple[list[int], float]:
+    def watched(self: ControllerSession, *args: float) -> Draft:
         calls.append(self)
         return draft(self, *args)  # type: ignore[arg-type]
 
@@ -142,7 +143,7 @@ def test_the_wait_is_over_when_those_it_is_for_have_drafts() -> None:
     drafts = world.miss("a", "b")
     far = Turnaround()
     far.answer_s.add(0.5)
-    world.pool._sessions["b"].core._turnaround = far
+    world.pool._sessions["b"].core._clock.turnaround = far
     world.later(0.003, "a", LIMIT, echo=world.length["a"] - 1 + WRONG)
     assert world.draft(drafts) == pytest.approx(0.003)
     assert [len(draft) for draft in drafts] == [LIMIT, 0]

@@ -4,7 +4,8 @@ import pytest
 from pool_world import LIMIT, World
 from pools import peek, pool_of
 
-from vllm_wanspec.controller.pool import MAX_LOOKUP_ROWS, DraftPool
+from vllm_wanspec.controller.drafting import MAX_LOOKUP_ROWS
+from vllm_wanspec.controller.pool import DraftPool
 
 
 def handed_out(pool: DraftPool, rows: list[tuple[str, list[int]]], limit: int = LIMIT) -> list[list[int]]:

@@ -6,6 +6,7 @@ from pools import LIMIT
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.policy.length import LEARNING_STEPS, PROBE_STEPS
 
@@ -136,11 +137,20 @@ def test_the_yield_of_requests_that_had_drafts_is_kept_apart() -> None:
     world = running_well("ab")
     drafted, dry = (world.pool._sessions[name] for name in "ab")
     for _ in range(300):
-        drafted.offered, drafted.guessed, dry.offered = 3, False, 0
+        drafted.draft, drafted.offered, dry.offered = Draft([7, 7, 7], 2.0, 0.5), True, False
         world.pool.step_begins(5, 3)
         world.pool.step([("a", [7, 7, 7]), ("b", [7])])
     assert world.pool.meter.tokens_per_step.get(0.0) == pytest.approx(2.0, abs=0.01)
     assert world.pool.meter.tokens_per_drafted_step.get(0.0) == pytest.approx(3.0, abs=0.01)
+
+
+def test_what_becomes_of_the_lists_that_were_handed_out_changes_nothing() -> None:
+    world = World(policy="none")
+    handed_out = world.pool.draft(["a"], LIMIT)
+    assert handed_out == [list(range(3, 3 + LIMIT))]
+    handed_out[0].clear()  # as vLLM does with drafts that do not fit its budget
+    world.step({"a": [3, 4]})
+    assert world.pool.meter.tokens_per_drafted_step.get(0.0) == 2.0
 
 
 def test_steps_that_are_no_example_are_not_timed() -> None:

@@ -1,0 +1,75 @@
+"""What all sessions of a controller count and learn together, in plain data.
+
+Whoever owns the sessions owns one `Shared` and hands it to each; they write into it, so it has the sessions' lock.
+"""
+
+from dataclasses import dataclass, field, fields
+
+from vllm_wanspec.core.learned.calibration import Calibration
+from vllm_wanspec.core.learned.estimates import StepTimes
+from vllm_wanspec.core.policy.length import StepCost
+from vllm_wanspec.core.policy.lookup import LookupRates
+
+
+@dataclass(slots=True)
+class Counters:
+    """What sessions count, all in plain numbers; one object serves all sessions of a controller.
+
+    Attributes:
+        steps: Verification steps in which a request with a session got tokens (its prefill not included).
+        committed_tokens: Tokens that those steps yielded.
+        offered_tokens: Draft tokens handed to the target.
+        hits: Commits that stayed in the tree to their end.
+        branch_hits: Those of them that left the most probable path: a branch saved the step after.
+        misses: Commits that left the tree.
+        blind_steps: Commits made while an earlier one was still pending, so that nothing could be predicted.
+        received_nodes: Nodes that arrived, of use or not.
+        added_nodes: Nodes that arrived in time to be live.
+        late_drafts: Positions whose drafts arrived after they were committed.
+        late_hits: Those of them whose draft was right: it confirmed what was pending.
+        stale_nodes: Nodes dropped on arrival because what they hang below is gone.
+        fallback_tokens: Tokens that prompt lookup added for want of drafts, those of withheld steps included.
+        fallback_hits: Those of them that proved right.
+        unpaid_steps: Steps whose drafts were withheld because they would have cost more than they yield.
+        waits: Steps held back for drafts about to arrive.
+        wait_seconds: Time of those waits.
+        opened_sessions: Sessions opened, again after a lost link included.
+        rejected_sessions: Rejects received.
+        local_draft_passes: Forward passes of a draft model on the target's side.
+    """
+
+    steps: int = 0
+    committed_tokens: int = 0
+    offered_tokens: int = 0
+    hits: int = 0
+    branch_hits: int = 0
+    misses: int = 0
+    blind_steps: int = 0
+    received_nodes: int = 0
+    added_nodes: int = 0
+    late_drafts: int = 0
+    late_hits: int = 0
+    stale_nodes: int = 0
+    fallback_tokens: int = 0
+    fallback_hits: int = 0
+    unpaid_steps: int = 0
+    waits: int = 0
+    wait_seconds: float = 0.0
+    opened_sessions: int = 0
+    rejected_sessions: int = 0
+    local_draft_passes: int = 0
+
+    def items(self) -> list[tuple[str, float]]:
+        """Names and values."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all sessions of a controller learn together."""
+
+    counters: Counters = field(default_factory=Counters)
+    calibration: Calibration = field(default_factory=Calibration)
+    times: StepTimes = field(default_factory=StepTimes)
+    cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
+    lookup: LookupRates = field(default_factory=LookupRates)
