@@ -10,10 +10,11 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import aiohttp
 
@@ -38,8 +39,6 @@ from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.tree import Node
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.lab.harness.client import ClientError
-
-__all__ = ["DraftTokenizer", "DrafterClient", "Stream", "Tally", "draw_commit", "keep_committing"]
 
 GREETING_TIMEOUT_S = 20.0
 
@@ -68,11 +67,21 @@ class DraftTokenizer:
             raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
         tokenizer = Tokenizer.from_file(str(path))
         vocabulary = tokenizer.get_vocab()
-        return cls(
-            max(vocabulary.values()) + 1,
-            vocabulary_fingerprint(vocabulary),
-            lambda text: list(tokenizer.encode(text).ids),
-        )
+        fingerprint = vocabulary_fingerprint(vocabulary)
+        return cls(max(vocabulary.values()) + 1, fingerprint, lambda text: list(tokenizer.encode(text).ids))
+
+
+@contextlib.asynccontextmanager
+async def playing(play: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Let something go on while the block runs; what had ended it before is raised at the block's end."""
+    task = asyncio.create_task(play)
+    try:
+        yield
+        if task.done():
+            await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(slots=True)
@@ -128,12 +137,10 @@ class DrafterClient:
             await socket.close()
             raise ClientError(f"{url}: refused: {answer.reason if isinstance(answer, Refuse) else answer}")
         client = cls(socket, answer, tally or Tally())
-        reader = asyncio.create_task(client._read())
         try:
-            yield client
+            async with playing(client._read()):
+                yield client
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
             await socket.close()
 
     async def open(

@@ -17,8 +17,6 @@ from vllm_wanspec.lab.target.played import make_pool, make_settings
 from vllm_wanspec.sim.language import TAIL, TOP_K, Language
 from vllm_wanspec.sim.synthetic import synthetic_model
 
-__all__ = ["SPREAD_SESSIONS", "measure_frames"]
-
 FRAME_NODES = 64
 SPREAD_SESSIONS = 8
 """Sessions that share a frame in the second measurement: one position each, as most live frames are."""
@@ -34,15 +32,8 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
     language = Language()
     pool = make_pool(make_settings("http://127.0.0.1:9"), language, limit=8)
     link, model = pool.links[0], synthetic_model(language)
-    link.welcome = Welcome(
-        PROTOCOL_VERSION,
-        model.name,
-        model.vocab_size,
-        model.fingerprint,
-        model.max_sessions,
-        model.max_nodes,
-        model.max_context,
-    )
+    what_it_serves = (model.name, model.vocab_size, model.fingerprint)
+    link.welcome = Welcome(PROTOCOL_VERSION, *what_it_serves, model.max_sessions, model.max_nodes, model.max_context)
     writers = []
     for index in range(sessions):
         context = language.prompt(index, 300)
