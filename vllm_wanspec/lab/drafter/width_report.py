@@ -62,7 +62,7 @@ def _tables(title: str, arm: Arm) -> Iterator[Table]:
     yield Table(f"{title}; drafter {arm.name}", [name for name, _ in shown], rows, remarks=remarks)
     for process, groups in arm.profile.items():
         lines = [[where, share(part)] for where, part in groups.items()]
-        name = f"Profile of the {process} process at {BAR_WIDTH} branches"
+        name = f"{process} process at {BAR_WIDTH} branches"
         yield Table(name, ["where", "share of samples"], lines, note="Waiting threads are left out.", level=3)
 
 
