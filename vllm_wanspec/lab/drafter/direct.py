@@ -23,12 +23,12 @@ from aiohttp import web
 
 from vllm_wanspec.drafter.engines import TOP_K
 from vllm_wanspec.lab.drafter.loads import STEADY_LOOKAHEAD, SteadyLoad, contexts
-from vllm_wanspec.lab.drafter.steady import POLL_S, CpuSample, phases, summary
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer, playing
+from vllm_wanspec.lab.drafter.steady import measured_rounds
 from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec
 
 ROUND_PATH = "/round"
@@ -99,26 +99,19 @@ class DirectWorkload:
         Raises:
             ClientError: The program cannot be reached or has failed.
         """
-        samples: list[CpuSample] = []
         query = {"width": str(width), "tokens": str(self._load.branch_depth if width > 1 else STEADY_LOOKAHEAD)}
         timeout = aiohttp.ClientTimeout(total=ROUND_TIMEOUT_S)
-        end_s = time.monotonic() + seconds
-        found, rounds = [], 0
+
+        async def play() -> list[list[float]]:
+            async with self._http.get(self._url + ROUND_PATH, params=query, timeout=timeout) as response:
+                response.raise_for_status()
+                arrivals: list[list[float]] = await response.json()
+                return arrivals
+
         try:
-            async with playing(self._sample(samples)):
-                while time.monotonic() < end_s:
-                    async with self._http.get(self._url + ROUND_PATH, params=query, timeout=timeout) as response:
-                        response.raise_for_status()
-                        found += phases(await response.json(), width)
-                    rounds += 1
+            return await measured_rounds(play, self._cpu, width, seconds)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise ClientError(f"{self._url}: the direct client failed: {error or type(error).__name__}") from error
-        return summary(width, rounds, found, samples)
-
-    async def _sample(self, samples: list[CpuSample]) -> None:
-        while True:
-            samples.append((time.monotonic(), self._cpu.read()))
-            await asyncio.sleep(POLL_S)
 
 
 def vllm_generate(engine: Any) -> Generate:

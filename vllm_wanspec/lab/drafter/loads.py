@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import aiohttp
 
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.streams import DrafterClient, DraftTokenizer, Tally
+from vllm_wanspec.lab.drafter.streams import DrafterClient, Tally
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.lab.harness.models import DraftTokenizer, read_prompts
 
 CONTEXT_TOKENS = 400
 MAX_NODES = 4096
@@ -26,20 +27,7 @@ COMMIT_INTERVAL_S = 0.04
 LONGEST_LEAD = 128
 
 
-def branching_everywhere(width: int, lookahead: int, max_branches: int, branch_depth: int) -> Limits:
-    """Limits of a session that branches at every position, and runs ``width`` branches if it can."""
-    return Limits(
-        lookahead=lookahead,
-        max_nodes=MAX_NODES,
-        max_branches=max_branches,
-        running_branches=width,
-        branch_depth=branch_depth,
-        entropy_threshold_nats=0.0,
-        min_probability=0.0,
-    )
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SteadyLoad:
     """What sessions ask for whose branches all run, with nothing committed.
 
@@ -51,29 +39,29 @@ class SteadyLoad:
 
     branch_depth: int = 48
     max_branches: int = 2
+    lookahead: ClassVar[int] = STEADY_LOOKAHEAD
 
     def limits(self, width: int) -> Limits:
-        """A session's, for ``width`` running branches."""
-        return branching_everywhere(width, STEADY_LOOKAHEAD, self.max_branches, self.branch_depth)
+        """Those of a session that branches at every position, and runs ``width`` branches if it can."""
+        return Limits(
+            lookahead=self.lookahead,
+            max_nodes=MAX_NODES,
+            max_branches=self.max_branches,
+            running_branches=width,
+            branch_depth=self.branch_depth,
+            entropy_threshold_nats=0.0,
+            min_probability=0.0,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class ChurningLoad:
-    """What a session asks for whose commits start and stop branches all the time, and what is committed.
+@dataclass(frozen=True)
+class ChurningLoad(SteadyLoad):
+    """What a session asks for whose commits of at most so many tokens start and stop branches all the time."""
 
-    Args:
-        commit_tokens: Tokens of a commit at most.
-        branch_depth: Tokens of a side branch.
-        max_branches: Tokens followed at each position.
-    """
-
-    commit_tokens: int = 1
     branch_depth: int = 16
     max_branches: int = 8
-
-    def limits(self, width: int) -> Limits:
-        """The session's, for ``width`` running branches."""
-        return branching_everywhere(width, LONGEST_LEAD + 64, self.max_branches, self.branch_depth)
+    commit_tokens: int = 1
+    lookahead: ClassVar[int] = LONGEST_LEAD + 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import bisect
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -20,10 +20,10 @@ import numpy as np
 
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.lab.drafter.loads import STEADY_LOOKAHEAD, Drafter, SteadyLoad
-from vllm_wanspec.lab.drafter.streams import DrafterClient
+from vllm_wanspec.lab.drafter.streams import DrafterClient, playing
 from vllm_wanspec.lab.drafter.width_figures import NEAR, SteadyRow, cpu_shares
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.cpu import CORE
+from vllm_wanspec.lab.harness.cpu import CORE, CpuClock
 
 POLL_S = 0.02
 #: Phases of fewer steps would be all edges.
@@ -158,6 +158,26 @@ def summary(width: int, rounds: int, found: Sequence[Phase], samples: Sequence[C
     )
 
 
+async def measured_rounds(
+    play: Callable[[], Awaitable[list[list[float]]]], cpu: CpuClock, width: int, seconds: float
+) -> SteadyRow:
+    """Play rounds for some seconds and measure them; ``play`` plays one, and returns when its branches' tokens came."""
+    samples: list[CpuSample] = []
+    found: list[Phase] = []
+    rounds, end_s = 0, time.monotonic() + seconds
+    async with playing(_sample(cpu, samples)):
+        while time.monotonic() < end_s:
+            found += phases(await play(), width)
+            rounds += 1
+    return summary(width, rounds, found, samples)
+
+
+async def _sample(cpu: CpuClock, samples: list[CpuSample]) -> None:
+    while True:
+        samples.append((time.monotonic(), cpu.read()))
+        await asyncio.sleep(POLL_S)
+
+
 class SteadyWorkload:
     """Rounds at one drafter, each with another context."""
 
@@ -170,33 +190,24 @@ class SteadyWorkload:
         Raises:
             ClientError: The drafter cannot be reached or has ended a session.
         """
-        end_s = time.monotonic() + seconds
-        found: list[Phase] = []
-        samples: list[CpuSample] = []
-        rounds = 0
         async with self._drafter.connect() as client:
-            while time.monotonic() < end_s:
-                found += phases(await self._round(client, width, samples), width)
-                rounds += 1
-        return summary(width, rounds, found, samples)
+            return await measured_rounds(lambda: self._round(client, width), self._drafter.cpu, width, seconds)
 
     async def play(self, width: int) -> None:
         """Play rounds for ever."""
         await self.window(width, math.inf)
 
-    async def _round(self, client: DrafterClient, width: int, samples: list[CpuSample]) -> list[list[float]]:
-        drafter, limits = self._drafter, self._load.limits(width)
+    async def _round(self, client: DrafterClient, width: int) -> list[list[float]]:
         trace = Trace(time.monotonic(), self._load.branch_depth, width)
-        stream = await client.open(next(drafter.texts), limits, Random(0), watch=trace.receive)
+        context, limits = next(self._drafter.texts), self._load.limits(width)
+        stream = await client.open(context, limits, Random(0), watch=trace.receive)
         lull_s = silence_s = 0.0
         while lull_s < LULL_S and silence_s < SILENCE_S:
-            samples.append((time.monotonic(), drafter.cpu.read()))
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
             if client.broken is not None:
                 raise ClientError(f"the drafter's connection broke: {client.broken}") from client.broken
             lull_s = 0.0 if trace.enough_s is None else now - trace.enough_s
             silence_s = now - trace.last_s
-        samples.append((time.monotonic(), drafter.cpu.read()))
         await stream.close()
         return trace.branches

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -32,43 +31,15 @@ from vllm_wanspec.core.messages import (
     Welcome,
     decode,
     encode,
-    vocabulary_fingerprint,
 )
 from vllm_wanspec.core.policy.expansion import main_line_tip
 from vllm_wanspec.core.policy.lateness import Turnaround
 from vllm_wanspec.core.tree import Node
-from vllm_wanspec.errors import ConfigError, RemoteProtocolError
+from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 GREETING_TIMEOUT_S = 20.0
-
-
-@dataclass(frozen=True, slots=True)
-class DraftTokenizer:
-    """What a controller must know of the draft model's tokenizer."""
-
-    vocab_size: int
-    fingerprint: str
-    encode: Callable[[str], list[int]]
-
-    @classmethod
-    def load(cls, model: Path) -> DraftTokenizer:
-        """Read it from a model's folder.
-
-        Raises:
-            ConfigError: There is none, or the ``tokenizers`` package is missing.
-        """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
-        path = model / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
-        tokenizer = Tokenizer.from_file(str(path))
-        vocabulary = tokenizer.get_vocab()
-        fingerprint = vocabulary_fingerprint(vocabulary)
-        return cls(max(vocabulary.values()) + 1, fingerprint, lambda text: list(tokenizer.encode(text).ids))
 
 
 @contextlib.asynccontextmanager

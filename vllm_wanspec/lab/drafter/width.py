@@ -20,42 +20,25 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.churning import ChurningWorkload
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter, contexts
 from vllm_wanspec.lab.drafter.profile import find_py_spy, record
 from vllm_wanspec.lab.drafter.steady import SteadyWorkload
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer, playing
+from vllm_wanspec.lab.drafter.streams import playing
 from vllm_wanspec.lab.drafter.width_figures import BAR_WIDTH, CHURNING, STEADY, Arm, Row, WidthOptions, WidthResult
 from vllm_wanspec.lab.drafter.width_report import width_document
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.cpu import CpuClock, group_processes
 from vllm_wanspec.lab.harness.launch import drafter_spec, serving
-from vllm_wanspec.lab.harness.models import find_models
-from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed
+from vllm_wanspec.lab.harness.models import DraftTokenizer, find_models
+from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
 from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import Server
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
 
-PROGRAM = "python -m vllm_wanspec.lab.drafter.width"
 UNPACED = "none"
 Workload = SteadyWorkload | ChurningWorkload
-
-
-def parse_widths(text: str) -> tuple[int, ...]:
-    """Read ``"1,8,16"``.
-
-    Raises:
-        ConfigError: Not different numbers from 1 to 1024.
-    """
-    try:
-        widths = [int(part) for part in text.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or len(set(widths)) < len(widths) or not all(1 <= width <= 1024 for width in widths):
-        raise ConfigError(f"--widths: {text!r} is not a list of different numbers from 1 to 1024, as in 1,8,16")
-    return tuple(sorted(widths))
 
 
 def parse_paces(text: str) -> tuple[Pacing | None, ...]:
@@ -69,12 +52,7 @@ def parse_paces(text: str) -> tuple[Pacing | None, ...]:
 
 
 def run_width(options: WidthOptions, console: Console, log_dir: Path | None = None) -> WidthResult:
-    """Run the bench.
-
-    Args:
-        options: What to measure.
-        console: Where to show progress.
-        log_dir: Where the servers' logs and the profile's samples stay; None keeps none.
+    """Run the bench; the servers' logs and the profile's samples stay in ``log_dir``, if there is one.
 
     Raises:
         ConfigError: Models or prompts are missing or wrong.
@@ -185,7 +163,7 @@ def main(
             widths=parse_widths(widths),
             paces=parse_paces(pace),
             loads=listed("--loads", loads, (STEADY, CHURNING)),
-            churning=ChurningLoad(commit_tokens, branch_depth, max_branches),
+            churning=ChurningLoad(branch_depth, max_branches, commit_tokens),
             repeats=repeat,
             window_s=seconds,
             warm_up_s=warm_up,
@@ -195,7 +173,8 @@ def main(
         )
         return run_width(options, console, keep_log)
 
-    measured(PROGRAM, measure, width_document, Outputs(json_file, markdown_file, keep_log), check=check)
+    outputs = Outputs(json_file, markdown_file, keep_log)
+    measured("python -m vllm_wanspec.lab.drafter.width", measure, width_document, outputs, check)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from vllm_wanspec.lab.drafter.loads import (
-    COMMIT_INTERVAL_S,
-    CONTEXT_TOKENS,
-    LONGEST_LEAD,
-    MAX_NODES,
-    STEADY_LOOKAHEAD,
-)
-from vllm_wanspec.lab.drafter.width_figures import BAR_RATIO, BAR_WIDTH, MAX_OTHERS, NEAR, Arm, Row, WidthResult
+from vllm_wanspec.lab.drafter.loads import COMMIT_INTERVAL_S, CONTEXT_TOKENS, LONGEST_LEAD, MAX_NODES, STEADY_LOOKAHEAD
+from vllm_wanspec.lab.drafter.width_figures import BAR_RATIO, BAR_WIDTH, MAX_OTHERS, NEAR, Arm, WidthResult
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.report.cells import MARKS, share
 from vllm_wanspec.lab.report.document import Document, Table
@@ -74,19 +68,14 @@ def _verdict(arm: Arm) -> list[str]:
     word = {True: "held", False: "missed", None: "not decided, since fewer branches ran"}[arm.held]
     asked = f"at most {BAR_RATIO} is asked for: {word} {MARKS[arm.held]}"
     texts = [f"{BAR_WIDTH} branches take {arm.ratio(row):.2f} × the step of one; {asked}"]
-    engine_ms, api_ms, one_ms = _cpu_ms(row, "engine"), _cpu_ms(row, "api"), _cpu_ms(arm.rows[0], "engine")
+    one_ms = arm.rows[0].engine_cpu * arm.rows[0].step_ms
+    engine_ms, api_ms = row.engine_cpu * row.step_ms, row.api_cpu * row.step_ms
     if one_ms:
         texts.append(
             f"Processor time in a step of {BAR_WIDTH} branches: engine {engine_ms:.2f} ms, {engine_ms / one_ms:.2f} × "
             f"its time for one; API server {api_ms:.2f} ms."
         )
     return texts
-
-
-def _cpu_ms(row: Row, process: str) -> float:
-    """Processor time that a process takes while each branch gets a token."""
-    cpu: float = getattr(row, f"{process}_cpu")
-    return cpu * row.step_ms
 
 
 def _disturbed(title: str, arm: Arm) -> list[str]:

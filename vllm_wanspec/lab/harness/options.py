@@ -8,7 +8,7 @@ import typer
 
 from vllm_wanspec.errors import ConfigError
 
-__all__ = ["DraftPace", "JsonFile", "LogFolder", "MarkdownFile", "ModelsFolder", "TargetPace", "listed"]
+__all__ = ["DraftPace", "JsonFile", "LogFolder", "MarkdownFile", "ModelsFolder", "TargetPace", "listed", "parse_widths"]
 
 ModelsFolder = Annotated[
     Path | None,
@@ -39,3 +39,18 @@ def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
     if not set(names) <= set(known):
         raise ConfigError(f"{option}: {text!r} is not a list of {' and '.join(known)}")
     return names
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Read ``"1,8,16"``.
+
+    Raises:
+        ConfigError: Not different numbers from 1 to 1024.
+    """
+    try:
+        widths = [int(part) for part in text.split(",")]
+    except ValueError:
+        widths = []
+    if not widths or len(set(widths)) < len(widths) or not all(1 <= width <= 1024 for width in widths):
+        raise ConfigError(f"--widths: {text!r} is not a list of different numbers from 1 to 1024, as in 1,8,16")
+    return tuple(sorted(widths))

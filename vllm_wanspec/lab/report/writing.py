@@ -45,7 +45,6 @@ def measured(
     measure: Callable[[Console], Found],
     document: Callable[[Found, Provenance], Document],
     outputs: Outputs,
-    *,
     check: bool,
 ) -> None:
     """Run a measuring command as a whole: measure, print, write, and say by the exit status how it went.

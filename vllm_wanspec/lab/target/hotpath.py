@@ -34,13 +34,12 @@ from vllm_wanspec.lab.harness.running import Outputs, log_folder
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
-from vllm_wanspec.lab.target.frames import SPREAD_SESSIONS, measure_frames
+from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
 from vllm_wanspec.lab.target.hotpath_report import HotpathOptions, HotpathResult, Run, hotpath_document
 from vllm_wanspec.lab.target.played import PlayedTarget, StepTimes, Workload, make_pool, make_settings
 from vllm_wanspec.sim.language import Language
 from vllm_wanspec.sim.synthetic import STATS_PATH
 
-PROGRAM = "python -m vllm_wanspec.lab.target.hotpath"
 STANDARD = HotpathOptions()
 LINK_DEADLINE_S = 10.0
 STATS_TIMEOUT_S = 30.0
@@ -70,7 +69,10 @@ def measure(options: HotpathOptions, console: Console) -> HotpathResult:
     ):
         with progress_bar(console, auto_refresh=False) as progress:
             advance = _drawn_by_hand(progress, "frames", 2 * options.frames)
-            frames = [measure_frames(options.frames, sessions, advance) for sessions in (1, SPREAD_SESSIONS)]
+            frames = {
+                f"{FRAME_NODES} nodes of {name}": measure_frames(options.frames, sessions, advance)
+                for name, sessions in (("1 session", 1), (f"{SPREAD_SESSIONS} sessions", SPREAD_SESSIONS))
+            }
         runs = []
         with serving([drafter], folder, console) as servers:
             for number in range(1, options.runs + 1):
@@ -88,14 +90,7 @@ def measure(options: HotpathOptions, console: Console) -> HotpathResult:
 def _drawn_by_hand(progress: Progress, description: str, total: int) -> Callable[[], None]:
     """Begin a task; what is returned says that one more step is done, and draws the bar between some of them."""
     task = progress.add_task(description, total=total)
-    progress.refresh()
-
-    def advance() -> None:
-        progress.advance(task)
-        if progress.tasks[task].completed % REFRESH_STEPS == 0:
-            progress.refresh()
-
-    return advance
+    return lambda: progress.update(task, advance=1, refresh=progress.tasks[task].completed % REFRESH_STEPS == 0)
 
 
 class _LiveRun:
@@ -260,14 +255,13 @@ def main(
     Ctrl-C.
     """
 
-    def measure_all(console: Console) -> HotpathResult:
-        workload = Workload(rows=sessions)
-        options = HotpathOptions(workload, steps, runs, frames, switch_interval_ms, tree, late, running_branches)
-        return measure(options, console)
+    def read_and_measure(console: Console) -> HotpathResult:
+        wanted = (steps, runs, frames, switch_interval_ms, tree, late, running_branches)
+        return measure(HotpathOptions(Workload(rows=sessions), *wanted), console)
 
     with suppress(OSError):  # what is wrong with the folder is told in a moment
         json_file.parent.mkdir(parents=True, exist_ok=True)
-    measured(PROGRAM, measure_all, hotpath_document, Outputs(json_file), check=check)
+    measured("python -m vllm_wanspec.lab.target.hotpath", read_and_measure, hotpath_document, Outputs(json_file), check)
 
 
 if __name__ == "__main__":

@@ -45,30 +45,6 @@ class HotpathOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Frames:
-    """Times of single frames.
-
-    Attributes:
-        nodes: Nodes in each...
-        sessions: ...which belong to so many sessions.
-        times_ns: Decoding and applying.
-        mean_bytes: Size on the wire.
-    """
-
-    nodes: int
-    sessions: int
-    times_ns: tuple[int, ...]
-    mean_bytes: float
-
-    def figures(self) -> dict[str, float]:
-        """Quantiles of the time in microseconds."""
-        return _quantiles([time_ns / 1e3 for time_ns in self.times_ns])
-
-    def __str__(self) -> str:
-        return f"{self.nodes} nodes of {self.sessions} session{'s' * (self.sessions > 1)}"
-
-
-@dataclass(frozen=True, slots=True)
 class Run:
     """One run of steps.
 
@@ -95,13 +71,13 @@ class Run:
         steps, engine = self.steps, self.engine
         decoding, engine_steps = sum(step.decoding for step in steps), max(1.0, engine["steps"])
         return {
-            "propose_take_ms": _quantiles([(step.propose_ns + step.take_ns) / 1e6 for step in steps]),
-            "propose_ms": _quantiles([step.propose_ns / 1e6 for step in steps]),
-            "take_ms": _quantiles([step.take_ns / 1e6 for step in steps]),
-            "cpu_ms": _quantiles([step.cpu_ns / 1e6 for step in steps]),
-            "waited_ms": _quantiles([step.wait_ns / 1e6 for step in steps]),
+            "propose_take_ms": quantiles([(step.propose_ns + step.take_ns) / 1e6 for step in steps]),
+            "propose_ms": quantiles([step.propose_ns / 1e6 for step in steps]),
+            "take_ms": quantiles([step.take_ns / 1e6 for step in steps]),
+            "cpu_ms": quantiles([step.cpu_ns / 1e6 for step in steps]),
+            "waited_ms": quantiles([step.wait_ns / 1e6 for step in steps]),
             "waited_steps": sum(step.wait_ns > 0 for step in steps),
-            "begin_step_ms": _quantiles([step.begin_ns / 1e6 for step in steps]),
+            "begin_step_ms": quantiles([step.begin_ns / 1e6 for step in steps]),
             "mean_tree_nodes": round(self.mean_tree_nodes, 1),
             "nodes_per_s": round(self.nodes_per_s),
             "accepted_per_step": round((sum(s.yielded for s in steps) - decoding) / max(1, decoding), 3),
@@ -123,14 +99,15 @@ class HotpathResult:
     Attributes:
         options: What was measured.
         runs: The runs.
-        frames: Single frames, those first for which there is a bar.
+        frames: Quantiles of single frames' times in microseconds, mean size in bytes, and count, by what they carry;
+            those first for which there is a bar.
         switch_interval_ms: The interpreter's.
         elapsed_s: Warm-up included.
     """
 
     options: HotpathOptions
     runs: Sequence[Run]
-    frames: Sequence[Frames]
+    frames: Mapping[str, Mapping[str, Any]]
     switch_interval_ms: float
     elapsed_s: float
 
@@ -142,16 +119,13 @@ class HotpathResult:
     def as_json(self) -> dict[str, Any]:
         """Return medians over the runs, what they were measured with, and the runs themselves."""
         runs = [run.figures() for run in self.runs]
-        found = _medians(runs) | {"frame_us": self.frames[0].figures()}
+        found = _medians(runs) | {"frame_us": next(iter(self.frames.values()))["us"]}
         return {
             "sessions": self.options.workload.rows,
             **found,
             "held": all(found[name][key] <= bar for name, bars in BARS.items() for key, bar in bars.items()),
             "bars": BARS,
-            "frames": {
-                str(one): {"us": one.figures(), "bytes": round(one.mean_bytes), "count": len(one.times_ns)}
-                for one in self.frames
-            },
+            "frames": self.frames,
             "steps": self.options.steps,
             "runs": runs,
             "options": asdict(self.options),
@@ -160,7 +134,8 @@ class HotpathResult:
         }
 
 
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the quantiles that are shown."""
     return {name: round(percentile(values, share), 4) for name, share in QUANTILES.items()}
 
 
@@ -210,9 +185,6 @@ def _table(figures: Mapping[str, Any]) -> Table:
 
 
 def _row(label: str, values: Mapping[str, float], bars: Mapping[str, float], digits: int) -> list[str]:
-    cells = [f"{values[name]:.{digits}f}" + _mark(values[name], bars.get(name)) for name in QUANTILES]
+    marks = {name: f" {MARKS[values[name] <= bar]}" for name, bar in bars.items()}
+    cells = [f"{values[name]:.{digits}f}{marks.get(name, '')}" for name in QUANTILES]
     return [label, *cells, " / ".join(f"{bar:g}" for bar in bars.values())]
-
-
-def _mark(value: float, bar: float | None) -> str:
-    return "" if bar is None else f" {MARKS[value <= bar]}"

@@ -17,11 +17,9 @@ from rich.console import Console
 
 from vllm_wanspec.lab.drafter.direct import direct_spec
 from vllm_wanspec.lab.drafter.loads import contexts
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import parse_widths
 from vllm_wanspec.lab.harness.launch import drafter_spec, serving
-from vllm_wanspec.lab.harness.models import choose_prompts, find_models
-from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed
+from vllm_wanspec.lab.harness.models import DraftTokenizer, choose_prompts, find_models
+from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
 from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import free_ports
 from vllm_wanspec.lab.report.writing import measured
@@ -37,16 +35,9 @@ from vllm_wanspec.lab.target.overhead_report import (
     overhead_document,
 )
 
-PROGRAM = "python -m vllm_wanspec.lab.target.overhead"
-
 
 def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | None = None) -> OverheadResult:
-    """Run the bench.
-
-    Args:
-        options: What to measure.
-        console: Where to show progress.
-        log_dir: Where the servers' logs stay; None keeps none.
+    """Run the bench; the servers' logs stay in ``log_dir``, if there is one.
 
     Raises:
         ConfigError: Models or prompts are missing or wrong.
@@ -60,9 +51,9 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
     differences: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:
         if TARGET in options.parts:
-            plan = plan_targets(models, folder, options.instances)
-            targets = TargetPart(options, plan.metrics, prompts, console)
-            with serving(list(plan.specs.values()), folder, console) as servers:
+            specs, metrics = plan_targets(models, folder, options.instances)
+            targets = TargetPart(options, metrics, prompts, console)
+            with serving(list(specs.values()), folder, console) as servers:
                 rows += asyncio.run(targets.measure(servers))
             differences = targets.differences
         if DRAFTER in options.parts:
@@ -111,7 +102,8 @@ def main(
         )
         return run_overhead(options, console, keep_log)
 
-    measured(PROGRAM, measure, overhead_document, Outputs(json_file, markdown_file, keep_log), check=check)
+    outputs = Outputs(json_file, markdown_file, keep_log)
+    measured("python -m vllm_wanspec.lab.target.overhead", measure, overhead_document, outputs, check)
 
 
 if __name__ == "__main__":

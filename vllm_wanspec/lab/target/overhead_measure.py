@@ -6,7 +6,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -19,21 +18,13 @@ from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.drafter.direct import DirectWorkload
 from vllm_wanspec.lab.drafter.loads import Drafter
 from vllm_wanspec.lab.drafter.steady import SteadyWorkload
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
 from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.launch import (
-    MODEL_NAME,
-    NAMED,
-    plain_command,
-    vllm_spec,
-    wait_for_link,
-    write_config,
-)
-from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, Prompt
+from vllm_wanspec.lab.harness.launch import MODEL_NAME, NAMED, plain_command, vllm_spec, wait_for_link, write_config
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, DraftTokenizer, Prompt
 from vllm_wanspec.lab.harness.scrape import read_samples
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, wanspec_command
 from vllm_wanspec.lab.harness.view import progress_bar
@@ -49,18 +40,12 @@ DETAILS = ("running", "step_ms", "starts_per_s", "api_cpu", "engine_cpu", "other
 WARM_UP_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class TargetPlan:
-    """The target's part: servers by name, and where controllers serve their counters by the name of their target."""
-
-    specs: Mapping[str, ServerSpec]
-    metrics: Mapping[str, str]
-
-
-def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> TargetPlan:
+def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> tuple[dict[str, ServerSpec], dict[str, str]]:
     """Lay out targets of three kinds and a drafter that never ends its first step; writes YAML files to ``folder``.
 
-    A target's name is its kind, a hyphen and a number.
+    Returns:
+        The servers by name, and where controllers serve their counters by the name of their target: its kind, a
+        hyphen and a number.
     """
     drafter_port, *ports = free_ports(1 + 5 * instances)
     target_core, draft_core = machine.pin_cores()
@@ -88,7 +73,7 @@ def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> Target
                 argv += ["--speculative-tokens", str(SPECULATIVE_TOKENS)]
             stats = folder / f"{name}.pacing.json"
             specs[name] = vllm_spec(name, [*argv, *NAMED], ports.pop(), target_core, None, stats)
-    return TargetPlan(specs, metrics)
+    return specs, metrics
 
 
 class TargetPart:

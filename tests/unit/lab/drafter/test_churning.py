@@ -16,10 +16,11 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model
 
 from vllm_wanspec.lab.drafter.churning import ChurningWorkload, Reading, churn_row
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer, Tally, playing
+from vllm_wanspec.lab.drafter.streams import Tally, playing
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 

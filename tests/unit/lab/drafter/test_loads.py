@@ -9,7 +9,7 @@ from toys import FINGERPRINT, VOCAB_SIZE
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.loads import contexts
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 

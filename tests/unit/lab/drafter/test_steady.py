@@ -15,10 +15,11 @@ from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.lab.drafter.loads import MAX_NODES, STEADY_LOOKAHEAD, Drafter, SteadyLoad
 from vllm_wanspec.lab.drafter.steady import SHORTEST_STEPS, SteadyWorkload, Trace, cpu_between, phases, summary
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer, playing
+from vllm_wanspec.lab.drafter.streams import playing
 from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 

@@ -19,12 +19,12 @@ from vllm_wanspec.config import WIDTH_ENV
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 from vllm_wanspec.lab.drafter import width
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import parse_paces, parse_widths, run_width
+from vllm_wanspec.lab.drafter.width import parse_paces, run_width
 from vllm_wanspec.lab.drafter.width_figures import WidthOptions
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import drafter_spec
-from vllm_wanspec.lab.harness.options import listed
+from vllm_wanspec.lab.harness.models import DraftTokenizer
+from vllm_wanspec.lab.harness.options import listed, parse_widths
 from vllm_wanspec.lab.harness.servers import ServerSpec
 
 FAKE = Path(__file__).parents[1] / "fake_drafter.py"

@@ -19,7 +19,6 @@ from vllm_wanspec.lab.target import hotpath
 from vllm_wanspec.lab.target.hotpath import measure
 from vllm_wanspec.lab.target.hotpath_report import (
     BARS,
-    Frames,
     HotpathOptions,
     HotpathResult,
     Run,
@@ -42,8 +41,10 @@ def run_of(*propose_ms: float) -> Run:
 
 
 def report(*runs: Run, frame_us: float = 100.0) -> HotpathResult:
-    frames = Frames(64, 1, (int(frame_us * 1e3),) * 5, 1500.0)
-    return HotpathResult(HotpathOptions(Workload(rows=4), steps=3), runs, [frames, frames], 5.0, 12.0)
+    frames = {"us": {"p50": frame_us, "p99": frame_us}, "bytes": 1500, "count": 5}
+    return HotpathResult(
+        HotpathOptions(Workload(rows=4), steps=3), runs, {"64 nodes of 1 session": frames, "others": frames}, 5.0, 12.0
+    )
 
 
 def shown(result: HotpathResult) -> str:

@@ -20,10 +20,9 @@ from typer.testing import CliRunner
 
 from vllm_wanspec.errors import UnsupportedError
 from vllm_wanspec.lab.drafter.direct import direct_spec
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import drafter_spec
-from vllm_wanspec.lab.harness.models import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels, DraftTokenizer
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.servers import ServerSpec
 from vllm_wanspec.lab.report.console import print_document
@@ -132,19 +131,16 @@ def test_the_report() -> None:
 
 
 def test_what_is_started(tmp_path: Path) -> None:
-    plan = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
-    assert list(plan.specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
-    silent_port = plan.specs[SILENT_DRAFTER].port
-    assert list(plan.specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
-    assert (
-        "oracle.EmptyProposer"
-        in plan.specs["empty-1"].argv[plan.specs["empty-1"].argv.index("--speculative-config") + 1]
-    )
+    specs, metrics = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
+    assert list(specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
+    silent_port = specs[SILENT_DRAFTER].port
+    assert list(specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
+    assert "oracle.EmptyProposer" in specs["empty-1"].argv[specs["empty-1"].argv.index("--speculative-config") + 1]
     assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent-1.yaml").read_text().replace("http:", "ws:")
     assert "127.0.0.1:9\n" in (tmp_path / "dead-1.yaml").read_text()
-    assert set(plan.metrics) == {"silent-1", "dead-1"}
+    assert set(metrics) == {"silent-1", "dead-1"}
     for name in ("empty-1", "silent-1", "dead-1"):
-        env = plan.specs[name].env
+        env = specs[name].env
         assert env is not None
         assert not any(key.startswith("WANSPEC_") for key in env)  # nothing is paced
     route, direct = drafter_spec(Path("D"), 32, None), direct_spec(Path("D"), Path("P"), 5, 1)
@@ -161,17 +157,17 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
 
     def targets(models: DemoModels, folder: Path, instances: int) -> Any:
-        plan = plan_targets(models, folder, instances)
+        real, metrics = plan_targets(models, folder, instances)
         specs = {}
-        for name, spec in plan.specs.items():
+        for name, spec in real.items():
             argv = [sys.executable, str(FAKES / "fake_vllm.py"), "--port", str(spec.port), "--stats"]
             argv.append(str(folder / f"{name}.stats"))
-            if name in plan.metrics:
-                argv += ["--metrics-port", plan.metrics[name].rpartition(":")[2].partition("/")[0]]
+            if name in metrics:
+                argv += ["--metrics-port", metrics[name].rpartition(":")[2].partition("/")[0]]
             if name == "dead-2" and (tmp_path / "differ").exists():
                 argv += ["--differ-at", "5"]
             specs[name] = replace(spec, argv=argv)
-        return replace(plan, specs=specs)
+        return specs, metrics
 
     def route(draft: Path, places: int, pace: None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)
