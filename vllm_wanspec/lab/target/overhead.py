@@ -23,7 +23,7 @@ from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, 
 from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import free_ports
 from vllm_wanspec.lab.report.writing import measured
-from vllm_wanspec.lab.target.overhead_measure import DrafterPart, TargetPart, plan_targets
+from vllm_wanspec.lab.target.overhead_measure import TargetPart, compare_routes, plan_targets
 from vllm_wanspec.lab.target.overhead_report import (
     DRAFTER,
     MIN_PROMPTS,
@@ -61,9 +61,9 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
             (port,) = free_ports(1)
             direct = direct_spec(models.draft, models.prompts, port, route.core)
             tokenizer = DraftTokenizer.load(models.draft)
-            drafters = DrafterPart(options, tokenizer, contexts(models.prompts, tokenizer), console)
+            texts = contexts(models.prompts, tokenizer)
             with serving([route, direct], folder, console) as servers:
-                rows += asyncio.run(drafters.measure(servers))
+                rows += asyncio.run(compare_routes(options, tokenizer, texts, servers, console))
     return OverheadResult(options, rows, differences)
 
 

@@ -150,40 +150,36 @@ def _kind(name: str) -> str:
     return name.rpartition("-")[0]
 
 
-class DrafterPart:
-    """The drafter's part: at each width our route and the direct client in turn."""
-
-    def __init__(
-        self, options: OverheadOptions, tokenizer: DraftTokenizer, texts: list[list[int]], console: Console
-    ) -> None:
-        self._options, self._tokenizer, self._texts, self._console = options, tokenizer, texts, console
-
-    async def measure(self, servers: Mapping[str, Server]) -> list[Comparison]:
-        """Take all rounds; the servers are the route and the direct client, in this order."""
-        options = self._options
-        found: dict[int, list[tuple[SteadyRow, SteadyRow]]] = {width: [] for width in options.widths}
-        route, direct = servers.values()
-        cpu, direct_cpu = (CpuClock(server.pid, server.spec.core) for server in (route, direct))
-        async with aiohttp.ClientSession() as http:
-            drafter = Drafter(http, route.url, self._tokenizer, itertools.cycle(self._texts), cpu)
-            ours = SteadyWorkload(drafter, options.load)
-            base = DirectWorkload(http, direct.url, direct_cpu, options.load)
-            with machine.on_core(machine.pin_cores()[0]), progress_bar(self._console) as progress:
-                for side in (ours, base):
-                    await side.window(max(options.widths), WARM_UP_S)
-                rng = Random(options.seed)
-                task = progress.add_task("", total=options.rounds * len(options.widths))
-                for number in range(options.rounds):
-                    for width in rng.sample(options.widths, len(options.widths)):
-                        progress.update(task, description=f"drafter, round {number + 1}: {width} branches")
-                        order = (ours, base) if number % 2 else (base, ours)
-                        rows = {side: await side.window(width, options.window_s) for side in order}
-                        if not all(row.is_near for row in rows.values()):
-                            few = f"fewer than {width} branches ran in a window of {options.window_s:g} s"
-                            raise WanspecError(f"{few}: take longer windows")
-                        found[width].append((rows[ours], rows[base]))
-                        progress.advance(task)
-        return [_compared(width, pairs) for width, pairs in found.items()]
+async def compare_routes(
+    options: OverheadOptions,
+    tokenizer: DraftTokenizer,
+    texts: list[list[int]],
+    servers: Mapping[str, Server],
+    console: Console,
+) -> list[Comparison]:
+    """The drafter's part: at each width our route and the direct client, which the servers are, in turn."""
+    found: dict[int, list[tuple[SteadyRow, SteadyRow]]] = {width: [] for width in options.widths}
+    route, direct = servers.values()
+    cpu, direct_cpu = (CpuClock(server.pid, server.spec.core) for server in (route, direct))
+    async with aiohttp.ClientSession() as http:
+        ours = SteadyWorkload(Drafter(http, route.url, tokenizer, itertools.cycle(texts), cpu), options.load)
+        base = DirectWorkload(http, direct.url, direct_cpu, options.load)
+        with machine.on_core(machine.pin_cores()[0]), progress_bar(console) as progress:
+            for side in (ours, base):
+                await side.window(max(options.widths), WARM_UP_S)
+            rng = Random(options.seed)
+            task = progress.add_task("", total=options.rounds * len(options.widths))
+            for number in range(options.rounds):
+                for width in rng.sample(options.widths, len(options.widths)):
+                    progress.update(task, description=f"drafter, round {number + 1}: {width} branches")
+                    order = (ours, base) if number % 2 else (base, ours)
+                    rows = {side: await side.window(width, options.window_s) for side in order}
+                    if not all(row.is_near for row in rows.values()):
+                        few = f"fewer than {width} branches ran in a window of {options.window_s:g} s"
+                        raise WanspecError(f"{few}: take longer windows")
+                    found[width].append((rows[ours], rows[base]))
+                    progress.advance(task)
+    return [_compared(width, pairs) for width, pairs in found.items()]
 
 
 def _compared(width: int, pairs: Sequence[tuple[SteadyRow, SteadyRow]]) -> Comparison:
