@@ -160,16 +160,16 @@ def main(
 
     def measure(console: Console) -> WidthResult:
         options = WidthOptions(
-            widths=parse_widths(widths),
-            paces=parse_paces(pace),
-            loads=listed("--loads", loads, (STEADY, CHURNING)),
-            churning=ChurningLoad(branch_depth, max_branches, commit_tokens),
             repeats=repeat,
             window_s=seconds,
             warm_up_s=warm_up,
             profile_s=profile,
             seed=seed,
             models=models,
+            widths=parse_widths(widths),
+            paces=parse_paces(pace),
+            loads=listed("--loads", loads, (STEADY, CHURNING)),
+            churning=ChurningLoad(branch_depth, max_branches, commit_tokens),
         )
         return run_width(options, console, keep_log)
 
