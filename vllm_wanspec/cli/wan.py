@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from aiohttp import web
 
-from vllm_wanspec.emulate.wan import Address, Outage, WanProxy, WanSettings, precise_loop
+from vllm_wanspec.emulate.wan import WanProxy, precise_loop
+from vllm_wanspec.emulate.wan_settings import Address, Outage, WanSettings
 from vllm_wanspec.errors import ConfigError
 
 __all__ = ["control_app", "parse_address", "parse_outage", "wan"]

@@ -11,6 +11,7 @@ This module must not change what a forward computes.
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib
 import json
 import logging
@@ -18,25 +19,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import util as multiprocessing_util
 from pathlib import Path
 from typing import Any
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError
-
-__all__ = [
-    "DRAFT_PACING_ENV",
-    "PACING_ENV",
-    "STATS_ENV",
-    "STATS_INTERVAL_S",
-    "Pacer",
-    "Pacing",
-    "PacingStats",
-    "install",
-    "install_draft",
-    "install_from_env",
-]
 
 PACING_ENV = "WANSPEC_PACING"
 DRAFT_PACING_ENV = "WANSPEC_DRAFT_PACING"
@@ -79,8 +67,7 @@ class Pacing:
         try:
             if len(parts) > 2:
                 raise ValueError
-            values = [float(part) for part in parts]
-            return cls(*values)
+            return cls(*map(float, parts))
         except ValueError:
             expected = "milliseconds+milliseconds per token, as in 35+0.1"
             raise ConfigError(f"{source}: {text!r} is not a pace, expected {expected}") from None
@@ -119,12 +106,7 @@ class PacingStats:
 
     def as_json(self) -> dict[str, float]:
         """Return the fields of the statistics file."""
-        return {
-            "steps": self.steps,
-            "overruns": self.overruns,
-            "paced_ms_total": round(self.paced_ms_total, 3),
-            "work_ms_total": round(self.work_ms_total, 3),
-        }
+        return {name: round(value, 3) for name, value in asdict(self).items()}
 
 
 class Pacer:
@@ -233,17 +215,10 @@ def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
 
 
 def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = None) -> Pacer:
-    """Wrap the model forward of vLLM's model runner; a second call changes nothing.
+    """Wrap the model forward of vLLM's model runner, or of another class; return the pacer in use, the first one.
 
-    Only ``execute_model`` calls the wrapped method, so vLLM's profile and dummy runs are not paced.
-
-    Args:
-        pacing: The pace.
-        stats_path: File for the counts; None writes nothing.
-        runner_class: The class with ``_model_forward``; None takes vLLM's ``GPUModelRunner``.
-
-    Returns:
-        The pacer in use: the first one installed.
+    Only ``execute_model`` calls the wrapped method, so vLLM's profile and dummy runs are not paced.  The counts go to
+    the file at ``stats_path``.
 
     Raises:
         UnsupportedError: The class has no ``_model_forward``.
@@ -253,20 +228,12 @@ def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = 
     original = getattr(runner_class, "_model_forward", None)
     if original is None:
         raise UnsupportedError("pacing: this vLLM's GPUModelRunner has no _model_forward to stretch")
-    installed = getattr(original, "wanspec_pacer", None)
-    if isinstance(installed, Pacer):
+    if isinstance(installed := getattr(original, "wanspec_pacer", None), Pacer):
         return installed
     pacer = Pacer(pacing, stats_path)
 
     def paced_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = _input_rows(args, kwargs)
-
-        def forward() -> Any:
-            result = original(runner, *args, **kwargs)
-            _wait_for_device(rows)
-            return result
-
-        return pacer.run(forward, _row_count(rows))
+        return _run(pacer, functools.partial(original, runner), args, kwargs)
 
     paced_forward.wanspec_pacer = pacer  # type: ignore[attr-defined]
     runner_class._model_forward = paced_forward
@@ -275,38 +242,18 @@ def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = 
 
 
 def install_draft(pacing: Pacing, proposer_class: Any = None) -> Pacer:
-    """Wrap the forward of the draft model that vLLM runs beside the target; a second call changes nothing.
-
-    Args:
-        pacing: The pace.
-        proposer_class: The class that loads it; None takes vLLM's ``DraftModelProposer``.
-
-    Returns:
-        The pacer in use: the first one installed.
-    """
+    """Wrap the forward of the draft model that vLLM's or another class loads beside the target; else as `install`."""
     if proposer_class is None:
         proposer_class = importlib.import_module("vllm.v1.spec_decode.draft_model").DraftModelProposer
     load_model = proposer_class.load_model
-    installed = getattr(load_model, "wanspec_pacer", None)
-    if isinstance(installed, Pacer):
+    if isinstance(installed := getattr(load_model, "wanspec_pacer", None), Pacer):
         return installed
     pacer = Pacer(pacing)
 
     def paced_load_model(proposer: Any, *args: Any, **kwargs: Any) -> None:
         load_model(proposer, *args, **kwargs)
         original = proposer.model.forward
-
-        def forward(*inputs: Any, **named: Any) -> Any:
-            rows = _input_rows(inputs, named)
-
-            def work() -> Any:
-                result = original(*inputs, **named)
-                _wait_for_device(rows)
-                return result
-
-            return pacer.run(work, _row_count(rows))
-
-        proposer.model.forward = forward
+        proposer.model.forward = lambda *inputs, **named: _run(pacer, original, inputs, named)
 
     paced_load_model.wanspec_pacer = pacer  # type: ignore[attr-defined]
     proposer_class.load_model = paced_load_model
@@ -314,15 +261,23 @@ def install_draft(pacing: Pacing, proposer_class: Any = None) -> Pacer:
     return pacer
 
 
+def _run(pacer: Pacer, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a model's forward at the pace of the rows in its arguments."""
+    rows = _input_rows(args, kwargs)
+
+    def forward() -> Any:
+        result = original(*args, **kwargs)
+        _wait_for_device(rows)
+        return result
+
+    return pacer.run(forward, 0 if rows is None else int(rows.shape[-1]))
+
+
 def _input_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the tensor whose last axis counts the step's tokens (positions are [tokens] or [3, tokens])."""
     names = ("input_ids", "positions")
     by_name = dict(zip(names, args, strict=False)) | dict(kwargs)
     return next((by_name[name] for name in names if by_name.get(name) is not None), None)
-
-
-def _row_count(rows: Any) -> int:
-    return 0 if rows is None else int(rows.shape[-1])
 
 
 def _wait_for_device(rows: Any) -> None:

@@ -15,21 +15,16 @@ connection.  asyncio's usual selector rounds timers up to a millisecond; :func:`
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
-import math
 import selectors
 import socket
 import struct
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
+from vllm_wanspec.emulate.wan_settings import Address, WanSettings
 from vllm_wanspec.errors import ConfigError
-
-__all__ = ["MAX_IN_FLIGHT_BYTES", "QUEUE_S", "Address", "Outage", "WanProxy", "WanSettings", "precise_loop"]
 
 # Default bound of what one direction of one connection holds back; with the delay it bounds the throughput.
 MAX_IN_FLIGHT_BYTES = 4 * 1024 * 1024
@@ -38,99 +33,8 @@ QUEUE_S = 0.05  # how far ahead of a limited bandwidth data is accepted, like th
 _CHUNK_BYTES = 16 * 1024  # the most that is read, and delayed as one piece, at a time
 _OUTAGE_POLL_S = 0.05  # so that an update can end an outage early
 _CONNECT_LIMIT_S = 10.0
-_LIMITS: dict[str, tuple[float, float]] = {
-    "rtt_ms": (0.0, 60_000.0),
-    "jitter_ms": (0.0, 60_000.0),
-    "bandwidth_mbit": (0.001, 1_000_000.0),
-    "start_s": (0.0, 1e9),
-    "duration_s": (0.0, 1e9),
-}
-
 _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 _log = logging.getLogger(__name__)
-
-
-class Address(NamedTuple):
-    """A TCP address."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def _check_number(name: str, value: Any) -> None:
-    low, high = _LIMITS[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise ConfigError(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
-
-
-@dataclass(frozen=True, slots=True)
-class Outage:
-    """A time in which nothing passes; ``start_s`` counts from the start of the proxy, ``duration_s`` from there."""
-
-    start_s: float
-    duration_s: float
-
-    def __post_init__(self) -> None:
-        _check_number("start_s", self.start_s)
-        _check_number("duration_s", self.duration_s)
-
-
-@dataclass(frozen=True, slots=True)
-class WanSettings:
-    """What the emulated WAN is like.
-
-    ``rtt_ms``: round trip without jitter, milliseconds.  ``jitter_ms``: extra delay per direction, uniform from 0 to
-    this.  ``bandwidth_mbit``: megabits per second in each direction, None for no limit.  ``outages``: see
-    :class:`Outage`; they may overlap.  :class:`ConfigError` names the field, the value and the range.
-    """
-
-    rtt_ms: float = 0.0
-    jitter_ms: float = 0.0
-    bandwidth_mbit: float | None = None
-    outages: tuple[Outage, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_number("rtt_ms", self.rtt_ms)
-        _check_number("jitter_ms", self.jitter_ms)
-        if self.bandwidth_mbit is not None:
-            _check_number("bandwidth_mbit", self.bandwidth_mbit)
-
-    def changed(self, /, **fields: Any) -> WanSettings:
-        """Return a copy with these fields; ``outages`` may be any iterable of :class:`Outage` or of their fields.
-
-        :class:`ConfigError` names an unknown field or a bad value.
-        """
-        known = [field.name for field in dataclasses.fields(self)]
-        for name in fields:
-            if name not in known:
-                raise ConfigError(f"{name}: no such setting; there are {', '.join(known)}")
-        if "outages" in fields:
-            fields["outages"] = _to_outages(fields["outages"])
-        return dataclasses.replace(self, **fields)
-
-    def outage_end_s(self, now_s: float) -> float | None:
-        """Return when the present outage ends, or None if there is none; both in seconds since the start."""
-        ends_s = [o.start_s + o.duration_s for o in self.outages if o.start_s <= now_s < o.start_s + o.duration_s]
-        return max(ends_s, default=None)
-
-
-def _to_outages(value: Any) -> tuple[Outage, ...]:
-    form = 'a list of {"start_s": ..., "duration_s": ...}'
-    if isinstance(value, str | dict) or not isinstance(value, Iterable):
-        raise ConfigError(f"outages: {value!r} is not {form}")
-    outages = []
-    for entry in value:
-        if isinstance(entry, Outage):
-            outages.append(entry)
-        elif isinstance(entry, dict) and entry.keys() == {"start_s", "duration_s"}:
-            outages.append(Outage(**entry))
-        else:
-            raise ConfigError(f"outages: {entry!r} is not an entry of {form}")
-    return tuple(outages)
 
 
 def precise_loop() -> asyncio.AbstractEventLoop:
@@ -159,6 +63,7 @@ class WanProxy:
     ``target``: (host, port) to forward to.  ``listen``: (host, port) to accept on; port 0 picks a free one, see
     :attr:`address`.  ``rng``: source of the jitter.  ``max_in_flight_bytes``: bound per direction and connection.
     An unreachable target drops the connection and is logged.  Use it with ``async with``, or start() and close().
+    :attr:`in_flight_bytes`: held back at present, over all connections and both directions.
     """
 
     def __init__(
@@ -178,7 +83,7 @@ class WanProxy:
         self._settings = settings or WanSettings()
         self._rng = rng
         self._up, self._down = _Lane(), _Lane()
-        self._in_flight_bytes = 0
+        self.in_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._started_s = 0.0
@@ -204,11 +109,6 @@ class WanProxy:
     def bytes_down(self) -> int:
         """Bytes delivered to clients since the start."""
         return self._down.bytes
-
-    @property
-    def in_flight_bytes(self) -> int:
-        """Bytes held back at present, over all connections and both directions."""
-        return self._in_flight_bytes
 
     @property
     def connections_open(self) -> int:
@@ -246,10 +146,8 @@ class WanProxy:
         if self._server is None:
             return
         self._server.close()
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.drop_connections()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._server.wait_closed()
         self._server = None
 
@@ -282,9 +180,8 @@ class WanProxy:
                 target_reader, target_writer = await asyncio.open_connection(*self.target, limit=_CHUNK_BYTES)
         except (OSError, TimeoutError) as error:
             self.connections_failed += 1
-            _log.warning(
-                "wan proxy: connection dropped, cannot reach %s: %s", self.target, error or type(error).__name__
-            )
+            reason = error or type(error).__name__
+            _log.warning("wan proxy: connection dropped, cannot reach %s: %s", self.target, reason)
             return
         try:
             await self._relay((reader, writer), (target_reader, target_writer))
@@ -393,7 +290,7 @@ class _Pipe:
 
     def _hold(self, size: int) -> None:
         self._held_bytes += size
-        self._proxy._in_flight_bytes += size
+        self._proxy.in_flight_bytes += size
         self._room.set()
 
 

@@ -17,7 +17,8 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from vllm_wanspec.cli.wan import control_app, parse_address, parse_outage, wan
-from vllm_wanspec.emulate.wan import Outage, WanProxy, WanSettings
+from vllm_wanspec.emulate.wan import WanProxy
+from vllm_wanspec.emulate.wan_settings import Outage, WanSettings
 from vllm_wanspec.errors import ConfigError
 
 app = typer.Typer()

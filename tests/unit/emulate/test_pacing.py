@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacer, Pacing, install, install_from_env
+from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacer, Pacing, install, install_draft, install_from_env
 from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 
@@ -166,6 +166,26 @@ def test_installing_twice_wraps_once() -> None:
     wrapped = cls._model_forward
     assert install(Pacing(2.0), runner_class=cls) is first
     assert cls._model_forward is wrapped
+
+
+def test_a_draft_model_beside_the_target_is_paced_from_its_loading_on(tmp_path: Path) -> None:
+    class Proposer:
+        def load_model(self, target: str) -> None:
+            self.model = type("Model", (), {"forward": lambda model, input_ids, **more: (target, input_ids, more)})()
+
+    pacer = install_draft(Pacing(0.0, 0.001), proposer_class=Proposer)
+    assert install_draft(Pacing(2.0), proposer_class=Proposer) is pacer
+    proposer, ids = Proposer(), Rows((5,))
+    proposer.load_model("target")
+    assert proposer.model.forward(ids, extra=1) == ("target", ids, {"extra": 1})
+    assert pacer.stats.steps == 1
+    assert pacer.stats.paced_ms_total == pytest.approx(0.005)
+    beside = Pacer(Pacing(0.0), tmp_path / "stats.json", stats_interval_s=600.0)
+    beside.count_draft(pacer.stats)
+    beside.run(lambda: None, tokens=1)
+    beside.write_stats()
+    counts = json.loads((tmp_path / "stats.json").read_text())
+    assert (counts["steps"], counts["draft_steps"], counts["draft_overruns"]) == (1, 1, pacer.stats.overruns)
 
 
 def test_a_runner_without_the_method_is_refused() -> None:

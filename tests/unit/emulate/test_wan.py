@@ -16,7 +16,8 @@ from time import monotonic
 
 import pytest
 
-from vllm_wanspec.emulate.wan import Outage, WanProxy, WanSettings, precise_loop
+from vllm_wanspec.emulate.wan import WanProxy, precise_loop
+from vllm_wanspec.emulate.wan_settings import Outage, WanSettings
 from vllm_wanspec.errors import ConfigError
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
+from typing import Any
 
 import aiohttp
 
@@ -32,47 +32,27 @@ from vllm_wanspec.core.messages import (
     Welcome,
     decode,
     encode,
-    vocabulary_fingerprint,
 )
 from vllm_wanspec.core.tree import Node, main_line_tip
 from vllm_wanspec.core.turnaround import Turnaround
-from vllm_wanspec.errors import ConfigError, RemoteProtocolError
+from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.lab.harness.client import ClientError
-
-__all__ = ["DraftTokenizer", "DrafterClient", "Stream", "Tally", "draw_commit", "keep_committing"]
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 GREETING_TIMEOUT_S = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class DraftTokenizer:
-    """What a controller must know of the draft model's tokenizer."""
-
-    vocab_size: int
-    fingerprint: str
-    encode: Callable[[str], list[int]]
-
-    @classmethod
-    def load(cls, model: Path) -> DraftTokenizer:
-        """Read it from a model's folder.
-
-        Raises:
-            ConfigError: There is none, or the ``tokenizers`` package is missing.
-        """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
-        path = model / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
-        tokenizer = Tokenizer.from_file(str(path))
-        vocabulary = tokenizer.get_vocab()
-        return cls(
-            max(vocabulary.values()) + 1,
-            vocabulary_fingerprint(vocabulary),
-            lambda text: list(tokenizer.encode(text).ids),
-        )
+@contextlib.asynccontextmanager
+async def playing(play: Coroutine[Any, Any, object]) -> AsyncIterator[None]:
+    """Let something go on while the block runs; what had ended it before is raised at the block's end."""
+    task = asyncio.create_task(play)
+    try:
+        yield
+        if task.done():
+            await task
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @dataclass(slots=True)
@@ -128,12 +108,10 @@ class DrafterClient:
             await socket.close()
             raise ClientError(f"{url}: refused: {answer.reason if isinstance(answer, Refuse) else answer}")
         client = cls(socket, answer, tally or Tally())
-        reader = asyncio.create_task(client._read())
         try:
-            yield client
+            async with playing(client._read()):
+                yield client
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
             await socket.close()
 
     async def open(

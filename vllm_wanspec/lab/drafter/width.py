@@ -9,11 +9,8 @@ commits what was drafted, so that branches are started and stopped all the time:
 from __future__ import annotations
 
 import asyncio
-import sys
-import time
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -21,81 +18,27 @@ from typing import Annotated
 import aiohttp
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import Load, Meter, Row, Workload, contexts
-from vllm_wanspec.lab.drafter.width_profile import find_py_spy, record
-from vllm_wanspec.lab.drafter.width_report import BAR_WIDTH, Arm, WidthResult, print_report, write_json, write_markdown
-from vllm_wanspec.lab.drafter.width_steady import SteadyLoad, SteadyWorkload
+from vllm_wanspec.lab.drafter.churning import ChurningWorkload
+from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter, contexts
+from vllm_wanspec.lab.drafter.profile import find_py_spy, record
+from vllm_wanspec.lab.drafter.steady import SteadyWorkload
+from vllm_wanspec.lab.drafter.streams import playing
+from vllm_wanspec.lab.drafter.width_figures import BAR_WIDTH, CHURNING, STEADY, Arm, Row, WidthOptions, WidthResult
+from vllm_wanspec.lab.drafter.width_report import width_document
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock, group_processes
-from vllm_wanspec.lab.harness.launch import DRAFT_PACE, drafter_spec
-from vllm_wanspec.lab.harness.models import find_models
-from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
-from vllm_wanspec.lab.harness.servers import Server, ServerGroup
-from vllm_wanspec.lab.harness.view import starting
+from vllm_wanspec.lab.harness.launch import drafter_spec, serving
+from vllm_wanspec.lab.harness.models import DraftTokenizer, find_models
+from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
+from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.servers import Server
+from vllm_wanspec.lab.harness.view import progress_bar
+from vllm_wanspec.lab.report.writing import measured
 
-__all__ = ["WidthOptions", "main", "parse_loads", "parse_paces", "parse_widths", "run_width"]
-
-START_DEADLINE_S = 300.0
-DYING_S = 3.0
 UNPACED = "none"
-STEADY, CHURNING = "steady", "churning"
-
-
-@dataclass(frozen=True, slots=True)
-class WidthOptions:
-    """The width bench's settings.
-
-    Args:
-        widths: Running branches asked for; 1, which the others are compared with, among them.
-        paces: Of the draft model's forward, one server each; None is as fast as it can.
-        loads: Which of "steady" and "churning" to measure.
-        steady: What the sessions of the first ask for.
-        churning: What the session of the second asks for and commits.
-        repeats: Windows per width and load.
-        window_s: Seconds of a window.
-        warm_up_s: Seconds before each churning window, and of steady load at first.
-        profile_s: Seconds of the profile under the first load; 0 takes none.
-        seed: Of the order of the widths, and of what is committed.
-        models: Folder with ``draft/`` and ``prompts.jsonl``; None takes the checkout's.
-    """
-
-    widths: tuple[int, ...] = (1, 8, 16, 32, 64)
-    paces: tuple[Pacing | None, ...] = (None, DRAFT_PACE)
-    loads: tuple[str, ...] = (STEADY, CHURNING)
-    steady: SteadyLoad = field(default_factory=SteadyLoad)
-    churning: Load = field(default_factory=Load)
-    repeats: int = 3
-    window_s: float = 4.0
-    warm_up_s: float = 1.0
-    profile_s: int = 8
-    seed: int = 0
-    models: Path | None = None
-
-    def __post_init__(self) -> None:
-        if 1 not in self.widths:
-            raise ConfigError("--widths: 1 is missing, which all others are compared with")
-
-
-def parse_widths(text: str) -> tuple[int, ...]:
-    """Read ``"1,8,16"``.
-
-    Raises:
-        ConfigError: Not different numbers from 1 to 1024.
-    """
-    try:
-        widths = [int(part) for part in text.split(",")]
-    except ValueError:
-        widths = []
-    if not widths or len(set(widths)) < len(widths) or not all(1 <= width <= 1024 for width in widths):
-        raise ConfigError(f"--widths: {text!r} is not a list of different numbers from 1 to 1024, as in 1,8,16")
-    return tuple(sorted(widths))
+Workload = SteadyWorkload | ChurningWorkload
 
 
 def parse_paces(text: str) -> tuple[Pacing | None, ...]:
@@ -108,61 +51,27 @@ def parse_paces(text: str) -> tuple[Pacing | None, ...]:
     return tuple(None if part == UNPACED else Pacing.parse(part, "--pace") for part in parts)
 
 
-def parse_loads(text: str) -> tuple[str, ...]:
-    """Read ``"steady,churning"``.
-
-    Raises:
-        ConfigError: Another name, or none.
-    """
-    names = tuple(part.strip() for part in text.split(","))
-    if not set(names) <= {STEADY, CHURNING}:
-        raise ConfigError(f"--loads: {text!r} is not a list of {STEADY} and {CHURNING}")
-    return names
-
-
 def run_width(options: WidthOptions, console: Console, log_dir: Path | None = None) -> WidthResult:
-    """Run the bench.
-
-    Args:
-        options: What to measure.
-        console: Where to show progress.
-        log_dir: Where the servers' logs and the profile's samples stay; None keeps none.
+    """Run the bench; the servers' logs and the profile's samples stay in ``log_dir``, if there is one.
 
     Raises:
         ConfigError: Models or prompts are missing or wrong.
         UnsupportedError: No vLLM that could be started.
         WanspecError: The drafter failed.
     """
-    began_s = time.monotonic()
-    draft, prompts = find_models(options.models).draft, find_models(options.models).prompts
+    models = find_models(options.models)
     require_vllm()
-    tokenizer = DraftTokenizer.load(draft)
-    texts = contexts(prompts, tokenizer)
-    steady: list[Arm] = []
-    churning: list[Arm] = []
+    tokenizer = DraftTokenizer.load(models.draft)
+    texts = contexts(models.prompts, tokenizer)
+    arms: dict[str, list[Arm]] = {STEADY: [], CHURNING: []}
     with log_folder(log_dir, "--keep-log", console) as folder:
         for pace in options.paces:
-            with ServerGroup(folder) as group:
-                server = group.start(drafter_spec(draft, max(options.widths), pace))
-                with starting(console, [server]) as view:
-                    group.wait_ready([server], START_DEADLINE_S, on_ready=view.ready)
-                try:
-                    bench = _Bench(options, pace, server, tokenizer, texts, console, folder)
-                    found = asyncio.run(bench.measure())
-                except ClientError:
-                    group.check_alive(within_s=DYING_S)
-                    raise
-            for load, arms in ((STEADY, steady), (CHURNING, churning)):
-                arms += [found[load]] if load in found else []
-    return WidthResult(
-        tuple(steady),
-        tuple(churning),
-        options.steady,
-        options.churning,
-        options.repeats,
-        options.window_s,
-        time.monotonic() - began_s,
-    )
+            with serving([drafter_spec(models.draft, max(options.widths), pace)], folder, console) as servers:
+                (server,) = servers.values()
+                bench = _Bench(options, pace, server, tokenizer, texts, console, folder)
+                for load, arm in asyncio.run(bench.measure()).items():
+                    arms[load].append(arm)
+    return WidthResult(options, arms[STEADY], arms[CHURNING])
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,52 +92,38 @@ class _Bench:
         cpu = CpuClock(server.pid, server.spec.core)
         arms = {}
         async with aiohttp.ClientSession() as http:
-            meter = Meter(http, server.url, cpu)
-            steady = SteadyWorkload(http, server.url, self.tokenizer, self.texts, cpu)
-            churning = Workload(http, server.url, self.tokenizer, self.texts, options.seed)
-
-            async def steady_window(width: int) -> Row:
-                return await steady.window(options.steady, width, options.window_s)
-
-            async def churning_window(width: int) -> Row:
-                async with churning.running(options.churning, width):
-                    await asyncio.sleep(options.warm_up_s)
-                    return (await churning.window(meter, options.window_s)).row(width)
-
+            drafter = Drafter(http, server.url, self.tokenizer, itertools.cycle(self.texts), cpu)
+            steady = SteadyWorkload(drafter, options.steady)
+            churning = ChurningWorkload(drafter, options.churning, options.seed, options.warm_up_s)
             with machine.on_core(machine.pin_cores()[0]):
-                await steady.window(options.steady, max(options.widths), options.warm_up_s)
+                await steady.window(max(options.widths), options.warm_up_s)
                 for load in options.loads:
-                    rows = await self._windows(load, steady_window if load == STEADY else churning_window)
-                    profile: dict[str, dict[str, float]] = {}
-                    if self.pace is None and load == options.loads[0]:
-                        wide = steady.running(options.steady, BAR_WIDTH)
-                        profile = await self._profile(
-                            wide if load == STEADY else churning.running(options.churning, BAR_WIDTH)
-                        )
-                    arms[load] = Arm(self.pace, tuple(rows), profile)
+                    workload = steady if load == STEADY else churning
+                    rows = await self._windows(load, workload)
+                    wanted = self.pace is None and load == options.loads[0]
+                    arms[load] = Arm(self.pace, tuple(rows), await self._profile(workload) if wanted else {})
         return arms
 
-    async def _windows(self, load: str, window: Callable[[int], Awaitable[Row]]) -> list[Row]:
+    async def _windows(self, load: str, workload: Workload) -> list[Row]:
         options = self.options
         rows: list[Row] = []
         rng = Random(options.seed)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=self.console) as progress:
+        with progress_bar(self.console) as progress:
             task = progress.add_task(load, total=options.repeats * len(options.widths))
             for repeat in range(options.repeats):
                 for width in rng.sample(options.widths, len(options.widths)):
                     title = f"{self.pace or 'not paced'}, {load}, round {repeat + 1}: width {width}"
                     progress.update(task, description=title)
-                    rows.append(await window(width))
+                    rows.append(await workload.window(width, options.window_s))
                     progress.advance(task)
         return rows
 
-    async def _profile(self, running: AbstractAsyncContextManager[None]) -> dict[str, dict[str, float]]:
+    async def _profile(self, workload: Workload) -> dict[str, dict[str, float]]:
         program, pids = find_py_spy(), group_processes(self.server.pid)
         if not self.options.profile_s or program is None or not pids:
             return {}
         with self.console.status(f"profile at {BAR_WIDTH} running branches"):
-            async with running:
+            async with playing(workload.play(BAR_WIDTH)):
                 await asyncio.sleep(self.options.warm_up_s)
                 return await record(program, pids, self.options.profile_s, self.folder)
 
@@ -262,29 +157,24 @@ def main(
     Exit status: 0, or 1 when something failed or --check found the bar missed, 2 when this machine lacks something or
     an option is wrong, 130 after Ctrl-C.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=130)
-    with one_line_errors("bench-width"):
+
+    def measure(console: Console) -> WidthResult:
         options = WidthOptions(
-            widths=parse_widths(widths),
-            paces=parse_paces(pace),
-            loads=parse_loads(loads),
-            churning=Load(commit_tokens, branch_depth, max_branches),
             repeats=repeat,
             window_s=seconds,
             warm_up_s=warm_up,
             profile_s=profile,
             seed=seed,
             models=models,
+            widths=parse_widths(widths),
+            paces=parse_paces(pace),
+            loads=listed("--loads", loads, (STEADY, CHURNING)),
+            churning=ChurningLoad(branch_depth, max_branches, commit_tokens),
         )
-        check_outputs(Outputs(json_file, markdown_file))
-        result = run_width(options, console, keep_log)
-        print_report(result, console)
-        if json_file is not None:
-            write_json(result, json_file)
-        if markdown_file is not None:
-            write_markdown(result, markdown_file)
-    if check and not result.held:
-        raise typer.Exit(1)
+        return run_width(options, console, keep_log)
+
+    outputs = Outputs(json_file, markdown_file, keep_log)
+    measured("python -m vllm_wanspec.lab.drafter.width", measure, width_document, outputs, check)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """Command-line options that measuring commands share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["DraftPace", "JsonFile", "LogFolder", "MarkdownFile", "ModelsFolder", "TargetPace"]
+from vllm_wanspec.errors import ConfigError
+
+__all__ = ["DraftPace", "JsonFile", "LogFolder", "MarkdownFile", "ModelsFolder", "TargetPace", "listed", "parse_widths"]
 
 ModelsFolder = Annotated[
     Path | None,
@@ -24,3 +27,30 @@ LogFolder = Annotated[
 ]
 TargetPace = Annotated[str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")]
 DraftPace = Annotated[str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")]
+
+
+def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Read names as in ``"steady,churning"``; one that comes twice counts once.
+
+    Raises:
+        ConfigError: Another name than the known ones, or none.
+    """
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(names) <= set(known):
+        raise ConfigError(f"{option}: {text!r} is not a list of {' and '.join(known)}")
+    return names
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """Read ``"1,8,16"``.
+
+    Raises:
+        ConfigError: Not different numbers from 1 to 1024.
+    """
+    try:
+        widths = [int(part) for part in text.split(",")]
+    except ValueError:
+        widths = []
+    if not widths or len(set(widths)) < len(widths) or not all(1 <= width <= 1024 for width in widths):
+        raise ConfigError(f"--widths: {text!r} is not a list of different numbers from 1 to 1024, as in 1,8,16")
+    return tuple(sorted(widths))

@@ -123,13 +123,17 @@ def console_of_this_run() -> Console:
 
 
 def write_output(option: str, path: Path, text: str) -> None:
-    """Write a result, making its folder if need be.
+    """Write a result, whole or not at all, making its folder if need be.
 
     Raises:
         WanspecError: It cannot be written.
     """
+    partial = path.with_name(f"{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise WanspecError(f"{option}: cannot write {path}: {error.strerror}") from error

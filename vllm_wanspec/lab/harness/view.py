@@ -21,11 +21,15 @@ from vllm_wanspec.lab.harness.servers import Server
 __all__ = ["StartView", "progress_bar", "starting"]
 
 
-def progress_bar(console: Console) -> Progress:
-    """Return a progress bar with the time that remains; gone at its end, and not there without a terminal."""
+def progress_bar(console: Console, auto_refresh: bool = True) -> Progress:
+    """Return a progress bar with the time that remains; gone at its end, and not there without a terminal.
+
+    Without ``auto_refresh`` it is drawn where its caller says so: a thread that draws takes the interpreter.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     shown = (*columns, TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+    hidden = not console.is_terminal
+    return Progress(*shown, console=console, transient=True, disable=hidden, auto_refresh=auto_refresh)
 
 
 class StartView:

@@ -19,16 +19,19 @@ MARK_STYLES = {MARKS[True]: "green", MARKS[False]: "bold red"}
 
 
 def print_document(document: Document, console: Console) -> None:
-    """Print tables, method and remarks, and last, where a person looks, the warnings."""
+    """Print tables, method and remarks, and last, where a person looks, the warnings.
+
+    A cell or remark that ends with a mark has its colour.
+    """
     for table in document.tables:
         for part in _rich_tables(table, document.conditions, console.width):
             console.print(part)
         for text in table.remarks:
-            console.print(escape(text), style="bold", highlight=False)
+            console.print(_marked(text), style="bold", highlight=False)
     for text in document.method:
         console.print(escape(text), highlight=False)
     for text in document.remarks:
-        console.print(escape(text), style="bold", highlight=False)
+        console.print(_marked(text), style="bold", highlight=False)
     console.print(escape(document.provenance), style="dim", highlight=False)
     for text in document.warnings:
         console.print(escape(text), style="bold red", highlight=False)
@@ -59,10 +62,10 @@ def _rich_table(title: str, columns: Sequence[Sequence[str]], widths: Mapping[st
     for place, (name, *_) in enumerate(columns):
         made.add_column(name, justify="right" if place >= table.keys else "left", width=widths.get(name))
     for place, row in enumerate(zip(*(cells for _, *cells in columns), strict=True)):
-        made.add_row(*map(_cell, row), style="red" if place in table.wrong else None)
+        made.add_row(*map(_marked, row), style="red" if place in table.wrong else None)
     return made
 
 
-def _cell(text: str) -> str:
-    style = MARK_STYLES.get(text)
-    return f"[{style}]{text}[/]" if style else escape(text)
+def _marked(text: str) -> str:
+    style = MARK_STYLES.get(text[-1:])
+    return f"[{style}]{escape(text)}[/]" if style else escape(text)

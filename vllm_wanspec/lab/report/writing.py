@@ -1,20 +1,72 @@
-"""Writing results: one way to JSON, Markdown and pictures for all benches."""
+"""Writing results: one way to console, JSON, Markdown, pictures and exit status for all benches."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
+import typer
 from rich.console import Console
 
-from vllm_wanspec.lab.harness.running import Outputs, write_output
+from vllm_wanspec.lab.harness.provenance import Provenance
+from vllm_wanspec.lab.harness.running import (
+    Outputs,
+    check_outputs,
+    console_of_this_run,
+    one_line_errors,
+    write_output,
+)
 from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document
 from vllm_wanspec.lab.report.markdown import markdown
 
-__all__ = ["json_text", "publish"]
+__all__ = ["Result", "json_text", "measured", "publish"]
+
+
+class Result(Protocol):
+    """What a bench has found."""
+
+    @property
+    def held(self) -> bool:
+        """Whether all bars are known to be kept."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what the result file has beside where it comes from."""
+
+
+Found = TypeVar("Found", bound=Result)
+
+
+def measured(
+    program: str,
+    measure: Callable[[Console], Found],
+    document: Callable[[Found, Provenance], Document],
+    outputs: Outputs,
+    check: bool,
+) -> None:
+    """Run a measuring command as a whole: measure, print, write, and say by the exit status how it went.
+
+    Args:
+        program: The command, such as ``python -m PACKAGE.width``, whose last word people call the bench by.
+        measure: Reads the options and measures; shows progress on a console.
+        document: Makes what people read of what was found and where.
+        outputs: Where to write.
+        check: Whether a bar that is missed, or not known to be kept, is a failure.
+
+    Raises:
+        typer.Exit: The command failed, was interrupted, or missed a bar; see `one_line_errors`.
+    """
+    console, began_s = console_of_this_run(), time.monotonic()
+    with one_line_errors(f"bench-{program.rpartition('.')[2]}"):
+        check_outputs(outputs)
+        found = measure(console)
+        provenance = Provenance.of_this_run(program, time.monotonic() - began_s)
+        publish(document(found, provenance), found.as_json() | provenance.as_json(), outputs, console)
+    if check and not found.held:
+        raise typer.Exit(1)
 
 
 def publish(

@@ -10,36 +10,37 @@ decide on it is part of the cost. As in vLLM's engine, the garbage collector run
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
-import os
 import sys
-import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Literal, Self
 
+import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec, free_ports
-from vllm_wanspec.lab.target.hotpath_frames import SPREAD_SESSIONS, measure_frames
-from vllm_wanspec.lab.target.hotpath_report import Options, Report, Run, print_report, write_json
+from vllm_wanspec.lab.harness.cpu import core_seconds
+from vllm_wanspec.lab.harness.launch import serving
+from vllm_wanspec.lab.harness.running import Outputs, log_folder
+from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports
+from vllm_wanspec.lab.harness.view import progress_bar
+from vllm_wanspec.lab.report.writing import measured
+from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
+from vllm_wanspec.lab.target.hotpath_report import HotpathOptions, HotpathResult, Run, hotpath_document
 from vllm_wanspec.lab.target.played import PlayedTarget, StepTimes, Workload, make_pool, make_settings
 from vllm_wanspec.sim.language import Language
 from vllm_wanspec.sim.synthetic import STATS_PATH
 
-__all__ = ["measure"]
-
-START_DEADLINE_S = 30.0
+STANDARD = HotpathOptions()
 LINK_DEADLINE_S = 10.0
 STATS_TIMEOUT_S = 30.0
 WARM_UP_WINDOW = 20
@@ -49,7 +50,7 @@ MAX_WARM_UP_WINDOWS = 12
 REFRESH_STEPS = 10
 
 
-def measure(options: Options, console: Console) -> Report:
+def measure(options: HotpathOptions, console: Console) -> HotpathResult:
     """Measure frames first, on a quiet process, then the serving path.
 
     Raises:
@@ -58,28 +59,47 @@ def measure(options: Options, console: Console) -> Report:
     """
     began_s = time.monotonic()
     target_core, drafter_core = machine.pin_cores(gpu=False)
-    with _settings_of_process(target_core, options.switch_interval_ms), _Bar(console) as bar:
-        bar.begin("frames", 2 * options.frames)
-        frames = [measure_frames(options.frames, sessions, bar.advance) for sessions in (1, SPREAD_SESSIONS)]
+    cores = [core for core in (target_core, drafter_core) if core is not None]
+    drafter = _drafter_spec(drafter_core, options.running_branches)
+    settings = make_settings(f"http://{HOST}:{drafter.port}", options.tree, options.late)
+    with (
+        log_folder(None, "", console) as folder,
+        _settings_of_process(options.switch_interval_ms),
+        machine.on_core(target_core),  # the link's threads, which start later, inherit it
+    ):
+        with progress_bar(console, auto_refresh=False) as progress:
+            advance = _drawn_by_hand(progress, "frames", 2 * options.frames)
+            frames = {
+                f"{FRAME_NODES} nodes of {name}": measure_frames(options.frames, sessions, advance)
+                for name, sessions in (("1 session", 1), (f"{SPREAD_SESSIONS} sessions", SPREAD_SESSIONS))
+            }
         runs = []
-        with _drafter(drafter_core, options.running_branches) as server:
+        with serving([drafter], folder, console) as servers:
             for number in range(1, options.runs + 1):
-                bar.begin(f"run {number} of {options.runs}", options.steps)
-                with _LiveRun(options, server, _Cores(target_core, drafter_core), bar) as live:
+                with (
+                    _LiveRun(options, settings, servers["drafter"], cores) as live,
+                    progress_bar(console, auto_refresh=False) as progress,
+                ):
+                    advance = _drawn_by_hand(progress, f"run {number} of {options.runs}", options.steps)
                     live.warm_up()
-                    runs.append(live.measure())
+                    runs.append(live.measure(advance))
         interval_ms = sys.getswitchinterval() * 1e3
-    return Report(asdict(options), runs, frames, interval_ms, time.monotonic() - began_s)
+    return HotpathResult(options, runs, frames, interval_ms, time.monotonic() - began_s)
+
+
+def _drawn_by_hand(progress: Progress, description: str, total: int) -> Callable[[], None]:
+    """Begin a task; what is returned says that one more step is done, and draws the bar between some of them."""
+    task = progress.add_task(description, total=total)
+    return lambda: progress.update(task, advance=1, refresh=progress.tasks[task].completed % REFRESH_STEPS == 0)
 
 
 class _LiveRun:
     """One pool with its link, a proposer over it, and a played target that steps them."""
 
-    def __init__(self, options: Options, server: Server, cores: _Cores, bar: _Bar) -> None:
+    def __init__(self, options: HotpathOptions, settings: Settings, server: Server, cores: Sequence[int]) -> None:
         self._steps = options.steps
-        self._server, self._cores, self._bar = server, cores, bar
+        self._server, self._cores = server, cores
         language, workload = Language(), options.workload
-        settings = make_settings(server.url, options.tree, options.late)
         self._pool = make_pool(settings, language, workload.limit)
         self._proposer = RemoteProposer.over(self._pool, settings.tree, workload.limit)
         counters = self._pool.counters
@@ -111,8 +131,8 @@ class _LiveRun:
                 return
             before = now
 
-    def measure(self) -> Run:
-        """Step and take the times.
+    def measure(self, advance: Callable[[], None]) -> Run:
+        """Step and take the times; ``advance`` is called after each.
 
         Raises:
             WanspecError: The proposer gave up, or no drafts came, so that there was nothing to measure.
@@ -121,13 +141,13 @@ class _LiveRun:
         times: list[StepTimes] = []
         sizes: list[float] = []
         before, nodes = self._stats(), counters.received_nodes
-        began_s, busy_s = time.monotonic(), self._cores.busy_s()
+        began_s, busy_s = time.monotonic(), self._others_s()
         with _collections() as pauses:
             for _ in range(self._steps):
                 times.append(self._target.step())
                 sizes.append(self._tree_nodes())
-                self._bar.advance()
-        elapsed_s, busy_s = time.monotonic() - began_s, self._cores.busy_s() - busy_s
+                advance()
+        elapsed_s, busy_s = time.monotonic() - began_s, self._others_s() - busy_s
         nodes, after = counters.received_nodes - nodes, self._stats()
         if self._proposer._failed:
             raise WanspecError("the proposer gave up; its error is above")
@@ -149,85 +169,35 @@ class _LiveRun:
         trees = [live.core.tree for live in self._pool._sessions.values()]
         return _mean([0 if tree is None else tree.size for tree in trees])
 
+    def _others_s(self) -> float:
+        """Seconds for which our cores were busy so far, without this process's own; 0 where the system does not say."""
+        busy_s = sum(map(core_seconds, self._cores))
+        return busy_s - time.process_time() if busy_s else 0.0
+
     def _stats(self) -> dict[str, float]:
         with urllib.request.urlopen(self._server.url + STATS_PATH, timeout=STATS_TIMEOUT_S) as answer:
             found: dict[str, float] = json.load(answer)
         return found
 
 
-class _Cores:
-    """The processors that the measurement runs on, to see whether others used them too."""
-
-    def __init__(self, *cores: int | None) -> None:
-        self._names = {f"cpu{core}" for core in cores if core is not None}
-
-    def busy_s(self) -> float:
-        """Seconds for which they were busy so far, without this process's own; 0 where the system does not say."""
-        try:
-            lines = [line.split() for line in Path("/proc/stat").read_text("ascii").splitlines()]
-        except OSError:
-            return 0.0
-        # user nice system idle iowait irq softirq steal
-        ticks = sum(int(n) for name, *n8 in lines if name in self._names for n in (*n8[:3], *n8[5:8]))
-        return ticks / os.sysconf("SC_CLK_TCK") - time.process_time() if ticks else 0.0
-
-
-class _Bar:
-    """A progress bar that is drawn between steps alone: a thread that draws would take the interpreter in them."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, auto_refresh=False, transient=True)
-        self._task = TaskID(0)
-        self._count = 0
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, description: str, total: int) -> None:
-        """Go on to the next piece of work."""
-        self._task = self._progress.add_task(description, total=total)
-        self._progress.refresh()
-
-    def advance(self) -> None:
-        """One more is done."""
-        self._count += 1
-        self._progress.advance(self._task)
-        if self._count % REFRESH_STEPS == 0:
-            self._progress.refresh()
+def _drafter_spec(core: int | None, running_branches: int) -> ServerSpec:
+    """The synthetic drafter, a process of its own."""
+    (port,) = free_ports(1)
+    argv = [sys.executable, "-m", "vllm_wanspec.sim.synthetic", "--port", str(port)]
+    return ServerSpec("drafter", [*argv, "--running-branches", str(running_branches)], port, core=core)
 
 
 @contextmanager
-def _drafter(core: int | None, running_branches: int) -> Iterator[Server]:
-    """The synthetic drafter, running in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="wanspec-hotpath-") as folder, ServerGroup(Path(folder)) as group:
-        (port,) = free_ports(1)
-        argv = [sys.executable, "-m", "vllm_wanspec.sim.synthetic", "--port", str(port)]
-        argv += ["--running-branches", str(running_branches)]
-        server = group.start(ServerSpec("drafter", argv, port, core=core))
-        group.wait_ready([server], START_DEADLINE_S)
-        yield server
-
-
-@contextmanager
-def _settings_of_process(core: int | None, switch_interval_ms: float | None) -> Iterator[None]:
-    """Pin this process, set the interpreter's switch interval, and freeze what is there as vLLM's engine does."""
-    interval_s, allowed = sys.getswitchinterval(), machine.cores()
+def _settings_of_process(switch_interval_ms: float | None) -> Iterator[None]:
+    """Set the interpreter's switch interval, and freeze what is there as vLLM's engine does."""
+    interval_s = sys.getswitchinterval()
     gc.collect()
     gc.freeze()
     if switch_interval_ms is not None:
         sys.setswitchinterval(switch_interval_ms / 1e3)
-    if core is not None:
-        os.sched_setaffinity(0, {core})  # the link's thread, which starts later, inherits it
     try:
         yield
     finally:
-        if core is not None:
-            os.sched_setaffinity(0, allowed)
         sys.setswitchinterval(interval_s)
         gc.unfreeze()
 
@@ -256,55 +226,43 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def main() -> None:
-    """Measure, show, write; exit status 1 where ``--check`` is given and a bar is missed."""
-    arguments = _parser().parse_args()
-    options = Options(
-        workload=Workload(rows=arguments.sessions),
-        steps=arguments.steps,
-        runs=arguments.runs,
-        frames=arguments.frames,
-        switch_interval_ms=arguments.switch_interval_ms,
-        tree=arguments.tree,
-        late=arguments.late,
-        running_branches=arguments.running_branches,
-    )
-    console = Console()
-    try:
-        figures = measure(options, console).figures()
-        write_json(figures, arguments.json)
-    except (WanspecError, OSError) as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        raise SystemExit(2) from None
-    print_report(figures, console)
-    console.print(f"figures: {arguments.json}", style="dim")
-    if arguments.check and not figures["held"]:
-        raise SystemExit(1)
+def main(
+    json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = Path(
+        "build/hotpath.json"
+    ),
+    check: Annotated[bool, typer.Option("--check", help="Fail where a bar is missed.")] = False,
+    sessions: Annotated[int, typer.Option(min=1, help="Requests in the batch.")] = STANDARD.workload.rows,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps in a run.")] = STANDARD.steps,
+    runs: Annotated[int, typer.Option(min=1, help="Runs, each with sessions of its own.")] = STANDARD.runs,
+    frames: Annotated[int, typer.Option(min=1, help="Single frames to decode and apply.")] = STANDARD.frames,
+    switch_interval_ms: Annotated[
+        float | None, typer.Option(help="The interpreter's.", show_default="as it is")
+    ] = STANDARD.switch_interval_ms,
+    tree: Annotated[
+        str, typer.Option(help="Tree settings other than the defaults, such as max_branches=8,max_nodes=256.")
+    ] = STANDARD.tree,
+    late: Annotated[
+        Literal["none", "adaptive", "fixed"] | None,
+        typer.Option(help="Policy for late drafts.", show_default="the default one"),
+    ] = None,
+    running_branches: Annotated[
+        int, typer.Option(min=1, help="The drafter's places for branches.")
+    ] = STANDARD.running_branches,
+) -> None:
+    """Measure what the serving path itself costs: no model, no network, no vLLM.
 
+    Exit status: 0, or 1 when something failed or --check found a bar missed, 2 when an option is wrong, 130 after
+    Ctrl-C.
+    """
 
-def _parser() -> argparse.ArgumentParser:
-    standard = Options()
-    parser = argparse.ArgumentParser(prog="python -m vllm_wanspec.lab.target.hotpath", description=__doc__)
-    add = parser.add_argument
-    add("--json", type=Path, default=Path("build/hotpath.json"), help="where to write the figures")
-    add("--check", action="store_true", help="fail where a bar is missed")
-    add("--sessions", type=_count, default=standard.workload.rows, help="requests in the batch")
-    add("--steps", type=_count, default=standard.steps, help="measured steps in a run")
-    add("--runs", type=_count, default=standard.runs)
-    add("--frames", type=_count, default=standard.frames, help="single frames to decode and apply")
-    add("--switch-interval-ms", type=float, help="the interpreter's; as it is, if not given")
-    add("--tree", default="", help="tree settings other than the defaults, such as max_branches=8,max_nodes=256")
-    add("--late", choices=("none", "adaptive", "fixed"), help="policy for late drafts; the default one, if not given")
-    add("--running-branches", type=_count, default=standard.running_branches, help="the drafter's places for branches")
-    return parser
+    def read_and_measure(console: Console) -> HotpathResult:
+        wanted = (steps, runs, frames, switch_interval_ms, tree, late, running_branches)
+        return measure(HotpathOptions(Workload(rows=sessions), *wanted), console)
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    with suppress(OSError):  # what is wrong with the folder is told in a moment
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+    measured("python -m vllm_wanspec.lab.target.hotpath", read_and_measure, hotpath_document, Outputs(json_file), check)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

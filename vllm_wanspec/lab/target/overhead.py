@@ -9,69 +9,41 @@ same engine itself.  Both sides of a ratio run in the same rounds.
 from __future__ import annotations
 
 import asyncio
-import sys
-import time
-from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.overhead_direct import direct_spec
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width import parse_widths
-from vllm_wanspec.lab.drafter.width_measure import contexts
-from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.launch import DYING_S, START_DEADLINE_S, drafter_spec
-from vllm_wanspec.lab.harness.models import choose_prompts, find_models
-from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
-from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec, free_ports
-from vllm_wanspec.lab.harness.view import starting
-from vllm_wanspec.lab.target.overhead_measure import DrafterPart, OverheadOptions, TargetPart, plan_targets
+from vllm_wanspec.lab.drafter.direct import direct_spec
+from vllm_wanspec.lab.drafter.loads import contexts
+from vllm_wanspec.lab.harness.launch import drafter_spec, serving
+from vllm_wanspec.lab.harness.models import DraftTokenizer, choose_prompts, find_models
+from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
+from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.servers import free_ports
+from vllm_wanspec.lab.report.writing import measured
+from vllm_wanspec.lab.target.overhead_measure import TargetPart, compare_routes, plan_targets
 from vllm_wanspec.lab.target.overhead_report import (
     DRAFTER,
     MIN_PROMPTS,
     MIN_ROUNDS,
     TARGET,
     Comparison,
+    OverheadOptions,
     OverheadResult,
-    print_report,
-    write_json,
-    write_markdown,
+    overhead_document,
 )
-
-__all__ = ["main", "parse_parts", "run_overhead"]
-
-
-def parse_parts(text: str) -> tuple[str, ...]:
-    """Read ``"target,drafter"``.
-
-    Raises:
-        ConfigError: Another name, or none.
-    """
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    if not set(names) <= {TARGET, DRAFTER}:
-        raise ConfigError(f"--parts: {text!r} is not a list of {TARGET} and {DRAFTER}")
-    return names
 
 
 def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | None = None) -> OverheadResult:
-    """Run the bench.
-
-    Args:
-        options: What to measure.
-        console: Where to show progress.
-        log_dir: Where the servers' logs stay; None keeps none.
+    """Run the bench; the servers' logs stay in ``log_dir``, if there is one.
 
     Raises:
         ConfigError: Models or prompts are missing or wrong.
         UnsupportedError: No vLLM that could be started.
         WanspecError: A server or a request failed, or the silent drafter was not silent.
     """
-    began_s = time.monotonic()
     models = find_models(options.models)
     prompts = choose_prompts(models.prompts, options.prompts)
     require_vllm()
@@ -79,47 +51,20 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
     differences: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:
         if TARGET in options.parts:
-            plan = plan_targets(models, folder, options.instances)
-            targets = TargetPart(options, plan.metrics, prompts, console)
-            rows += _with_servers(folder, console, list(plan.specs.values()), targets.measure)
+            specs, metrics = plan_targets(models, folder, options.instances)
+            targets = TargetPart(options, metrics, prompts, console)
+            with serving(list(specs.values()), folder, console) as servers:
+                rows += asyncio.run(targets.measure(servers))
             differences = targets.differences
         if DRAFTER in options.parts:
             route = drafter_spec(models.draft, max(options.widths), None)
             (port,) = free_ports(1)
             direct = direct_spec(models.draft, models.prompts, port, route.core)
             tokenizer = DraftTokenizer.load(models.draft)
-            drafters = DrafterPart(options, tokenizer, contexts(models.prompts, tokenizer), console)
-            rows += _with_servers(folder, console, [route, direct], drafters.measure)
-    return OverheadResult(
-        rows,
-        options.load,
-        options.prompts,
-        options.max_tokens,
-        options.window_s,
-        options.rounds,
-        options.instances,
-        differences,
-        time.monotonic() - began_s,
-    )
-
-
-def _with_servers(
-    folder: Path,
-    console: Console,
-    specs: Sequence[ServerSpec],
-    measure: Callable[[dict[str, Server]], Coroutine[Any, Any, list[Comparison]]],
-) -> list[Comparison]:
-    """Measure with servers that run meanwhile."""
-    with ServerGroup(folder) as group:
-        servers = {spec.name: group.start(spec) for spec in specs}
-        with starting(console, list(servers.values())) as view:
-            group.wait_ready(servers.values(), START_DEADLINE_S, on_ready=view.ready)
-        try:
-            return asyncio.run(measure(servers))
-        except ClientError:
-            # A dying server explains a failed request better than the request does.
-            group.check_alive(within_s=DYING_S)
-            raise
+            texts = contexts(models.prompts, tokenizer)
+            with serving([route, direct], folder, console) as servers:
+                rows += asyncio.run(compare_routes(options, tokenizer, texts, servers, console))
+    return OverheadResult(options, rows, differences)
 
 
 def main(
@@ -142,10 +87,10 @@ def main(
     Exit status: 0, or 1 when something failed or --check found a bar missed, 2 when this machine lacks something or an
     option is wrong, 130 after Ctrl-C.
     """
-    console = Console() if sys.stdout.isatty() else Console(width=130)
-    with one_line_errors("bench-overhead"):
+
+    def measure(console: Console) -> OverheadResult:
         options = OverheadOptions(
-            parts=parse_parts(parts),
+            parts=listed("--parts", parts, (TARGET, DRAFTER)),
             prompts=prompts,
             max_tokens=max_tokens,
             widths=parse_widths(widths),
@@ -155,15 +100,10 @@ def main(
             seed=seed,
             models=models,
         )
-        check_outputs(Outputs(json_file, markdown_file))
-        result = run_overhead(options, console, keep_log)
-        print_report(result, console)
-        if json_file is not None:
-            write_json(result, json_file)
-        if markdown_file is not None:
-            write_markdown(result, markdown_file)
-    if check and not result.all_held:
-        raise typer.Exit(1)
+        return run_overhead(options, console, keep_log)
+
+    outputs = Outputs(json_file, markdown_file, keep_log)
+    measured("python -m vllm_wanspec.lab.target.overhead", measure, overhead_document, outputs, check)
 
 
 if __name__ == "__main__":

@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from statistics import median
 
 import aiohttp
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vllm_wanspec.emulate.pacing import MAX_BASE_MS
 from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.drafter.overhead_direct import direct_window
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import SteadyRow
-from vllm_wanspec.lab.drafter.width_steady import SteadyLoad, SteadyWorkload
+from vllm_wanspec.lab.drafter.direct import DirectWorkload
+from vllm_wanspec.lab.drafter.loads import Drafter
+from vllm_wanspec.lab.drafter.steady import SteadyWorkload
+from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.launch import (
-    DRAFTER_NAME,
-    LINK_DEADLINE_S,
-    MODEL_NAME,
-    NAMED,
-    plain_command,
-    vllm_spec,
-    write_config,
-)
-from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, Prompt
-from vllm_wanspec.lab.harness.scrape import read_samples, wait_until_linked
-from vllm_wanspec.lab.harness.servers import HOST, Server, ServerError, ServerSpec, free_ports, wanspec_command
-from vllm_wanspec.lab.target.overhead_report import DRAFTER, MIN_PROMPTS, MIN_ROUNDS, TARGET, Comparison
-
-__all__ = ["DrafterPart", "OverheadOptions", "TargetPart", "TargetPlan", "plan_targets"]
+from vllm_wanspec.lab.harness.launch import MODEL_NAME, NAMED, plain_command, vllm_spec, wait_for_link, write_config
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, DraftTokenizer, Prompt
+from vllm_wanspec.lab.harness.scrape import read_samples
+from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, wanspec_command
+from vllm_wanspec.lab.harness.view import progress_bar
+from vllm_wanspec.lab.target.overhead_report import DRAFTER, TARGET, Comparison, OverheadOptions
 
 SPECULATIVE_TOKENS = 8
 EMPTY, SILENT, DEAD = "empty", "silent", "dead"
@@ -45,55 +36,16 @@ SILENT_DRAFTER = "silent-drafter"
 #: The service that once discarded what it was sent: no free port, which is one that others may be given.
 NOBODY = 9
 WATCHED = ("steps", "opened_sessions", "received_nodes", "offered_tokens", "waits", "wait_seconds")
+DETAILS = ("running", "step_ms", "starts_per_s", "api_cpu", "engine_cpu", "others_cpu", "measured_s")
 WARM_UP_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class OverheadOptions:
-    """The overhead bench's settings.
-
-    Args:
-        parts: Which of "target" and "drafter" to measure.
-        prompts: Sent to each target in each round.
-        max_tokens: Generated for each.
-        widths: Running branches at the drafter.
-        load: What its sessions ask for.
-        rounds: Of everything.
-        instances: Processes of each kind of target: the same program is some per cent faster in one than in another.
-        window_s: Seconds of a window at the drafter.
-        seed: Of the order of targets and widths.
-        models: Folder with ``target/``, ``draft/`` and ``prompts.jsonl``; None takes the checkout's.
-    """
-
-    parts: tuple[str, ...] = (TARGET, DRAFTER)
-    prompts: int = MIN_PROMPTS
-    max_tokens: int = 96
-    widths: tuple[int, ...] = (1, 8, 32)
-    load: SteadyLoad = field(default_factory=SteadyLoad)
-    rounds: int = MIN_ROUNDS
-    instances: int = 3
-    window_s: float = 3.0
-    seed: int = 0
-    models: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TargetPlan:
-    """The servers of the target's part.
-
-    Args:
-        specs: Servers by name.
-        metrics: Where the controllers serve their counters, by the name of their target.
-    """
-
-    specs: Mapping[str, ServerSpec]
-    metrics: Mapping[str, str]
-
-
-def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> TargetPlan:
+def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> tuple[dict[str, ServerSpec], dict[str, str]]:
     """Lay out targets of three kinds and a drafter that never ends its first step; writes YAML files to ``folder``.
 
-    A target's name is its kind, a hyphen and a number.
+    Returns:
+        The servers by name, and where controllers serve their counters by the name of their target: its kind, a
+        hyphen and a number.
     """
     drafter_port, *ports = free_ports(1 + 5 * instances)
     target_core, draft_core = machine.pin_cores()
@@ -119,14 +71,17 @@ def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> Target
                 config = write_config(folder / f"{name}.yaml", endpoint, metrics_port, fallback=[])
                 argv = wanspec_command("serve", str(models.target), "--wanspec", str(config))
                 argv += ["--speculative-tokens", str(SPECULATIVE_TOKENS)]
-            specs[name] = vllm_spec(
-                name, [*argv, *NAMED], ports.pop(), target_core, None, folder / f"{name}.pacing.json"
-            )
-    return TargetPlan(specs, metrics)
+            stats = folder / f"{name}.pacing.json"
+            specs[name] = vllm_spec(name, [*argv, *NAMED], ports.pop(), target_core, None, stats)
+    return specs, metrics
 
 
 class TargetPart:
-    """The target's part: each prompt through all targets, one at a time."""
+    """The target's part: each prompt through all targets, one at a time.
+
+    Attributes:
+        differences: Outputs that differ, one line each.
+    """
 
     def __init__(
         self, options: OverheadOptions, metrics: Mapping[str, str], prompts: Sequence[Prompt], console: Console
@@ -134,26 +89,26 @@ class TargetPart:
         self.differences: list[str] = []
         self._options, self._metrics, self._prompts, self._console = options, metrics, prompts, console
 
-    async def measure(self, servers: dict[str, Server]) -> list[Comparison]:
+    async def measure(self, servers: Mapping[str, Server]) -> list[Comparison]:
         """Take all rounds."""
         names = [name for name in servers if name != SILENT_DRAFTER]
         rounds: dict[str, list[float]] = {EMPTY: [], SILENT: [], DEAD: []}
         async with aiohttp.ClientSession() as http:
             for name in names:
                 if _kind(name) == SILENT:
-                    await self._linked(http, name, servers[name])
+                    await wait_for_link(http, self._metrics[name], servers[name], self._console)
             clients = {name: CompletionClient(http, servers[name].url, MODEL_NAME) for name in names}
-            with machine.on_core(machine.pin_cores()[1]), _progress(self._console) as progress:
+            with machine.on_core(machine.pin_cores()[1]), progress_bar(self._console) as progress:
                 for client in clients.values():
                     await client.complete(WARM_UP.text, WARM_UP_TOKENS)
-                before = {name: await self._counters(http, name) for name in self._metrics}
+                before = await self._counters(http)
                 task = progress.add_task("", total=self._options.rounds * len(self._prompts) * len(names))
                 for number in range(self._options.rounds):
                     progress.update(task, description=f"target, round {number + 1}")
                     paces = await self._round(clients, number, lambda: progress.advance(task))
                     for kind, pace in paces.items():
                         rounds[kind].append(pace)
-            grown = {name: (await self._counters(http, name)).since(before[name]) for name in self._metrics}
+            grown = {name: now.since(before[name]) for name, now in (await self._counters(http)).items()}
         rows = []
         for kind in (SILENT, DEAD):
             counts = Counters.total(found for name, found in grown.items() if _kind(name) == kind).values
@@ -163,11 +118,6 @@ class TargetPart:
         if drafted:
             raise WanspecError(f"the silent drafter has drafted {drafted:.0f} tokens")
         return rows
-
-    async def _linked(self, http: aiohttp.ClientSession, name: str, server: Server) -> None:
-        url = self._metrics[name]
-        if not await wait_until_linked(http, url, DRAFTER_NAME, LINK_DEADLINE_S, server.check_alive):
-            raise ServerError(f"{name}: no link to the silent drafter after {LINK_DEADLINE_S:.0f} s")
 
     async def _round(
         self, clients: Mapping[str, CompletionClient], number: int, advance: Callable[[], None]
@@ -184,8 +134,8 @@ class TargetPart:
             self._compare(prompt, done)
         return {kind: total / len(self._prompts) / self._options.instances for kind, total in sums.items()}
 
-    async def _counters(self, http: aiohttp.ClientSession, name: str) -> Counters:
-        return Counters.of(await read_samples(http, self._metrics[name]), WATCHED)
+    async def _counters(self, http: aiohttp.ClientSession) -> dict[str, Counters]:
+        return {name: Counters.of(await read_samples(http, url), WATCHED) for name, url in self._metrics.items()}
 
     def _compare(self, prompt: Prompt, done: Mapping[str, Completion]) -> None:
         right = next(completion for name, completion in done.items() if _kind(name) == EMPTY)
@@ -195,62 +145,50 @@ class TargetPart:
                 self.differences.append(f"{_kind(name)} drafter, {prompt.module}, token {place + 1}")
 
 
-class DrafterPart:
-    """The drafter's part: at each width our route and the direct client in turn."""
-
-    def __init__(
-        self, options: OverheadOptions, tokenizer: DraftTokenizer, texts: list[list[int]], console: Console
-    ) -> None:
-        self._options, self._tokenizer, self._texts, self._console = options, tokenizer, texts, console
-
-    async def measure(self, servers: dict[str, Server]) -> list[Comparison]:
-        """Take all rounds."""
-        options, (route, direct) = self._options, servers.values()
-        found: dict[int, list[tuple[SteadyRow, SteadyRow]]] = {width: [] for width in options.widths}
-        clocks = [CpuClock(server.pid, server.spec.core) for server in (route, direct)]
-        async with aiohttp.ClientSession() as http:
-            workload = SteadyWorkload(http, route.url, self._tokenizer, self._texts, clocks[0])
-
-            async def ours(width: int, seconds: float) -> SteadyRow:
-                return await workload.window(options.load, width, seconds)
-
-            async def base(width: int, seconds: float) -> SteadyRow:
-                return await direct_window(http, direct.url, options.load, width, seconds, clocks[1])
-
-            with machine.on_core(machine.pin_cores()[0]), _progress(self._console) as progress:
-                for side in (ours, base):
-                    await side(max(options.widths), WARM_UP_S)
-                rng = Random(options.seed)
-                task = progress.add_task("", total=options.rounds * len(options.widths))
-                for number in range(options.rounds):
-                    for width in rng.sample(options.widths, len(options.widths)):
-                        progress.update(task, description=f"drafter, round {number + 1}: {width} branches")
-                        order = (ours, base) if number % 2 else (base, ours)
-                        rows = {side: await side(width, options.window_s) for side in order}
-                        if not all(row.is_near for row in rows.values()):
-                            few = f"fewer than {width} branches ran in a window of {options.window_s:g} s"
-                            raise WanspecError(f"{few}: take longer windows")
-                        found[width].append((rows[ours], rows[base]))
-                        progress.advance(task)
-        return [_drafter_comparison(width, pairs) for width, pairs in found.items()]
-
-
-def _drafter_comparison(width: int, pairs: Sequence[tuple[SteadyRow, SteadyRow]]) -> Comparison:
-    """Tokens per second at one width, and beside them the medians of what else was seen."""
-    rates = [[row.events_per_s for row in side] for side in zip(*pairs, strict=True)]
-    details = {
-        f"{name}{suffix}": sorted(getattr(pair[side], name) for pair in pairs)[len(pairs) // 2]
-        for side, suffix in enumerate(("", "_base"))
-        for name in ("running", "step_ms", "starts_per_s", "api_cpu", "engine_cpu", "others_cpu", "measured_s")
-    }
-    return Comparison(DRAFTER, f"{width} branch{'es' * (width > 1)}", tuple(rates[0]), tuple(rates[1]), details)
-
-
 def _kind(name: str) -> str:
     """The kind of a target by its name."""
     return name.rpartition("-")[0]
 
 
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
+async def compare_routes(
+    options: OverheadOptions,
+    tokenizer: DraftTokenizer,
+    texts: list[list[int]],
+    servers: Mapping[str, Server],
+    console: Console,
+) -> list[Comparison]:
+    """The drafter's part: at each width our route and the direct client, which the servers are, in turn."""
+    found: dict[int, list[tuple[SteadyRow, SteadyRow]]] = {width: [] for width in options.widths}
+    route, direct = servers.values()
+    cpu, direct_cpu = (CpuClock(server.pid, server.spec.core) for server in (route, direct))
+    async with aiohttp.ClientSession() as http:
+        ours = SteadyWorkload(Drafter(http, route.url, tokenizer, itertools.cycle(texts), cpu), options.load)
+        base = DirectWorkload(http, direct.url, direct_cpu, options.load)
+        with machine.on_core(machine.pin_cores()[0]), progress_bar(console) as progress:
+            for side in (ours, base):
+                await side.window(max(options.widths), WARM_UP_S)
+            rng = Random(options.seed)
+            task = progress.add_task("", total=options.rounds * len(options.widths))
+            for number in range(options.rounds):
+                for width in rng.sample(options.widths, len(options.widths)):
+                    progress.update(task, description=f"drafter, round {number + 1}: {width} branches")
+                    order = (ours, base) if number % 2 else (base, ours)
+                    rows = {side: await side.window(width, options.window_s) for side in order}
+                    if not all(row.is_near for row in rows.values()):
+                        few = f"fewer than {width} branches ran in a window of {options.window_s:g} s"
+                        raise WanspecError(f"{few}: take longer windows")
+                    found[width].append((rows[ours], rows[base]))
+                    progress.advance(task)
+    return [_compared(width, pairs) for width, pairs in found.items()]
+
+
+def _compared(width: int, pairs: Sequence[tuple[SteadyRow, SteadyRow]]) -> Comparison:
+    """Tokens per second at one width, and beside them the medians of what else was seen."""
+    ours, base = zip(*pairs, strict=True)
+    details = {
+        f"{name}{suffix}": median(getattr(row, name) for row in side)
+        for side, suffix in ((ours, ""), (base, "_base"))
+        for name in DETAILS
+    }
+    rate, base_rate = (tuple(row.events_per_s for row in side) for side in (ours, base))
+    return Comparison(DRAFTER, f"{width} branch{'es' * (width > 1)}", rate, base_rate, details)

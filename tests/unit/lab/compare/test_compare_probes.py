@@ -17,7 +17,8 @@ import pytest
 from aiohttp import web
 
 from vllm_wanspec.cli.wan import control_app
-from vllm_wanspec.emulate.wan import WanProxy, WanSettings
+from vllm_wanspec.emulate.wan import WanProxy
+from vllm_wanspec.emulate.wan_settings import WanSettings
 from vllm_wanspec.lab.compare import probes
 from vllm_wanspec.lab.compare.oracle import EmptyProposer, OracleProposer, write_references
 from vllm_wanspec.lab.compare.probes import Probe, Wan

@@ -15,8 +15,9 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, limit
 
 from vllm_wanspec.core.tree import DraftTree, NodeRecord
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.streams import DrafterClient, DraftTokenizer, Stream, draw_commit, keep_committing
+from vllm_wanspec.lab.drafter.streams import DrafterClient, Stream, draw_commit, keep_committing
 from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 

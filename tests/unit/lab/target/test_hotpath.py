@@ -1,124 +1,32 @@
-"""The measurement of the hot path: its made-up language, its drafter, its figures, and one tiny run of all of it."""
+"""The measurement of the hot path: its figures, and one tiny run of all of it."""
 
-import asyncio
+import io
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from typer import Typer
+from typer.testing import CliRunner
 
-from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.stats import percentile
+from vllm_wanspec.lab.harness.provenance import Provenance
+from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.target import hotpath
 from vllm_wanspec.lab.target.hotpath import measure
-from vllm_wanspec.lab.target.hotpath_frames import measure_frames
-from vllm_wanspec.lab.target.hotpath_report import BARS, Frames, Options, Report, Run, print_report, write_json
+from vllm_wanspec.lab.target.hotpath_report import (
+    BARS,
+    HotpathOptions,
+    HotpathResult,
+    Run,
+    hotpath_document,
+)
 from vllm_wanspec.lab.target.played import StepTimes, Workload
-from vllm_wanspec.sim.language import Language
-from vllm_wanspec.sim.synthetic import SteppedEngine
 
-# The language
-
-
-def test_the_language_has_the_statistics_of_real_pairs() -> None:
-    language, positions = Language(seed=1), 20_000
-    context = language.prompt(1, 10)
-    unsure = agreed = near = 0
-    for _ in range(positions):
-        step, right = language.step(context), language.target(context)
-        tokens = [step.token, *(token for token, _ in step.alternatives)]
-        assert len(set(tokens)) == 8
-        assert all(0 <= token < language.vocab_size for token in tokens)
-        unsure += step.entropy_nats >= 1.0
-        agreed += right == step.token
-        near += right in tokens[1:4]
-        context = [*context[-2:], right]
-    assert unsure / positions == pytest.approx(0.40, abs=0.02)
-    assert agreed / positions == pytest.approx(0.75, abs=0.02)
-    assert near / (positions - agreed) == pytest.approx(0.65, abs=0.03)
-
-
-def test_its_draft_model_is_calibrated_and_ranks_its_tokens() -> None:
-    language, context = Language(), [1, 2, 3]
-    sure: list[bool] = []
-    for _ in range(20_000):
-        step, right = language.step(context), language.target(context)
-        logprobs = [step.logprob, *(logprob for _, logprob in step.alternatives)]
-        assert all(logprob < 0.0 for logprob in logprobs)
-        assert logprobs == sorted(logprobs, reverse=True)
-        if step.logprob > -0.1054:  # probability above 0.9
-            sure.append(right == step.token)
-        context = [*context[-2:], right]
-    assert sum(sure) / len(sure) == pytest.approx(0.95, abs=0.015)
-
-
-def test_it_is_the_same_everywhere_and_follows_the_last_three_tokens() -> None:
-    one, two = Language(seed=5), Language(seed=5)
-    assert one.step([9, 1, 2, 3]) == two.step([8, 1, 2, 3])
-    assert one.target([9, 1, 2, 3]) == two.target([1, 2, 3])
-    assert one.target([1, 2, 3]) != Language(seed=6).target([1, 2, 3])
-    assert one.prompt(1, 50) != one.prompt(2, 50)
-
-
-def test_verification_ends_with_the_targets_own_token() -> None:
-    language, context = Language(), [1, 2, 3]
-    line = []
-    for _ in range(4):
-        line.append(language.target([*context, *line]))
-    assert language.verify(context, []) == line[:1]
-    assert language.verify(context, line[:3]) == line
-    assert language.verify(context, [line[0], line[1] + 1, line[2]]) == line[:2]
-
-
-def test_a_vocabulary_that_it_cannot_have() -> None:
-    with pytest.raises(ValueError, match="power of two"):
-        Language(vocab_size=1000)
-
-
-# The drafter's engine
-
-
-def test_the_engine_gives_every_branch_its_own_continuation() -> None:
-    language = Language()
-
-    async def drafted(engine: SteppedEngine, tokens: tuple[int, ...], count: int) -> list[DraftStep]:
-        return [step async for steps in engine.draft(tokens, count) for step in steps]
-
-    async def run() -> tuple[list[list[DraftStep]], dict[str, float]]:
-        engine = SteppedEngine(language, step_ms=1.0, branch_ms=0.0)
-        stepping = asyncio.create_task(engine.run())
-        found = await asyncio.gather(drafted(engine, (1, 2, 3), 5), drafted(engine, (4, 5, 6), 3))
-        stepping.cancel()
-        await asyncio.gather(stepping, return_exceptions=True)
-        return found, engine.stats()
-
-    found, stats = asyncio.run(run())
-    assert [len(steps) for steps in found] == [5, 3]
-    for start, steps in zip(([1, 2, 3], [4, 5, 6]), found, strict=True):
-        context = list(start)
-        for step in steps:
-            assert step == language.step(context)
-            context.append(step.token)
-    assert stats["tokens"] == 8
-    assert stats["steps"] >= 5
-    assert stats["busy_s"] >= 0.9 * stats["paced_s"]
-
-
-# Frames
-
-
-@pytest.mark.parametrize("sessions", [1, 8])
-def test_frames_are_decoded_and_applied(sessions: int) -> None:
-    done: list[int] = []
-    frames = measure_frames(40, sessions, lambda: done.append(1))
-    assert len(frames.times_ns) == 40
-    assert len(done) > 40
-    assert all(0 < time_ns < 1e9 for time_ns in frames.times_ns)
-    assert 64 * 12 < frames.mean_bytes < 64 * 40
-
+HERE = Provenance("a machine", {"python": "3.11"}, "abc", "python -m hotpath", 99.0)
 
 # Figures
 
@@ -132,20 +40,21 @@ def run_of(*propose_ms: float) -> Run:
     return Run(tuple(step(ms) for ms in propose_ms), 50.0, 1000.0, 1.0, engine, (0.5, 2.0), 0.02)
 
 
-def report(*runs: Run, frame_us: float = 100.0) -> Report:
-    frames = Frames(64, 1, (int(frame_us * 1e3),) * 5, 1500.0)
-    return Report(asdict(Options(Workload(rows=4), steps=3)), runs, [frames, frames], 5.0, 12.0)
+def report(*runs: Run, frame_us: float = 100.0) -> HotpathResult:
+    frames = {"us": {"p50": frame_us, "p99": frame_us}, "bytes": 1500, "count": 5}
+    return HotpathResult(
+        HotpathOptions(Workload(rows=4), steps=3), runs, {"64 nodes of 1 session": frames, "others": frames}, 5.0, 12.0
+    )
 
 
-def test_percentiles_are_values_that_were_measured() -> None:
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
-    assert percentile([5.0], 0.99) == 5.0
-    assert percentile(list(range(1, 101)), 0.99) == 99
-    assert percentile(list(range(1, 101)), 0.5) == 50
+def shown(result: HotpathResult) -> str:
+    output = io.StringIO()
+    print_document(hotpath_document(result, HERE), Console(file=output, width=120))
+    return output.getvalue()
 
 
 def test_figures_are_medians_of_runs() -> None:
-    figures = report(run_of(0.2, 0.3, 0.4), run_of(0.3, 0.4, 0.5), run_of(0.4, 9.0, 9.0)).figures()
+    figures = report(run_of(0.2, 0.3, 0.4), run_of(0.3, 0.4, 0.5), run_of(0.4, 9.0, 9.0)).as_json()
     assert figures["propose_take_ms"] == {"p50": 0.5, "p99": 0.6}
     assert figures["frame_us"]["p50"] == 100.0
     assert figures["accepted_per_step"] == pytest.approx(1.5)
@@ -158,37 +67,25 @@ def test_figures_are_medians_of_runs() -> None:
 
 @pytest.mark.parametrize(("propose_ms", "frame_us"), [(0.7, 100.0), (0.3, 151.0)], ids=["propose and take", "frame"])
 def test_a_missed_bar_is_said(propose_ms: float, frame_us: float) -> None:
-    figures = report(run_of(propose_ms, propose_ms), frame_us=frame_us).figures()
-    assert figures["held"] is False
-    console = Console(record=True, width=120)
-    print_report(figures, console)
-    assert "missed" in console.export_text()
+    result = report(run_of(propose_ms, propose_ms), frame_us=frame_us)
+    assert result.held is result.as_json()["held"] is False
+    assert shown(result).splitlines().count("a bar was missed ✗") == 1
+    assert shown(result).count("✗") == 2  # in the table too
 
 
 def test_a_slow_tail_misses_its_bar() -> None:
-    assert report(run_of(*[0.3] * 50, 2.5)).figures()["held"] is False
+    assert report(run_of(*[0.3] * 50, 2.5)).as_json()["held"] is False
 
 
 def test_a_drafter_that_was_too_slow_is_said() -> None:
     slow = run_of(0.3)
     slow.engine["busy_s"] = 0.9
-    console = Console(record=True, width=120)
-    print_report(report(slow).figures(), console)
-    assert "did not keep its pace" in console.export_text()
+    assert "did not keep its pace" in shown(report(slow))
 
 
 def test_a_busy_machine_is_said() -> None:
     busy = replace(run_of(0.3), others_share=0.4)
-    console = Console(record=True, width=120)
-    print_report(report(busy).figures(), console)
-    assert "other programs took 40% of a core" in console.export_text()
-
-
-def test_the_file_appears_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "hotpath.json"
-    write_json({"a": "µ"}, path)
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "µ"}
-    assert [entry.name for entry in path.parent.iterdir()] == ["hotpath.json"]
+    assert "other programs took 40% of a core" in shown(report(busy))
 
 
 # All of it
@@ -199,9 +96,9 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "pin_cores", lambda gpu: (None, None))  # the tests may share a core with others
     workload = Workload(rows=4, prompt_tokens=30, output_tokens=40, step_ms=15.0)
     interval_s = sys.getswitchinterval()
-    found = measure(Options(workload, steps=30, runs=2, frames=20, switch_interval_ms=1.0), Console(quiet=True))
+    found = measure(HotpathOptions(workload, steps=30, runs=2, frames=20, switch_interval_ms=1.0), Console(quiet=True))
     assert sys.getswitchinterval() == interval_s
-    figures = json.loads(json.dumps(found.figures()))
+    figures = json.loads(json.dumps(found.as_json()))
     assert figures["sessions"] == 4
     assert len(figures["runs"]) == 2
     for name in ("propose_take_ms", "frame_us"):
@@ -212,18 +109,45 @@ def test_a_tiny_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["engine_step_ms"] >= 0.95 * figures["engine_paced_ms"] > 4.0
     assert figures["switch_interval_ms"] == pytest.approx(1.0)
     assert figures["bars"] == BARS
-    assert figures["machine"]
-    assert figures["versions"]["python"]
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "hotpath.json"
-    monkeypatch.setattr(hotpath, "measure", lambda options, console: report(run_of(*[9.0] * options.steps)))
-    monkeypatch.setattr(sys, "argv", ["hotpath", "--json", str(path), "--steps", "3"])
-    hotpath.main()
-    assert json.loads(path.read_text(encoding="utf-8"))["held"] is False
-    assert "missed" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["hotpath", "--json", str(path), "--check"])
-    with pytest.raises(SystemExit) as ended:
-        hotpath.main()
-    assert ended.value.code == 1
+def invoke(*arguments: str) -> Any:
+    app = Typer()
+    app.command()(hotpath.main)
+    return CliRunner().invoke(app, [*arguments])
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[HotpathOptions] = []
+
+    def measure(options: HotpathOptions, console: Console) -> HotpathResult:
+        asked.append(options)
+        return report(run_of(*[9.0] * options.steps))
+
+    path = tmp_path / "new" / "hotpath.json"
+    monkeypatch.setattr(hotpath, "measure", measure)
+    done = invoke("--json", str(path), "--steps", "3", "--sessions", "8", "--late", "none", "--tree", "max_branches=8")
+    assert done.exit_code == 0, done.output
+    assert "missed" in done.output
+    assert asked == [HotpathOptions(Workload(rows=8), steps=3, late="none", tree="max_branches=8")]
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert data["held"] is False
+    assert {"machine", "versions", "commit", "command", "seconds", "elapsed_s"} <= data.keys()
+    assert [entry.name for entry in path.parent.iterdir()] == ["hotpath.json"]
+    assert invoke("--json", str(path), "--check").exit_code == 1
+    assert asked[-1] == HotpathOptions()
+
+
+def test_options_that_cannot_be(tmp_path: Path) -> None:
+    for arguments, problem in (
+        (["--steps", "0"], "--steps"),
+        (["--late", "never"], "--late"),
+        (["--json", str(tmp_path)], "bench-hotpath: --json: cannot write"),
+        (
+            ["--json", str(tmp_path / "h.json"), "--tree", "height=3", "--frames", "1"],
+            "bench-hotpath: wanspec: height: is not a",
+        ),
+    ):
+        done = invoke(*arguments)
+        assert done.exit_code == 2, done.output
+        assert problem in done.output

@@ -2,52 +2,49 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
 import json
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
+from result_files import committed, key_paths
 from rich.console import Console
 from toys import FINGERPRINT, VOCAB_SIZE
 from typer import Typer
 from typer.testing import CliRunner
 
-from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
-from vllm_wanspec.lab.drafter.overhead_direct import DirectLoad, direct_spec, direct_window, make_app
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import SteadyRow
-from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, SteadyLoad
+from vllm_wanspec.errors import UnsupportedError
+from vllm_wanspec.lab.drafter.direct import direct_spec
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.launch import drafter_spec
-from vllm_wanspec.lab.harness.models import DemoModels
+from vllm_wanspec.lab.harness.models import DemoModels, DraftTokenizer
+from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.servers import ServerSpec
+from vllm_wanspec.lab.report.console import print_document
+from vllm_wanspec.lab.report.markdown import markdown
 from vllm_wanspec.lab.target import overhead, overhead_measure
-from vllm_wanspec.lab.target.overhead_measure import SILENT_DRAFTER, OverheadOptions, plan_targets
+from vllm_wanspec.lab.target.overhead_measure import SILENT_DRAFTER, plan_targets
 from vllm_wanspec.lab.target.overhead_report import (
     DRAFTER,
     TARGET,
     Comparison,
+    OverheadOptions,
     OverheadResult,
-    markdown,
-    print_report,
-    write_json,
+    overhead_document,
 )
 
-HERE = Path(__file__).parents[1]
+FAKES = Path(__file__).parents[1]
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+HERE = Provenance("a machine", {"python": "3.11"}, "abc", "python -m overhead", 99.0)
 FAKE_DIRECT = """
 import asyncio, sys
 from aiohttp import web
-from vllm_wanspec.lab.drafter.overhead_direct import DirectLoad, make_app
+from vllm_wanspec.lab.drafter.direct import DirectLoad, make_app
 
 async def generate(context, tokens):
     for _ in range(tokens):
@@ -65,7 +62,7 @@ def compared(part: str, ratios: Sequence[float], **details: float) -> Comparison
 
 
 def result(*rows: Comparison, differences: Sequence[str] = (), prompts: int = 12, rounds: int = 5) -> OverheadResult:
-    return OverheadResult(rows, SteadyLoad(), prompts, 96, 3.0, rounds, 3, differences, 99.0)
+    return OverheadResult(OverheadOptions(prompts=prompts, rounds=rounds), rows, differences)
 
 
 def test_a_ratio_is_the_median_of_the_rounds_with_its_spread() -> None:
@@ -93,25 +90,25 @@ def test_a_ratio_is_the_median_of_the_rounds_with_its_spread() -> None:
 def test_the_bars(part: str, ratios: tuple[float, ...], held: bool | None) -> None:
     row = compared(part, ratios)
     assert row.held is held
-    assert result(row).all_held is (held is True)
+    assert result(row).held is (held is True)
 
 
 def test_what_a_run_cannot_tell() -> None:
     row = compared(TARGET, (1.0,) * 5)
-    assert result(row).held(row) is True
-    assert result(row, prompts=11).held(row) is None
-    assert result(row, differences=["silent drafter, x, token 3"]).held(row) is None
-    assert not result().all_held
+    assert result(row).holds(row) is True
+    assert result(row, prompts=11).holds(row) is None
+    assert result(row, differences=["silent drafter, x, token 3"]).holds(row) is None
+    assert not result().held
 
 
-def test_the_report(tmp_path: Path) -> None:
+def test_the_report() -> None:
     found = result(
         compared(TARGET, (1.02,) * 5, opened_sessions=60.0),
         compared(DRAFTER, (0.8, 0.8, 0.85, 0.8, 0.8), others_cpu=0.3),
         differences=["dead drafter, x, token 3"],
         prompts=3,
     )
-    page = markdown(found)
+    page = markdown(overhead_document(found, HERE))
     assert "| target case | 6.12 | 6.00 | 1.020 | 1.020–1.020 | 1.020–1.020 | ≤ 1.05 – |" in page
     assert "| drafter case | 5.10 | 6.00 | 0.800 | 0.800–0.850 | 0.800–0.850 | ≥ 0.9 ✗ |" in page
     assert page.count("(not paced)") == 2
@@ -119,120 +116,36 @@ def test_the_report(tmp_path: Path) -> None:
     assert "DISTURBED: other programs took up to 30% of the drafter's core" in page
     assert "Not judged" in page
     output = io.StringIO()
-    print_report(found, Console(file=output, width=160))
+    print_document(overhead_document(found, HERE), Console(file=output, width=160))
     assert "0.800–0.850" in output.getvalue()
-    write_json(found, tmp_path / "o.json")
-    data = json.loads((tmp_path / "o.json").read_text())
+    assert output.getvalue().count("not paced") == 2
+    assert "Not judged" in output.getvalue().splitlines()[-1]
+    data = found.as_json()
     assert [row["held"] for row in data["rows"]] == [None, False]
     assert data["rows"][1]["ratio_range"] == [0.8, 0.85]
     assert data["rows"][0]["details"] == {"opened_sessions": 60.0}
-    assert {"bars", "held", "versions", "machine", "commit", "command"} <= data.keys()
-    with pytest.raises(WanspecError, match="--json: cannot write"):
-        write_json(found, tmp_path)
-    calm = markdown(result(compared(DRAFTER, (1.0,) * 5)))
+    calm = markdown(overhead_document(result(compared(DRAFTER, (1.0,) * 5)), HERE))
     assert "DISTURBED" not in calm
     assert "Not judged" not in calm
     assert "empty lists" not in calm  # the target's part was not asked for
 
 
-class Playing:
-    """The direct client's pages over requests whose tokens come at a steady pace."""
-
-    def __init__(self, step_s: float = 0.002) -> None:
-        self.asked: list[tuple[tuple[int, ...], int]] = []
-        self._step_s = step_s
-        self._runner = web.AppRunner(make_app(DirectLoad(self._generate, [[1, 2, 3], [4, 5, 6]])))
-
-    async def _generate(self, context: list[int], tokens: int) -> AsyncIterator[int]:
-        self.asked.append((tuple(context), tokens))
-        for _ in range(tokens // 2):
-            await asyncio.sleep(self._step_s)
-            yield 2
-
-    async def __aenter__(self) -> str:
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
-
-
-def test_the_direct_client_is_measured_like_a_session() -> None:
-    playing = Playing()
-
-    async def run(width: int) -> SteadyRow:
-        async with asyncio.timeout(20.0), playing as url, aiohttp.ClientSession() as http:
-            return await direct_window(http, url, SteadyLoad(branch_depth=40), width, 0.3, CpuClock())
-
-    found = asyncio.run(run(3))
-    rounds = int(found.rounds)
-    assert rounds > 1
-    assert playing.asked[:3] == [((1, 2, 0), 40), ((1, 2, 1), 40), ((1, 2, 2), 40)]  # a context, and a token of its own
-    assert playing.asked[3][0] == (4, 5, 0)
-    assert found.is_near
-    assert found.events_per_s * found.step_ms == pytest.approx(3000.0, rel=0.2)
-    assert found.measured_s > 0.0
-    playing = Playing()
-    asyncio.run(run(1))
-    assert playing.asked[0] == ((1, 2, 0), LOOKAHEAD)  # as long as a main line
-
-
-def test_arrivals_are_kept_request_by_request() -> None:
-    times = iter([1.0, 2.0, 3.0, 4.0])
-
-    async def generate(context: list[int], tokens: int) -> AsyncIterator[int]:
-        for _ in range(2):
-            await asyncio.sleep(0.0)
-            yield 1 + context[-1]
-
-    load = DirectLoad(generate, [[7, 7]], clock=lambda: next(times))
-    assert asyncio.run(load.round(2, 9)) == [[1.0, 3.0], [2.0, 2.0, 4.0, 4.0]]
-
-
-def test_a_direct_client_that_fails_is_told() -> None:
-    async def window(url: str) -> SteadyRow:
-        async with aiohttp.ClientSession() as http:
-            return await direct_window(http, url, SteadyLoad(), 1, 0.1, CpuClock())
-
-    async def generate(context: list[int], tokens: int) -> AsyncIterator[int]:
-        yield 1
-        raise RuntimeError("dead engine")
-
-    async def broken() -> None:
-        playing = Playing()
-        playing._runner = web.AppRunner(make_app(DirectLoad(generate, [[1]])))
-        async with playing as url:
-            await window(url)
-
-    with pytest.raises(ClientError, match="the direct client failed: 500"):
-        asyncio.run(broken())
-    with pytest.raises(ClientError, match="the direct client failed"):
-        asyncio.run(window("http://127.0.0.1:9"))
-
-
 def test_what_is_started(tmp_path: Path) -> None:
-    plan = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
-    assert list(plan.specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
-    silent_port = plan.specs[SILENT_DRAFTER].port
-    assert list(plan.specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
-    assert (
-        "oracle.EmptyProposer"
-        in plan.specs["empty-1"].argv[plan.specs["empty-1"].argv.index("--speculative-config") + 1]
-    )
+    specs, metrics = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
+    assert list(specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
+    silent_port = specs[SILENT_DRAFTER].port
+    assert list(specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
+    assert "oracle.EmptyProposer" in specs["empty-1"].argv[specs["empty-1"].argv.index("--speculative-config") + 1]
     assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent-1.yaml").read_text().replace("http:", "ws:")
     assert "127.0.0.1:9\n" in (tmp_path / "dead-1.yaml").read_text()
-    assert set(plan.metrics) == {"silent-1", "dead-1"}
+    assert set(metrics) == {"silent-1", "dead-1"}
     for name in ("empty-1", "silent-1", "dead-1"):
-        env = plan.specs[name].env
+        env = specs[name].env
         assert env is not None
         assert not any(key.startswith("WANSPEC_") for key in env)  # nothing is paced
     route, direct = drafter_spec(Path("D"), 32, None), direct_spec(Path("D"), Path("P"), 5, 1)
     assert direct.argv[direct.argv.index("--") + 1 :] == machine.server_flags()
     assert set(machine.server_flags()) <= set(route.argv)
-    assert overhead.parse_parts("drafter, target,drafter") == (DRAFTER, TARGET)
-    with pytest.raises(ConfigError, match="--parts"):
-        overhead.parse_parts("client")
 
 
 @pytest.fixture
@@ -244,21 +157,21 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     (tmp_path / "prompts.jsonl").write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
 
     def targets(models: DemoModels, folder: Path, instances: int) -> Any:
-        plan = plan_targets(models, folder, instances)
+        real, metrics = plan_targets(models, folder, instances)
         specs = {}
-        for name, spec in plan.specs.items():
-            argv = [sys.executable, str(HERE / "fake_vllm.py"), "--port", str(spec.port), "--stats"]
+        for name, spec in real.items():
+            argv = [sys.executable, str(FAKES / "fake_vllm.py"), "--port", str(spec.port), "--stats"]
             argv.append(str(folder / f"{name}.stats"))
-            if name in plan.metrics:
-                argv += ["--metrics-port", plan.metrics[name].rpartition(":")[2].partition("/")[0]]
+            if name in metrics:
+                argv += ["--metrics-port", metrics[name].rpartition(":")[2].partition("/")[0]]
             if name == "dead-2" and (tmp_path / "differ").exists():
                 argv += ["--differ-at", "5"]
             specs[name] = replace(spec, argv=argv)
-        return replace(plan, specs=specs)
+        return specs, metrics
 
     def route(draft: Path, places: int, pace: None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)
-        return replace(real, argv=[sys.executable, str(HERE / "fake_drafter.py"), str(real.port), str(places)])
+        return replace(real, argv=[sys.executable, str(FAKES / "fake_drafter.py"), str(real.port), str(places)])
 
     def direct(draft: Path, prompts: Path, port: int, core: int | None) -> ServerSpec:
         real = direct_spec(draft, prompts, port, core)
@@ -309,6 +222,9 @@ def test_a_whole_run(stand_ins: Path) -> None:
     assert data["instances"] == 2
     assert data["rows"][3]["details"]["running_base"] == pytest.approx(4.0, abs=0.4)
     assert data["differences"] == []
+    unserved = {f"/rows/details/{name}" for name in overhead_measure.WATCHED}  # by the stand-ins
+    assert key_paths(committed("overhead")) - unserved == key_paths(data) - unserved
+    assert data["command"].startswith("python -m vllm_wanspec.lab.target.overhead")
     assert "| 4 branches |" in (stand_ins / "o.md").read_text()
 
 
@@ -338,7 +254,7 @@ def test_a_run_that_cannot_be(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) 
     for arguments, problem in (
         (["--json", str(stand_ins)], "--json: cannot write"),
         (["--models", str(stand_ins / "draft")], "demo models"),
-        (["--parts", "all"], "--parts"),
+        (["--parts", "all"], "bench-overhead: --parts: 'all' is not a list of target and drafter"),
         (["--prompts", "3"], "--prompts: 3 is more than the 2 prompts"),
     ):
         done = invoke(stand_ins, *arguments)

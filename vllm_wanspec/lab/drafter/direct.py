@@ -1,7 +1,7 @@
 """What the drafter's route is compared with: a program that calls the same AsyncLLM itself.
 
 It runs in a process of its own, its engine core in another, as `vllm serve` has it:
-``python -m vllm_wanspec.lab.drafter.overhead_direct --port 8200 --model DIR --prompts FILE -- FLAGS``, with vLLM's
+``python -m vllm_wanspec.lab.drafter.direct --port 8200 --model DIR --prompts FILE -- FLAGS``, with vLLM's
 engine flags. ``GET /round?width=8&tokens=48`` starts so many requests at once and answers with the arrival times of
 their tokens, which are found to the same phases as those of a session's branches.
 """
@@ -22,15 +22,14 @@ import aiohttp
 from aiohttp import web
 
 from vllm_wanspec.drafter.engines import TOP_K
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import SteadyRow, contexts
-from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, POLL_S, CpuSample, SteadyLoad, phases, summary
+from vllm_wanspec.lab.drafter.loads import STEADY_LOOKAHEAD, SteadyLoad, contexts
+from vllm_wanspec.lab.drafter.steady import measured_rounds
+from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec
-
-__all__ = ["DirectLoad", "direct_spec", "direct_window", "make_app"]
 
 ROUND_PATH = "/round"
 ROUND_TIMEOUT_S = 60.0
@@ -87,38 +86,32 @@ def direct_spec(draft: Path, prompts: Path, port: int, core: int | None) -> Serv
     return ServerSpec("direct", [*argv, "--", *machine.server_flags()], port, machine.server_env(core), core)
 
 
-async def direct_window(
-    http: aiohttp.ClientSession, url: str, load: SteadyLoad, width: int, seconds: float, cpu: CpuClock
-) -> SteadyRow:
-    """Have rounds played for some seconds and measure them as `SteadyWorkload.window` does a session's.
+class DirectWorkload:
+    """Rounds of the program, measured as `SteadyWorkload` measures those of a session."""
 
-    Raises:
-        ClientError: The program cannot be reached or has failed.
-    """
-    samples: list[CpuSample] = []
+    def __init__(self, http: aiohttp.ClientSession, url: str, cpu: CpuClock, load: SteadyLoad) -> None:
+        """Use the program at a base URL; ``load`` says how long its requests are, as long as a session's branches."""
+        self._http, self._url, self._cpu, self._load = http, url, cpu, load
 
-    async def sample() -> None:
-        while True:
-            samples.append((time.monotonic(), cpu.read()))
-            await asyncio.sleep(POLL_S)
+    async def window(self, width: int, seconds: float) -> SteadyRow:
+        """Have rounds played for some seconds and measure them.
 
-    query = {"width": str(width), "tokens": str(load.branch_depth if width > 1 else LOOKAHEAD)}
-    timeout = aiohttp.ClientTimeout(total=ROUND_TIMEOUT_S)
-    end_s = time.monotonic() + seconds
-    found, rounds = [], 0
-    sampler = asyncio.create_task(sample())
-    try:
-        while time.monotonic() < end_s:
-            async with http.get(url + ROUND_PATH, params=query, timeout=timeout) as response:
+        Raises:
+            ClientError: The program cannot be reached or has failed.
+        """
+        query = {"width": str(width), "tokens": str(self._load.branch_depth if width > 1 else STEADY_LOOKAHEAD)}
+        timeout = aiohttp.ClientTimeout(total=ROUND_TIMEOUT_S)
+
+        async def play() -> list[list[float]]:
+            async with self._http.get(self._url + ROUND_PATH, params=query, timeout=timeout) as response:
                 response.raise_for_status()
-                found += phases(await response.json(), width)
-            rounds += 1
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        raise ClientError(f"{url}: the direct client failed: {error or type(error).__name__}") from error
-    finally:
-        sampler.cancel()
-        await asyncio.gather(sampler, return_exceptions=True)
-    return summary(width, rounds, found, samples)
+                arrivals: list[list[float]] = await response.json()
+                return arrivals
+
+        try:
+            return await measured_rounds(play, self._cpu, width, seconds)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise ClientError(f"{self._url}: the direct client failed: {error or type(error).__name__}") from error
 
 
 def vllm_generate(engine: Any) -> Generate:

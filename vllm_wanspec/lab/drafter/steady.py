@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
-import aiohttp
+import numpy as np
 
-from vllm_wanspec.core.messages import Limits, Nodes
-from vllm_wanspec.lab.drafter.streams import DrafterClient, DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import CORE, NEAR, SteadyRow, branching_everywhere
+from vllm_wanspec.core.messages import Nodes
+from vllm_wanspec.lab.drafter.loads import STEADY_LOOKAHEAD, Drafter, SteadyLoad
+from vllm_wanspec.lab.drafter.streams import DrafterClient, playing
+from vllm_wanspec.lab.drafter.width_figures import NEAR, SteadyRow, cpu_shares
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.cpu import CORE, CpuClock
 
-__all__ = ["Phase", "SteadyLoad", "SteadyWorkload", "Trace", "cpu_between", "phases", "summary"]
-
-#: Tokens that the drafter asks of its engine at a time: a longer main line would be interrupted by a new start.
-LOOKAHEAD = 256
 POLL_S = 0.02
 #: Phases of fewer steps would be all edges.
 SHORTEST_STEPS = 16
@@ -38,24 +34,6 @@ SILENCE_S = 2.0
 
 #: A moment, and processor time by process name.
 CpuSample = tuple[float, dict[str, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class SteadyLoad:
-    """What the sessions ask for.
-
-    Args:
-        branch_depth: Tokens of a side branch. The budget of nodes must hold this much for each of the widest session's
-            branches, its main line, and the leaves between them.
-        max_branches: Tokens followed at each position: few leaves, so that the budget goes into branches.
-    """
-
-    branch_depth: int = 48
-    max_branches: int = 2
-
-    def limits(self, width: int) -> Limits:
-        """A session's, for ``width`` running branches."""
-        return branching_everywhere(width, LOOKAHEAD, self.max_branches, self.branch_depth)
 
 
 class Trace:
@@ -93,7 +71,7 @@ class Trace:
                 self.running += 1
             self._branch_of[node] = branch
             self.branches[branch].append(now)
-            self.running -= len(self.branches[branch]) == (self._depth if branch else LOOKAHEAD)
+            self.running -= len(self.branches[branch]) == (self._depth if branch else STEADY_LOOKAHEAD)
             if self.running >= self._wanted:
                 self.enough_s = now
 
@@ -152,16 +130,11 @@ def _phase(branches: Sequence[Sequence[float]], begin_s: float, end_s: float, br
 
 def cpu_between(samples: Sequence[CpuSample], name: str, begin_s: float, end_s: float) -> float:
     """Processor seconds that ``name`` used between two moments, from samples taken now and then."""
-    return _cpu_at(samples, name, end_s) - _cpu_at(samples, name, begin_s)
-
-
-def _cpu_at(samples: Sequence[CpuSample], name: str, at_s: float) -> float:
-    place = bisect.bisect_left(samples, at_s, key=lambda sample: sample[0])
-    if not samples or place in (0, len(samples)):
-        return samples[min(place, len(samples) - 1)][1].get(name, 0.0) if samples else 0.0
-    (before_s, before), (after_s, after) = samples[place - 1], samples[place]
-    low, high = before.get(name, 0.0), after.get(name, 0.0)
-    return low + (high - low) * (at_s - before_s) / (after_s - before_s)
+    if not samples:
+        return 0.0
+    moments, used_s = zip(*((at_s, cpu_s.get(name, 0.0)) for at_s, cpu_s in samples), strict=True)
+    begin, end = np.interp((begin_s, end_s), moments, used_s)
+    return float(end - begin)
 
 
 def summary(width: int, rounds: int, found: Sequence[Phase], samples: Sequence[CpuSample]) -> SteadyRow:
@@ -169,83 +142,72 @@ def summary(width: int, rounds: int, found: Sequence[Phase], samples: Sequence[C
     seconds = sum(phase.end_s - phase.begin_s for phase in found)
     gaps = [gap for phase in found for gap in phase.gaps_s]
     per_s = 1.0 / seconds if seconds else 0.0
-    api, engine, core = (
-        per_s * sum(cpu_between(samples, name, phase.begin_s, phase.end_s) for phase in found)
+    used_s = {
+        name: sum(cpu_between(samples, name, phase.begin_s, phase.end_s) for phase in found)
         for name in ("api", "engine", CORE)
-    )
+    }
     return SteadyRow(
         width=width,
         running=per_s * sum(phase.branch_s for phase in found),
         step_ms=1e3 * sum(gaps) / len(gaps) if gaps else 0.0,
         events_per_s=per_s * sum(phase.tokens for phase in found),
         starts_per_s=per_s * sum(phase.starts for phase in found),
-        api_cpu=api,
-        engine_cpu=engine,
-        others_cpu=max(0.0, core - api - engine),
         rounds=rounds,
         measured_s=seconds,
+        **cpu_shares(used_s, seconds),
     )
+
+
+async def measured_rounds(
+    play: Callable[[], Awaitable[list[list[float]]]], cpu: CpuClock, width: int, seconds: float
+) -> SteadyRow:
+    """Play rounds for some seconds and measure them; ``play`` plays one, and returns when its branches' tokens came."""
+    samples: list[CpuSample] = []
+    found: list[Phase] = []
+    rounds, end_s = 0, time.monotonic() + seconds
+    async with playing(_sample(cpu, samples)):
+        while time.monotonic() < end_s:
+            found += phases(await play(), width)
+            rounds += 1
+    return summary(width, rounds, found, samples)
+
+
+async def _sample(cpu: CpuClock, samples: list[CpuSample]) -> None:
+    while True:
+        samples.append((time.monotonic(), cpu.read()))
+        await asyncio.sleep(POLL_S)
 
 
 class SteadyWorkload:
     """Rounds at one drafter, each with another context."""
 
-    def __init__(
-        self,
-        http: aiohttp.ClientSession,
-        url: str,
-        tokenizer: DraftTokenizer,
-        texts: Sequence[list[int]],
-        cpu: CpuClock,
-    ) -> None:
-        """Use the drafter at a base URL; ``texts`` are contexts in token ids, ``cpu`` reads its processes' time."""
-        self._http, self._url, self._tokenizer = http, url, tokenizer
-        self._texts = itertools.cycle(texts)
-        self._cpu = cpu
+    def __init__(self, drafter: Drafter, load: SteadyLoad) -> None:
+        self._drafter, self._load = drafter, load
 
-    async def window(self, load: SteadyLoad, width: int, seconds: float) -> SteadyRow:
+    async def window(self, width: int, seconds: float) -> SteadyRow:
         """Play rounds for some seconds and measure them.
 
         Raises:
             ClientError: The drafter cannot be reached or has ended a session.
         """
-        end_s = time.monotonic() + seconds
-        found: list[Phase] = []
-        samples: list[CpuSample] = []
-        rounds = 0
-        async with DrafterClient.connect(self._http, self._url, self._tokenizer) as client:
-            while time.monotonic() < end_s:
-                found += phases(await self._round(client, load, width, samples), width)
-                rounds += 1
-        return summary(width, rounds, found, samples)
+        async with self._drafter.connect() as client:
+            return await measured_rounds(lambda: self._round(client, width), self._drafter.cpu, width, seconds)
 
-    @contextlib.asynccontextmanager
-    async def running(self, load: SteadyLoad, width: int) -> AsyncIterator[None]:
-        """Play rounds while the block runs."""
-        task = asyncio.create_task(self.window(load, width, math.inf))
-        try:
-            yield
-            if task.done():
-                await task
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+    async def play(self, width: int) -> None:
+        """Play rounds for ever."""
+        await self.window(width, math.inf)
 
-    async def _round(
-        self, client: DrafterClient, load: SteadyLoad, width: int, samples: list[CpuSample]
-    ) -> list[list[float]]:
-        began_s = time.monotonic()
-        trace = Trace(began_s, load.branch_depth, width)
-        stream = await client.open(next(self._texts), load.limits(width), Random(0), watch=trace.receive)
+    async def _round(self, client: DrafterClient, width: int) -> list[list[float]]:
+        trace = Trace(time.monotonic(), self._load.branch_depth, width)
+        context, limits = next(self._drafter.texts), self._load.limits(width)
+        stream = await client.open(context, limits, Random(0), watch=trace.receive)
         lull_s = silence_s = 0.0
         while lull_s < LULL_S and silence_s < SILENCE_S:
-            samples.append((time.monotonic(), self._cpu.read()))
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
             if client.broken is not None:
                 raise ClientError(f"the drafter's connection broke: {client.broken}") from client.broken
             lull_s = 0.0 if trace.enough_s is None else now - trace.enough_s
             silence_s = now - trace.last_s
-        samples.append((time.monotonic(), self._cpu.read()))
         await stream.close()
         return trace.branches

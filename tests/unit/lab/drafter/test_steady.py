@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator
 
 import aiohttp
@@ -12,20 +13,13 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, ToyEngine, draft_m
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.tree import NodeRecord
-from vllm_wanspec.lab.drafter.streams import DraftTokenizer
-from vllm_wanspec.lab.drafter.width_measure import MAX_NODES, SteadyRow
-from vllm_wanspec.lab.drafter.width_steady import (
-    LOOKAHEAD,
-    SHORTEST_STEPS,
-    SteadyLoad,
-    SteadyWorkload,
-    Trace,
-    cpu_between,
-    phases,
-    summary,
-)
+from vllm_wanspec.lab.drafter.loads import MAX_NODES, STEADY_LOOKAHEAD, Drafter, SteadyLoad
+from vllm_wanspec.lab.drafter.steady import SHORTEST_STEPS, SteadyWorkload, Trace, cpu_between, phases, summary
+from vllm_wanspec.lab.drafter.streams import playing
+from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.models import DraftTokenizer
 
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
@@ -41,7 +35,7 @@ def every(step_s: float, first_s: float, tokens: int) -> list[float]:
 
 def test_the_widest_session_fits_the_budget() -> None:
     load = SteadyLoad()
-    assert 63 * load.branch_depth + LOOKAHEAD < 0.85 * MAX_NODES
+    assert 63 * load.branch_depth + STEADY_LOOKAHEAD < 0.85 * MAX_NODES
     assert (load.limits(64).running_branches, load.limits(64).max_nodes) == (64, MAX_NODES)
 
 
@@ -59,10 +53,10 @@ def test_tokens_are_told_from_leaves() -> None:
 
 def test_a_main_line_ends_at_the_lookahead() -> None:
     trace = Trace(0.0, depth=2, width=1)
-    for token in range(LOOKAHEAD - 1):
+    for token in range(STEADY_LOOKAHEAD - 1):
         trace.receive(nodes((token + 1, token)), 1.0 + token)
     assert trace.running == 1
-    trace.receive(nodes((LOOKAHEAD, LOOKAHEAD - 1)), 999.0)
+    trace.receive(nodes((STEADY_LOOKAHEAD, STEADY_LOOKAHEAD - 1)), 999.0)
     assert trace.running == 0
 
 
@@ -132,15 +126,16 @@ class PacedEngine(ToyEngine):
             yield steps
 
 
-def workload(http: aiohttp.ClientSession, server: DrafterServer) -> SteadyWorkload:
-    return SteadyWorkload(http, server.url, TOKENIZER, [[1] * 50, [2] * 50], CpuClock())
+def workload(http: aiohttp.ClientSession, server: DrafterServer, load: SteadyLoad) -> SteadyWorkload:
+    texts = itertools.cycle([[1] * 50, [2] * 50])
+    return SteadyWorkload(Drafter(http, server.url, TOKENIZER, texts, CpuClock()), load)
 
 
 @pytest.mark.parametrize("width", [1, 8])
 def test_rounds_on_a_toy_drafter(width: int) -> None:
     async def run() -> SteadyRow:
         async with asyncio.timeout(30.0), aiohttp.ClientSession() as http:
-            return await workload(http, server).window(SteadyLoad(branch_depth=40), width, 1.0)
+            return await workload(http, server, SteadyLoad(branch_depth=40)).window(width, 1.0)
 
     with DrafterServer(Toy(), model=draft_model(max_context=400)) as server:
         server.host.engine = PacedEngine(Toy())
@@ -156,7 +151,7 @@ def test_rounds_on_a_toy_drafter(width: int) -> None:
 def test_a_lost_drafter_is_told() -> None:
     async def run() -> None:
         async with asyncio.timeout(30.0), aiohttp.ClientSession() as http:
-            task = asyncio.create_task(workload(http, server).window(SteadyLoad(), 4, 60.0))
+            task = asyncio.create_task(workload(http, server, SteadyLoad()).window(4, 60.0))
             while not server.sessions:
                 await asyncio.sleep(0.001)
             await asyncio.to_thread(server.stop)
@@ -170,7 +165,7 @@ def test_a_lost_drafter_is_told() -> None:
 def test_the_load_ends_with_the_block() -> None:
     async def run() -> None:
         async with asyncio.timeout(30.0), aiohttp.ClientSession() as http:
-            async with workload(http, server).running(SteadyLoad(), 4):
+            async with playing(workload(http, server, SteadyLoad()).play(4)):
                 while not server.sessions:
                     await asyncio.sleep(0.001)
 

@@ -9,8 +9,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-__all__ = ["GROUPS", "find_py_spy", "fold", "record"]
-
 SAMPLES_PER_S = 100
 GRACE_S = 20.0
 #: Innermost frames of threads that wait: py-spy takes some of them for running.

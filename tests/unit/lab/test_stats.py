@@ -1,0 +1,57 @@
+"""Statistics of measured times."""
+
+import pytest
+
+from vllm_wanspec.lab.stats import (
+    Interval,
+    Timed,
+    divided,
+    median,
+    median_interval,
+    paired_ratio,
+    percentile,
+    rounded,
+    sum_by_prompt,
+    total,
+)
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert percentile([5.0], 0.99) == 5.0
+    assert percentile(list(range(1, 101)), 0.99) == 99
+    assert percentile(list(range(1, 101)), 0.5) == 50
+
+
+def test_times_are_added_up_by_prompt() -> None:
+    times = {(0, 0): Timed(10.0, 2), (0, 1): Timed(20.0, 3), (1, 0): Timed(5.0, 0)}
+    assert sum_by_prompt(times) == {0: Timed(30.0, 5), 1: Timed(5.0, 0)}
+    assert total(times.values()) == Timed(35.0, 5)
+    assert Timed(30.0, 5).per_token_ms == 6.0
+    assert Timed(5.0, 0).per_token_ms is None
+
+
+def test_a_median_has_the_interval_of_its_values() -> None:
+    assert median_interval([3.0]) == Interval(3.0, 3.0, 3.0)
+    found = median_interval([1.0, 2.0, 3.0, 4.0, 90.0])
+    assert (found.value, found.low, found.high) == (3.0, 1.0, 90.0)
+    assert found == median_interval([1.0, 2.0, 3.0, 4.0, 90.0])  # the draws are the same each time
+    assert Interval(1.23456, 1.0, 2.0).as_json() == [1.2346, 1, 2]
+
+
+def test_a_ratio_is_that_of_the_sums() -> None:
+    pairs = [(Timed(20.0, 2), Timed(10.0, 2)), (Timed(400.0, 10), Timed(100.0, 10))]
+    found = paired_ratio(pairs)
+    assert found is not None
+    assert found.value == pytest.approx(420.0 / 110.0)
+    assert (found.low, found.high) == pytest.approx((2.0, 4.0))
+    assert paired_ratio([]) is None
+    assert paired_ratio([(Timed(1.0, 1), Timed(0.0, 0))]) is None
+
+
+def test_what_is_unknown_stays_unknown() -> None:
+    assert median([None, 1.0, 3.0]) == 2.0
+    assert median([None]) is None
+    assert divided(1.0, 4.0) == 0.25
+    assert divided(1.0, 0.0) is divided(None, 1.0) is divided(1.0, None) is None
+    assert (rounded(None), rounded(1.00001), rounded(0.123456)) == (None, 1, 0.1235)
