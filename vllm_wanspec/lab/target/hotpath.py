@@ -33,9 +33,10 @@ from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec, free_ports
 from vllm_wanspec.lab.target.hotpath_frames import SPREAD_SESSIONS, measure_frames
 from vllm_wanspec.lab.target.hotpath_report import Options, Report, Run, print_report, write_json
-from vllm_wanspec.lab.target.played import PlayedTarget, StepTimes, Workload, make_pool, make_settings
-from vllm_wanspec.sim.language import Language
-from vllm_wanspec.sim.synthetic import STATS_PATH
+from vllm_wanspec.lab.target.played import make_pool, make_settings
+from vllm_wanspec.sim.models import Language
+from vllm_wanspec.sim.service import STATS_PATH
+from vllm_wanspec.sim.target import PlayedTarget, StepTimes, Workload
 
 __all__ = ["measure"]
 
@@ -203,10 +204,10 @@ class _Bar:
 
 @contextmanager
 def _drafter(core: int | None, running_branches: int) -> Iterator[Server]:
-    """The synthetic drafter, running in a process of its own."""
+    """The drafter without a model, running in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="wanspec-hotpath-") as folder, ServerGroup(Path(folder)) as group:
         (port,) = free_ports(1)
-        argv = [sys.executable, "-m", "vllm_wanspec.sim.synthetic", "--port", str(port)]
+        argv = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port)]
         argv += ["--running-branches", str(running_branches)]
         server = group.start(ServerSpec("drafter", argv, port, core=core))
         group.wait_ready([server], START_DEADLINE_S)

@@ -14,8 +14,8 @@ from vllm_wanspec.core.messages import PROTOCOL_VERSION, Nodes, Welcome, decode,
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.lab.target.hotpath_report import Frames
 from vllm_wanspec.lab.target.played import make_pool, make_settings
-from vllm_wanspec.sim.language import TAIL, TOP_K, Language
-from vllm_wanspec.sim.synthetic import synthetic_model
+from vllm_wanspec.sim.host import draft_model
+from vllm_wanspec.sim.models import TAIL, TOP_K, Language
 
 __all__ = ["SPREAD_SESSIONS", "measure_frames"]
 
@@ -33,7 +33,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
     """
     language = Language()
     pool = make_pool(make_settings("http://127.0.0.1:9"), language, limit=8)
-    link, model = pool.links[0], synthetic_model(language)
+    link, model = pool.links[0], draft_model(language)
     link.welcome = Welcome(
         PROTOCOL_VERSION,
         model.name,

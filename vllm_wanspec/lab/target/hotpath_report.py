@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.target.played import StepTimes, Workload
-from vllm_wanspec.sim.synthetic import RUNNING_BRANCHES
+from vllm_wanspec.sim.target import StepTimes, Workload
 
 __all__ = ["BARS", "Frames", "Options", "Report", "Run", "percentile", "print_report", "write_json"]
 
@@ -52,7 +52,7 @@ class Options:
     switch_interval_ms: float | None = None
     tree: str = ""
     late: str | None = None
-    running_branches: int = RUNNING_BRANCHES
+    running_branches: int = DEFAULT_RUNNING_BRANCHES
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -16,7 +16,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from rich.console import Console
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, drafter_argv, toy
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -47,7 +47,6 @@ from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.servers import ServerSpec
 
-FAKE = Path(__file__).parents[1] / "fake_drafter.py"
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 COMMON = {"width": 1, "running": 1.0, "step_ms": 4.0, "events_per_s": 250.0, "starts_per_s": 1.5}
 CPU = {"api_cpu": 0.2, "engine_cpu": 0.7}
@@ -173,7 +172,7 @@ def test_the_workload_opens_one_session_after_another() -> None:
                 await until(lambda: server.attempts > 2)
         assert workload.tally.received_bytes > 0
 
-    with DrafterServer(Toy(), model=draft_model(max_context=150)) as server:
+    with DrafterServer(toy(), model=draft_model(max_context=150)) as server:
         asyncio.run(run(server.url))
 
 
@@ -310,7 +309,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     def spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)
-        return replace(real, argv=[sys.executable, str(FAKE), str(real.port), str(places)])
+        return replace(real, argv=drafter_argv(real.port, places))
 
     monkeypatch.setattr(width, "drafter_spec", spec)
     monkeypatch.setattr(width.DraftTokenizer, "load", lambda model: TOKENIZER)
