@@ -7,6 +7,7 @@ Tests, benches and simulations put it around the real sessions, hosts and codec,
   drives it, and others may hold it back or make it fail.
 - `network`: a wire owns the frames that are in flight; one side puts them on, the other takes them off.
 - `host`: the drafter's own connections and sessions on such an engine, stepped by hand.
+- `history`: what a history on virtual time begins with, and its requests and logs.
 - `pair`: a target's sessions, two wires and a host, on one clock. It owns all of them, and its calls alone change them.
 - `service`: the drafter as a process on a real socket. Its event loop owns the host and the engine.
 - `target`: the target as a thread that steps a real proposer. It owns its requests, and hands the proposer what vLLM's

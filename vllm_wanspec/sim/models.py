@@ -106,7 +106,7 @@ class Language:
         self._seed = seed * 0x9E3779B97F4A7C15 + 0x1234567
         self._logprobs, self._entropies, self._limits = _tables(profile)
 
-    @cached_property
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Token texts and ids, as a tokenizer has them."""
         return {f"t{index}": index for index in range(self.vocab_size)}

@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from random import Random
 
 from vllm_wanspec.core.controller import ControllerSession, Shared
-from vllm_wanspec.core.events import Record, RecordedControllerSession, header
+from vllm_wanspec.core.events import RecordedControllerSession, header
 from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
     Hello,
-    Limits,
     Message,
     Nodes,
     Pong,
@@ -33,11 +31,12 @@ from vllm_wanspec.core.states import ControllerState
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.sim.engine import Engine
+from vllm_wanspec.sim.history import Logs, Request, Setup
 from vllm_wanspec.sim.host import MODEL_NAME, SteppedHost, draft_model
 from vllm_wanspec.sim.models import Language
 from vllm_wanspec.sim.network import Wire
 
-__all__ = ["TICK_S", "Logs", "Pair", "Request", "Setup"]
+__all__ = ["TICK_S", "Pair"]
 
 TICK_S = 0.005
 SETTLE_TICKS = 3000
@@ -45,59 +44,6 @@ BACKOFF_TICKS = 20
 """What may pass in one go while nothing is in flight and no branch runs: only the end of a back-off is near then."""
 ONE_TOKEN_CHANCE = 0.85
 """Of a branch's token in a tick, where a tick gives one at most."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The initial conditions of a history.
-
-    Attributes:
-        limits: Of every session.
-        seed: For the jitter, and for the tokens that branches give in a tick.
-        max_context: The draft model's.
-        places: For running branches, over all sessions.
-        delay: Of both wires, in ticks.
-        jitter: Of both wires, in ticks.
-        burst: Most tokens of a branch in a tick.
-    """
-
-    limits: Limits
-    seed: int = 3
-    max_context: int = 10**6
-    places: int = 16
-    delay: int = 2
-    jitter: int = 0
-    burst: int = 1
-
-
-@dataclass
-class Logs:
-    """Both event logs of a history that is recorded."""
-
-    controller: list[Record] = field(default_factory=lambda: [header("controller", MODEL_NAME, wall_s=0.0, at_s=0.0)])
-    drafter: list[Record] = field(default_factory=lambda: [header("drafter", MODEL_NAME, wall_s=0.0, at_s=0.0)])
-
-
-class Request:
-    """A request of the target: its context, and its session as a pool keeps it.
-
-    Attributes:
-        context: Prompt and output so far.
-        number: Of its session on the connection; None while it has none there.
-        opened: Sessions that it has had.
-        preempted: The target does not run it now.
-        accepted: Drafted tokens that were.
-    """
-
-    def __init__(self, index: int, context: Sequence[int], session: ControllerSession) -> None:
-        """Begin with a prompt."""
-        self.index = index
-        self.context = list(context)
-        self.session = session
-        self.number: int | None = None
-        self.opened = 0
-        self.preempted = False
-        self.accepted = 0
 
 
 class Pair:
@@ -147,8 +93,8 @@ class Pair:
         """Entered around every call that may change a controller's session."""
         return nullcontext()
 
-    def drafted(self, request: Request, draft: list[int], expected: float) -> None:
-        """A session gave a draft, and said how many of its tokens it expects to be accepted."""
+    def drafted(self, request: Request, draft: list[int], limit: int, expected: float) -> None:
+        """Asked for up to ``limit`` tokens, a session gave a draft, and said how many it expects to be accepted."""
 
     def rejected(self, request: Request, message: Reject) -> None:
         """The drafter has ended a request's session, which knows it by now."""
@@ -240,7 +186,7 @@ class Pair:
             if request.preempted:
                 continue
             draft, expected = request.session.draft(limit, least, self.now_s)
-            self.drafted(request, draft, expected)
+            self.drafted(request, draft, limit, expected)
             tokens = self.language.verify(request.context, [] if withhold else draft)
             request.accepted += len(tokens) - 1
             self.seen["drafted"] += 0 if withhold else len(draft)

@@ -15,15 +15,16 @@ from vllm_wanspec.core.policy.expansion import main_line_tip
 from vllm_wanspec.core.states import ControllerState, DrafterState
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.errors import RemoteProtocolError
-from vllm_wanspec.sim import pair
+from vllm_wanspec.sim import history
+from vllm_wanspec.sim.history import Logs, Request
 from vllm_wanspec.sim.models import Language
-from vllm_wanspec.sim.pair import Logs, Pair, Request
+from vllm_wanspec.sim.pair import Pair
 
 PROMPTS = ((7, 7, 42), (1, 2, 3, 4, 5), (9,))
 
 
 @dataclass(frozen=True)
-class Setup(pair.Setup):
+class Setup(history.Setup):
     """A history's initial conditions; each request may have as many places for branches as there are."""
 
     places: int = 48
@@ -137,7 +138,8 @@ class World(Pair):
     def called(self, session: ControllerSession) -> AbstractContextManager[object]:
         return rules.controller_call(session)
 
-    def drafted(self, request: Request, draft: list[int], expected: float) -> None:
+    def drafted(self, request: Request, draft: list[int], limit: int, expected: float) -> None:
+        assert len(draft) <= limit
         assert 0.0 <= expected <= len(draft)
         if self.poisoned:
             assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in draft)

@@ -6,7 +6,7 @@ from pair_checks import shape
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import ControllerState, DrafterState
-from vllm_wanspec.sim.pair import Request
+from vllm_wanspec.sim.history import Request
 
 TRIES = 40
 """Steps with a draft at hand until one must have been accepted: the models agree in half of them or more."""

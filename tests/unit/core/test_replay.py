@@ -12,7 +12,7 @@ from pair_finish import finish
 from vllm_wanspec.core.events import Record, replay
 from vllm_wanspec.core.messages import Limits, Nodes, encode
 from vllm_wanspec.core.tree import NodeRecord
-from vllm_wanspec.sim.pair import Logs
+from vllm_wanspec.sim.history import Logs
 
 WIDE = Limits(24, 256, 4, 8, 4, 0.5, 0.01)
 SETUPS = [

@@ -6,7 +6,8 @@ import pytest
 from toys import limits, toy
 
 from vllm_wanspec.core.states import ControllerState
-from vllm_wanspec.sim.pair import Logs, Pair, Setup
+from vllm_wanspec.sim.history import Logs, Setup
+from vllm_wanspec.sim.pair import Pair
 
 TOY = toy(seed=2)
 PROMPTS = ((1, 2, 3), (4,))
