@@ -88,14 +88,7 @@ class Engine:
 
     def give(self, branch: Branch, count: int = 1) -> list[DraftStep]:
         """The branch's next tokens, ``count`` of them or as many as are left."""
-        steps = []
-        for _ in range(min(count, branch.left)):
-            step = self.model.step(branch.tail)
-            branch.tail = [*branch.tail[1:], step.token]
-            steps.append(step)
-        branch.left -= len(steps)
-        self.tokens += len(steps)
-        return steps
+        return [self._next(branch) for _ in range(min(count, branch.left))]
 
     def end(self, branch: Branch) -> None:
         """Drop a branch, whether it has given all its tokens or not."""
@@ -156,8 +149,15 @@ class Engine:
         for branch in batch:
             if branch in self._branches and branch.left:
                 if self.fault is None:
-                    branch.ready += self.give(branch)
+                    branch.ready.append(self._next(branch))
                 branch.wake.set()
+
+    def _next(self, branch: Branch) -> DraftStep:
+        step = self.model.step(branch.tail)
+        branch.tail = [*branch.tail[1:], step.token]
+        branch.left -= 1
+        self.tokens += 1
+        return step
 
     def stats(self) -> dict[str, float]:
         """What was done so far; differences of two calls are what counts.
