@@ -48,10 +48,10 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
 
 
 def drafter_argv(port: int, places: int, max_context: int = 1023) -> list[str]:
-    """The command line of a toy drafter in a process of its own."""
+    """The command line of a toy drafter in a process of its own, whose steps take a millisecond."""
     options = {"port": port, "running-branches": places, "vocab-size": VOCAB_SIZE, "max-context": max_context}
     named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "vllm_wanspec.sim.service", "--pace", "none", *named]
+    return [sys.executable, "-m", "vllm_wanspec.sim.service", "--pace", "1", *named]
 
 
 class DrafterServer(Service):

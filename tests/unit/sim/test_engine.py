@@ -1,6 +1,7 @@
 """The engine: what its branches say, by hand, as fast as it is asked, and at a pace; held back, and failing."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -9,7 +10,7 @@ from toys import toy
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.sim.engine import Engine
+from vllm_wanspec.sim.engine import HELD_POLL_S, Engine
 
 TOY = toy(seed=3)
 PACES = pytest.mark.parametrize("pace", [None, Pacing(1.0)], ids=["as asked", "paced"])
@@ -105,7 +106,8 @@ def test_a_held_engine_gives_nothing_until_it_is_let_go(pace: Pacing | None) -> 
         engine.held = True
         task = asyncio.create_task(drafted(engine, (1,), 6))
         await until(lambda: engine.running)
-        await asyncio.sleep(0.01)
+        looked_s = time.monotonic() + 10 * HELD_POLL_S
+        await until(lambda: time.monotonic() > looked_s)
         assert engine.tokens == 0
         assert not task.done()
         engine.held = False
