@@ -14,7 +14,7 @@ from host_peer import PROMPT, TOY, opened, with_peer
 from host_peer import Peer as HostPeer
 from played_loop import now_s, played
 from test_routes import drafter, hello
-from toys import FINGERPRINT, VOCAB_SIZE, ToyEngine, draft_model, limits
+from toys import FINGERPRINT, VOCAB_SIZE, draft_model, limits
 
 from vllm_wanspec.config import TOKEN_ENV
 from vllm_wanspec.core import messages
@@ -26,6 +26,7 @@ from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.sim.engine import Engine
 
 HELLO = Hello(1, FINGERPRINT, "test")
 
@@ -92,7 +93,7 @@ def test_a_peer_that_reads_nothing_for_a_minute_is_dropped() -> None:
             yield encode([Ping(1)])
 
     async def scenario() -> None:
-        host = StreamingHost(ToyEngine(TOY), draft_model(), clock=now_s)
+        host = StreamingHost(Engine(TOY), draft_model(), clock=now_s)
         serving = asyncio.create_task(serve(LocalPort(host), talking(), deaf))
         await asyncio.sleep(60.0)
         sessions = host.sessions

@@ -15,7 +15,7 @@ from played_loop import now_s, played
 from prometheus_client import CollectorRegistry
 from test_inside import PROMPT, TOY, PlayedCore, opened, settings
 from test_routes import client
-from toys import FINGERPRINT, ToyEngine
+from toys import FINGERPRINT
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller.v1 import hooks
@@ -27,6 +27,7 @@ from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, HostStats
 from vllm_wanspec.drafter.ports import serve
 from vllm_wanspec.drafter.routes import WanspecRoutes
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.sim.engine import Engine
 
 HELLO = encode([Hello(1, FINGERPRINT, "test")])
 
@@ -103,7 +104,7 @@ def test_frames_reach_the_engine_within_a_few_steps() -> None:
 def made_ready(monkeypatch: pytest.MonkeyPatch, processes: int) -> int:
     """Places of all of a server's front ends together; they are made ready one after the other, as by vLLM."""
     monkeypatch.setenv(HOST_ENV, FRONT_END)
-    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client, top_k: Engine(TOY))
     places = 0
     for rank in range(processes):
         monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
@@ -130,11 +131,12 @@ import asyncio, os, sys
 from types import SimpleNamespace
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from test_routes import client
-from toys import Toy, ToyEngine
+from toys import toy
+from vllm_wanspec.sim.engine import Engine
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.errors import WanspecError
 
-routes.VllmEngine = lambda engine_client, top_k: ToyEngine(Toy(9))
+routes.VllmEngine = lambda engine_client, top_k: Engine(toy(9))
 engine_client = client()
 engine_client.vllm_config.parallel_config._api_process_count = 2
 engine_client.vllm_config.parallel_config._api_process_rank = 0

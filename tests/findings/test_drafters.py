@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from finding import finding
 from pools import pool_of, up
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, toy, wait_until
 from two_drafters import TwoDrafters
 
 from vllm_wanspec.controller import link as link_module
@@ -74,7 +74,7 @@ def test_pongs_that_answer_no_ping_do_not_shorten_the_round_trip() -> None:
             pass
         return socket
 
-    with DrafterServer(Toy(4)) as server:
+    with DrafterServer(toy(4)) as server:
         server.handler = liar
         with pool_of(server.url) as pool:
             wait_until(lambda: up(pool))
@@ -101,7 +101,7 @@ def test_unanswered_pings_move_sessions_before_the_connection_is_given_up(monkey
             pings += sum(isinstance(message, Ping) for message in decode(frame.data))
         return socket
 
-    with DrafterServer(Toy(4)) as hole, DrafterServer(Toy(4)) as good:
+    with DrafterServer(toy(4)) as hole, DrafterServer(toy(4)) as good:
         hole.handler = black_hole
         with pool_of(hole.url, good.url) as pool:
             wait_until(lambda: up(pool) == 2)
@@ -117,7 +117,7 @@ def test_a_long_context_gets_through_a_slow_uplink(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(link_module, "FIRST_BACKOFF_S", 0.01)
     context = [index % VOCAB_SIZE for index in range(100_000)]  # 100 kB: 1.6 s at 0.5 Mbit/s
 
-    with DrafterServer(Toy(4), model=draft_model(max_context=200_000)) as server, slow_uplink(server.port) as port:
+    with DrafterServer(toy(4), model=draft_model(max_context=200_000)) as server, slow_uplink(server.port) as port:
         with pool_of(f"http://127.0.0.1:{port}") as pool:
             wait_until(lambda: up(pool))
             began = server.attempts

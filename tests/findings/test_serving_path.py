@@ -18,7 +18,7 @@ import pytest
 from aiohttp import web
 from finding import finding
 from pools import pool_of, up
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Handler, Toy, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, limits, toy, wait_until
 from worlds import Costs, World, unconnected_pool
 
 from vllm_wanspec.controller import link as link_module
@@ -31,6 +31,7 @@ from vllm_wanspec.core.drafter import DrafterSession
 from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Pong, Welcome, decode, encode
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.sim.service import Handler
 
 MIB = 2**20
 LONG_CONTEXT = 128 * 1024
@@ -49,7 +50,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[DrafterServer]:
-    with DrafterServer(Toy(seed=4)) as server:
+    with DrafterServer(toy(seed=4)) as server:
         yield server
 
 
@@ -125,7 +126,7 @@ PONG: Callable[[], list[Message]] = lambda: [Pong(int(time.monotonic() * 1e6))] 
 @finding("2.1", "a write has no deadline: whoever says a word now and then is never dropped")
 @pytest.mark.usefixtures("short_times")
 def test_a_peer_that_does_not_read_is_dropped_whatever_it_says(server: DrafterServer) -> None:
-    with DrafterServer(Toy(seed=4)) as other, contextlib.ExitStack() as stack:
+    with DrafterServer(toy(seed=4)) as other, contextlib.ExitStack() as stack:
         pools = [stack.enter_context(served_by_deaf(*peer)) for peer in ((server, NOTHING), (other, PONG))]
         names = [f"r{index}" for index in range(16)]
         for pool in pools * 5:  # more than the sockets' buffers take
@@ -350,7 +351,7 @@ def test_a_fault_shows_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
 def lost_by_a_bug(monkeypatch: pytest.MonkeyPatch) -> Iterator[DraftPool]:
     """A pool with two drafters whose `link_lost` raised when the first was lost, and that drafter back again."""
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # what a thread dies of is not what is tested
-    with DrafterServer(Toy(seed=4)) as one, DrafterServer(Toy(seed=4)) as other, pool_of(one.url, other.url) as pool:
+    with DrafterServer(toy(seed=4)) as one, DrafterServer(toy(seed=4)) as other, pool_of(one.url, other.url) as pool:
         wait_until(lambda: up(pool) == 2)
         lost, left = pool.link_lost, [KeyError("a bug")]
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from finding import finding
-from proposer_engine import Runner, new_request
 from worlds import Costs, Distance, DistantWorld, World, unconnected_pool
 
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
@@ -15,6 +14,7 @@ from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.lookup import LookupRates
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.sim.target import Runner, new_request
 
 NEVER_SLOWER = 0.98
 """Of plain vLLM's tokens per second: the promise for a drafter of little or no use."""
@@ -101,7 +101,7 @@ def test_a_useless_drafter_costs_next_to_nothing_though_every_step_has_prefill()
 def test_rows_without_a_session_yield_their_tokens_too() -> None:
     now = 100.0
     pool = unconnected_pool(lambda: now)
-    remote, runner = RemoteProposer.over(pool, pool._settings.tree, 8), Runner()
+    remote, runner = RemoteProposer.over(pool, pool._settings.tree, 8), Runner(8, 1)
     names = ["a", "b", "c", "d"]
     new = [new_request("a", [1]), *(new_request(name, [1], mm_features=[object()]) for name in names[1:])]
     lengths = np.ones(4, dtype=np.int32)

@@ -15,7 +15,7 @@ from pools import pool_of, up
 from prometheus_client import CollectorRegistry
 from readme import section
 from test_routes import client, drafter, hello
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, ToyEngine, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, limits, toy, wait_until
 
 from vllm_wanspec.cli import launch
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
@@ -25,8 +25,9 @@ from vllm_wanspec.drafter import routes
 from vllm_wanspec.drafter.environment import FRONT_END
 from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.sim.engine import Engine
 
-TOY = Toy(seed=3)
+TOY = toy(seed=3)
 GUESSES = 40
 
 
@@ -97,7 +98,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (WIDTH_ENV, EVENTS_ENV, TOKEN_ENV):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(HOST_ENV, FRONT_END)
-    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda engine_client, top_k: Engine(TOY))
     monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
 
 

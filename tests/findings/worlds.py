@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 from pool_world import PlayedTime
-from proposer_engine import Runner, new_request
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Welcome
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.sim.target import Runner, new_request
 
 VOCAB_SIZE = 100_000
 WRONG = 5000
@@ -75,7 +75,7 @@ class World:
         self.pool._arrived = PlayedTime(self)  # type: ignore[arg-type]
         [self.link] = self.pool.links
         self.remote = RemoteProposer.over(self.pool, self.pool._settings.tree, speculation)
-        self.runner = Runner()
+        self.runner = Runner(0, 0)  # contexts are handed over apart
         self.names: list[str] = []
         self.length: dict[str, int] = {}
         self.drafts: dict[str, list[int]] = {}

@@ -4,7 +4,7 @@ import asyncio
 import random
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
     PATH,
     PROTOCOL_VERSION,
@@ -27,6 +26,8 @@ from vllm_wanspec.core.messages import (
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.lab.harness.servers import HOST, free_ports
+from vllm_wanspec.sim.engine import Engine
+from vllm_wanspec.sim.models import Language
 
 READY_S = 20.0
 
@@ -103,7 +104,7 @@ class OtherVocabulary(BadDrafter):
 
     async def serve(self, socket: web.WebSocketResponse) -> None:
         model = DraftModel("toy", vocabulary_fingerprint({"a": 0, "b": 1}), vocab_size=2, max_context=64)
-        port = LocalPort(StreamingHost(SilentEngine(), model))
+        port = LocalPort(StreamingHost(Engine(Language()), model))
         await serve(port, (frame.data async for frame in socket), socket.send_bytes)
 
 
@@ -128,14 +129,6 @@ class Turncoat(BadDrafter):
                     await socket.send_bytes(encode([welcome]))
                 elif isinstance(message, Open):
                     await socket.send_bytes(random.Random(8).randbytes(200))
-
-
-class SilentEngine:
-    """Drafts nothing."""
-
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
-        return
-        yield
 
 
 @dataclass

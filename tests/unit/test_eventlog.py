@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 from conftest import LogLines
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, toy, wait_until
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.messages import Open, from_wire
 from vllm_wanspec.eventlog import EventLog
 
-TOY = Toy(seed=8)
+TOY = toy(seed=8)
 PROMPT = [3, 2, 1]
 LIMIT = 4
 

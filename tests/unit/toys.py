@@ -1,114 +1,31 @@
-"""A toy language with a target and a draft model, an engine, and a drafter on a real socket."""
+"""Toys: the invented pair of models with a small vocabulary, and a drafter of it on a real socket."""
 
 import asyncio
-import contextlib
-import math
 import ssl
+import sys
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import Callable
 
-from aiohttp import web
-
-from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.events import Sink
-from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, Limits, vocabulary_fingerprint
-from vllm_wanspec.core.policy.expansion import entropy_nats
+from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
-from vllm_wanspec.drafter.ports import LocalPort, serve
+from vllm_wanspec.emulate.pacing import Pacing
+from vllm_wanspec.sim import host as sim_host
+from vllm_wanspec.sim.engine import Engine
+from vllm_wanspec.sim.models import Language, Profile
+from vllm_wanspec.sim.service import Service
 
-VOCABULARY = {f"t{index}": index for index in range(50)}
-FINGERPRINT = vocabulary_fingerprint(VOCABULARY)
-VOCAB_SIZE = len(VOCABULARY)
-ALTERNATIVES = 6
-
-
-class Toy:
-    """Two deterministic models of one language; the draft's best token is the target's with probability ~0.8."""
-
-    def __init__(self, seed: int = 0, vocab_size: int = VOCAB_SIZE, agreement: float = 0.8) -> None:
-        self.vocab_size = vocab_size
-        self._seed = seed
-        self._agreement = agreement
-
-    def target(self, context: Sequence[int]) -> int:
-        return self._hash(context, 1) % self.vocab_size
-
-    def draft(self, context: Sequence[int]) -> int:
-        return self.step(context).token
-
-    def step(self, context: Sequence[int]) -> DraftStep:
-        """What the draft model says after ``context``: its best token, and others, often with the target's."""
-        right = self.target(context)
-        chance = self._hash(context, 2)
-        agrees = chance % 1000 < 1000 * self._agreement
-        best = right if agrees else (right + 1 + chance % (self.vocab_size - 1)) % self.vocab_size
-        others = [(best + 1 + index) % self.vocab_size for index in range(ALTERNATIVES)]
-        if not agrees and chance % 3 and right not in others:
-            others[chance % 2] = right
-        p = 0.45 + 0.5 * (chance % 97) / 97
-        ranked = [(token, math.log((1 - p) * 0.5 ** (index + 1))) for index, token in enumerate(others)]
-        return DraftStep(best, math.log(p), entropy_nats([math.log(p), *(q for _, q in ranked)]), tuple(ranked))
-
-    def continuation(self, context: Sequence[int], count: int) -> list[int]:
-        """The target's own greedy tokens after ``context``."""
-        return self._extend(self.target, context, count)
-
-    def drafted(self, context: Sequence[int], count: int) -> list[int]:
-        """The draft model's own greedy tokens after ``context``."""
-        return self._extend(self.draft, context, count)
-
-    def verify(self, context: Sequence[int], draft: Sequence[int]) -> list[int]:
-        """What one greedy verification step yields: the accepted part of the draft and the target's next token."""
-        tokens: list[int] = []
-        for guess in draft:
-            right = self.target([*context, *tokens])
-            tokens.append(right)
-            if guess != right:
-                return tokens
-        return [*tokens, self.target([*context, *tokens])]
-
-    def _extend(self, model: Callable[[Sequence[int]], int], context: Sequence[int], count: int) -> list[int]:
-        tokens = list(context)
-        for _ in range(count):
-            tokens.append(model(tokens))
-        return tokens[len(context) :]
-
-    def _hash(self, context: Sequence[int], salt: int) -> int:
-        value = self._seed * 40503 + salt * 97 + len(context)
-        for token in context[-3:]:
-            value = (value * 31 + token + 7) * 2654435761 % 2**32
-            value ^= value >> 15
-        return value >> 3
+VOCAB_SIZE = 64
 
 
-class ToyEngine:
-    """The draft model as an engine; ``gate`` holds it back while it is not set, ``fault`` makes it fail."""
+def toy(seed: int = 0, agreement: float = 0.8) -> Language:
+    """A language of 64 tokens; the draft model's best one is the target's with this probability."""
+    return Language(seed, VOCAB_SIZE, Profile.agreeing(agreement))
 
-    def __init__(self, toy: Toy) -> None:
-        self.toy = toy
-        self.started = 0
-        self.running = 0
-        self.fault: Exception | None = None
-        self.open = threading.Event()
-        self.open.set()
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
-        self.started += 1
-        self.running += 1
-        try:
-            context = list(tokens)
-            for _ in range(max_tokens):
-                await asyncio.sleep(0)
-                while not self.open.is_set():
-                    await asyncio.sleep(0.001)
-                if self.fault is not None:
-                    raise self.fault
-                step = self.toy.step(context)
-                context.append(step.token)
-                yield [step]
-        finally:
-            self.running -= 1
+VOCABULARY = toy().vocabulary
+FINGERPRINT = toy().fingerprint
 
 
 def limits(lookahead: int = 16, max_nodes: int = 512, **more: object) -> Limits:
@@ -118,14 +35,7 @@ def limits(lookahead: int = 16, max_nodes: int = 512, **more: object) -> Limits:
 
 def draft_model(**changes: object) -> DraftModel:
     """What the toy drafter says of itself."""
-    values: dict[str, object] = {
-        "name": "toy",
-        "fingerprint": FINGERPRINT,
-        "vocab_size": VOCAB_SIZE,
-        "max_context": 4096,
-        **changes,
-    }
-    return DraftModel(**values)  # type: ignore[arg-type]
+    return sim_host.draft_model(toy(), **changes)
 
 
 def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
@@ -137,38 +47,34 @@ def wait_until(condition: Callable[[], object], timeout_s: float = 10.0) -> None
         idle.wait(0.002)
 
 
-async def _turn_the_loop() -> None:
-    for _ in range(10):
-        await asyncio.sleep(0)
+def drafter_argv(port: int, places: int, max_context: int = 1023) -> list[str]:
+    """The command line of a toy drafter in a process of its own, whose steps take a millisecond."""
+    options = {"port": port, "running-branches": places, "vocab-size": VOCAB_SIZE, "max-context": max_context}
+    named = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "vllm_wanspec.sim.service", "--pace", "1", *named]
 
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-class DrafterServer:
+class DrafterServer(Service):
     """A drafter on 127.0.0.1, in a thread of its own; it can be stopped and started again on the same port."""
 
     def __init__(
         self,
-        toy: Toy,
+        language: Language,
         *,
         model: DraftModel | None = None,
         token: str | None = None,
         running_branches: int = DEFAULT_RUNNING_BRANCHES,
         sink: Sink | None = None,
+        pace: Pacing | None = None,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        self.engine = ToyEngine(toy)
-        self.host = StreamingHost(self.engine, model or draft_model(), running_branches=running_branches, sink=sink)
-        self.token = token
-        self.tls = tls
-        self.handler: Handler | None = None
-        self.attempts = 0
+        engine = Engine(language, pace)
+        host = StreamingHost(engine, model or draft_model(), running_branches=running_branches, sink=sink)
+        super().__init__(host, engine, token=token, tls=tls)
         self.port = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._end: asyncio.Event | None = None
-        self._transports: set[asyncio.BaseTransport] = set()
 
     @property
     def url(self) -> str:
@@ -201,40 +107,6 @@ class DrafterServer:
 
     async def _run(self, ready: threading.Event) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
-        app = web.Application()
-        app.router.add_get(PATH, self._handle)
-        runner = web.AppRunner(app, shutdown_timeout=0.2)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        ready.set()
-        await self._end.wait()
-        await site.stop()
-        await _turn_the_loop()  # connections being accepted now are known to the runner afterwards
-        for transport in self._transports:
-            transport.abort()  # type: ignore[attr-defined]
-        await runner.cleanup()
-        await _turn_the_loop()
-
-    async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.attempts += 1
-        if self.handler is not None:
-            return await self.handler(request)
-        if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
-            return web.Response(status=401)
-        return await self._serve(request)
-
-    async def _serve(self, request: web.Request) -> web.StreamResponse:
-        socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES)
-        await socket.prepare(request)
-        transport = request.transport
-        assert transport is not None
-        self._transports.add(transport)
-        try:
-            await serve(LocalPort(self.host), (message.data async for message in socket), socket.send_bytes)
-        finally:
-            self._transports.discard(transport)
-            with contextlib.suppress(ConnectionError):
-                await socket.close()
-        return socket
+        async with self.on(self.port) as self.port:
+            ready.set()
+            await self._end.wait()

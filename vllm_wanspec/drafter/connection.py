@@ -194,13 +194,17 @@ class Connection:
             self._do(number, session.start(now))
             self._host.share()
 
-    def _new_session(self, opened: Open) -> DrafterSession:
-        settings: dict[str, Any] = {
+    def _session_settings(self) -> dict[str, Any]:
+        """What the drafter decides of its sessions; see `DrafterSession`."""
+        return {
             "vocab_size": self._model.vocab_size,
             "max_context": self._model.max_context,
             "calibration": self._calibration,
             "width": 1,  # until all have their share
         }
+
+    def _new_session(self, opened: Open) -> DrafterSession:
+        settings = self._session_settings()
         sink = self._host.sink
         if sink is None:
             return DrafterSession(opened, **settings)

@@ -6,15 +6,16 @@ from contextlib import contextmanager
 
 from aiohttp import WSMsgType, web
 from conftest import LogLines
-from toys import FINGERPRINT, VOCAB_SIZE, Handler, Toy
+from toys import FINGERPRINT, VOCAB_SIZE, toy
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.core.messages import Message, Welcome
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.sim.service import Handler
 
-TOY = Toy(seed=2)
-WELCOME = Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 8, 64, 64)
+TOY = toy(seed=2)
+WELCOME = Welcome(1, "invented", VOCAB_SIZE, FINGERPRINT, 8, 64, 64)
 
 
 class User:

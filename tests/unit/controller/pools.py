@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, toy, wait_until
 
 from vllm_wanspec.config import DraftEndpoint, Settings
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.sim.models import Language
 
-TOY = Toy(seed=4)
+TOY = toy(seed=4)
 LIMIT = 4
 PROMPT = [9, 8, 7]
 
@@ -28,8 +29,8 @@ def pool_of(*urls: str, **sections: object) -> Iterator[DraftPool]:
 
 
 @contextmanager
-def served(toy: Toy = TOY, **sections: object) -> Iterator[tuple[DraftPool, DrafterServer]]:
-    with DrafterServer(toy) as server, pool_of(server.url, **sections) as pool:
+def served(language: Language = TOY, **sections: object) -> Iterator[tuple[DraftPool, DrafterServer]]:
+    with DrafterServer(language) as server, pool_of(server.url, **sections) as pool:
         wait_until(lambda: up(pool))
         yield pool, server
 

@@ -9,43 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-from toys import VOCAB_SIZE, VOCABULARY, Toy, wait_until
+from toys import VOCAB_SIZE, VOCABULARY, toy, wait_until
 
 from vllm_wanspec.controller.v1 import hooks, proposer
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
+from vllm_wanspec.sim.target import Runner, new_request, scheduled
 
-TOY = Toy(seed=6)
+TOY = toy(seed=6)
 MAX_LEN = 6000
 K = 4
-
-
-def new_request(name: str, prompt: list[int] | None, **changes: Any) -> SimpleNamespace:
-    """What the scheduler says of a new request, as far as we look."""
-    values = {
-        "req_id": name,
-        "prompt_token_ids": prompt,
-        "mm_features": [],
-        "prompt_embeds": None,
-        "sampling_params": SimpleNamespace(extra_args=None),
-        **changes,
-    }
-    return SimpleNamespace(**values)
-
-
-class Runner:
-    """A model runner: rows, contexts, and the drafts that the scheduler would take."""
-
-    def __init__(self) -> None:
-        self.input_batch = SimpleNamespace(req_ids=[])
-        self.contexts = np.zeros((8, MAX_LEN), dtype=np.int32)
-        self.lengths = np.zeros(8, dtype=np.int32)
-        self.effective_drafter_max_model_len = 100
-        self._draft_token_ids: Any = None
-
-    def take_draft_token_ids(self) -> Any:
-        return self._draft_token_ids
 
 
 class Engine:
@@ -53,7 +26,8 @@ class Engine:
 
     def __init__(self, remote: RemoteProposer) -> None:
         self.remote = remote
-        self.runner = Runner()
+        self.runner = Runner(8, MAX_LEN)
+        self.runner.effective_drafter_max_model_len = 100
         self.contexts: dict[str, list[int]] = {}
         self.prompts: dict[str, int] = {}
         self.drafts: dict[str, list[int]] = {}
@@ -75,17 +49,10 @@ class Engine:
 
     def step(self, prefill: tuple[str, ...] = ()) -> list[list[int]]:
         drafts = {name: self.drafts[name] for name in self.contexts if self.drafts[name]}
-        scheduled = {name: 1 + len(self.drafts[name]) for name in self.contexts}
+        counts = {name: 1 + len(self.drafts[name]) for name in self.contexts}
         for request in self.new:
-            scheduled[request.req_id] = len(request.prompt_token_ids or ())
-        output = SimpleNamespace(
-            scheduled_new_reqs=self.new,
-            finished_req_ids=set(self.finished),
-            num_spec_tokens_to_schedule=self.limit,
-            scheduled_spec_decode_tokens=drafts,
-            num_scheduled_tokens=scheduled,
-            total_num_scheduled_tokens=sum(scheduled.values()),
-        )
+            counts[request.req_id] = len(request.prompt_token_ids or ())
+        output = scheduled(self.new, set(self.finished), counts, drafts, self.limit)
         self.new, self.finished = [], []
         self.remote.begin_step(self.runner, output)
         sampled = []
@@ -97,8 +64,7 @@ class Engine:
             self.accepted[name] += max(0, len(tokens) - 1)
             context += tokens
             sampled.append(tokens)
-            self.runner.contexts[row, : len(context)] = context
-            self.runner.lengths[row] = len(context)
+            self.runner.hold(row, context)
         return self.propose(sampled)
 
     def propose(self, sampled: list[list[int]]) -> list[list[int]]:
@@ -140,7 +106,7 @@ def vllm_config(
     return SimpleNamespace(
         additional_config={"wanspec": str(path)},
         speculative_config=SimpleNamespace(num_speculative_tokens=speculative),
-        model_config=SimpleNamespace(get_vocab_size=lambda: 64, model="big", max_model_len=MAX_LEN),
+        model_config=SimpleNamespace(get_vocab_size=lambda: 80, model="big", max_model_len=MAX_LEN),
         parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_size=parallel),
     )
 

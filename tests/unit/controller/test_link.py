@@ -9,13 +9,14 @@ import pytest
 from aiohttp import web
 from conftest import LogLines
 from links import TOY, WELCOME, User, running
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Handler, draft_model, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, limits, wait_until
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Welcome, decode, encode
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.sim.service import Handler
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -29,13 +30,13 @@ def server() -> Iterator[DrafterServer]:
 def test_it_connects_and_messages_go_both_ways(server: DrafterServer, log: LogLines) -> None:
     with running(server.url) as (link, user):
         wait_until(lambda: user.ready)
-        assert link.welcome == Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)
+        assert link.welcome == Welcome(1, "invented", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)
         for message in (Open(1, (1, 2), limits(8, 64)), Commit(1, 2, (3,)), Close(1), Open(2, (1, 2), limits(8, 64))):
             link.send(message)
         link.flush()
         wait_until(lambda: sum(len(m.nodes) for m in user.messages if isinstance(m, Nodes) and m.session == 2) == 8)
         assert not link.faults
-        assert any(re.match(r"drafter eu: connected, model toy, R = [\d.]+ ms", line) for line in log.lines())
+        assert any(re.match(r"drafter eu: connected, model invented, R = [\d.]+ ms", line) for line in log.lines())
         assert not log.warnings()
 
 

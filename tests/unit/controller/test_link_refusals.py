@@ -10,10 +10,11 @@ from aiohttp import web
 from conftest import LogLines
 from links import TOY, WELCOME, answering, only_warning, running
 from tls_files import AUTHORITY, server_tls
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Handler, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, wait_until
 
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.core.messages import PATH, Refuse, Welcome, encode
+from vllm_wanspec.sim.service import Handler
 
 LONGEST_WAIT_S = link_module.MAX_BACKOFF_S
 pytestmark = pytest.mark.usefixtures("short_waits")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, pool_of, running, stub_vllm, vllm_config
-from toys import VOCABULARY, DrafterServer, Toy, draft_model, wait_until
+from toys import VOCAB_SIZE, VOCABULARY, DrafterServer, draft_model, toy, wait_until
 
 from vllm_wanspec.controller.v1 import proposer
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
@@ -42,7 +42,7 @@ def refused(
     """The line that says so."""
     stub_vllm(monkeypatch)
     monkeypatch.setattr(proposer, "_vocabulary", lambda config: ours)
-    with DrafterServer(Toy(), model=model_of(theirs)) as server:
+    with DrafterServer(toy(), model=model_of(theirs)) as server:
         remote = RemoteProposer(vllm_config(tmp_path, server.url, more=more))
         assert remote.pool is not None
         try:
@@ -63,8 +63,8 @@ def renamed(vocabulary: dict[str, int], *ids: int, to: str = "<other{}>") -> dic
         (VOCABULARY, renamed(VOCABULARY, 7), ("7: 't7' here, '<other7>' there",)),
         (LARGE, renamed(LARGE, 4711), ("4711: 't4711' here, '<other4711>' there",)),
         (LARGE, renamed(LARGE, 0, 4999), ("0: 't0' here, '<other0>' there",)),
-        (VOCABULARY, VOCABULARY | {"<more>": 50}, ("50: nothing here, '<more>' there",)),
-        (VOCABULARY | {"<more>": 50}, VOCABULARY, ("50: '<more>' here, nothing there",)),
+        (VOCABULARY, VOCABULARY | {"<more>": VOCAB_SIZE}, (f"{VOCAB_SIZE}: nothing here, '<more>' there",)),
+        (VOCABULARY | {"<more>": VOCAB_SIZE}, VOCABULARY, (f"{VOCAB_SIZE}: '<more>' here, nothing there",)),
         (VOCABULARY, renamed(VOCABULARY, 3, to="\x1b[2J\nevil"), (r"3: 't3' here, '\x1b[2J\nevil' there",)),
     ],
     ids=range(6),

@@ -200,13 +200,13 @@ def test_the_fixed_wait_asks_nobody(queued: Callable[[], int | None]) -> None:
 
 def test_the_wait_for_late_drafts_is_bounded() -> None:
     with served(late={"policy": "fixed", "max_wait_ms": 80}) as (pool, server):
-        server.engine.open.clear()
+        server.engine.held = True
         pool.begin([], [("a", PROMPT)])
         began_s = time.monotonic()
         assert pool.draft(["a"], LIMIT) == [[]]
         waited_s = time.monotonic() - began_s
         assert 0.075 <= waited_s < 1.0
-        server.engine.open.set()
+        server.engine.held = False
 
 
 def test_the_wait_ends_when_drafts_are_there() -> None:
@@ -228,7 +228,7 @@ def test_nobody_waits_for_requests_that_no_drafter_serves() -> None:
 
 def test_a_lost_drafter_ends_the_wait() -> None:
     with served(late={"policy": "fixed", "max_wait_ms": 1000}) as (pool, server):
-        server.engine.open.clear()
+        server.engine.held = True
         pool.begin([], [("a", PROMPT)])
         wait_until(lambda: server.engine.running)
         stopper = threading.Thread(target=server.stop)

@@ -1,283 +1,232 @@
-"""Both real sessions and the real codec, joined by a virtual network over a toy engine, on one clock of ticks.
+"""A `Pair` of real sessions that checks at every call what must always hold; `pair_checks` has the rules."""
 
-The `World` plays the pool and the target, `ToyDrafter` the drafter's host. Whatever happens to them, they check at
-every call what must always hold; `pair_checks` has the rules.
-"""
-
-import random
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import pair_checks as rules
-from pair_drafter import CachedToy, ToyDrafter
-from toys import VOCAB_SIZE
+from toys import VOCAB_SIZE, toy
 
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.counters import Shared
-from vllm_wanspec.core.events import Record, RecordedControllerSession, header
-from vllm_wanspec.core.messages import Commit, Limits, Message, Nodes, Pong, Reject, decode, frames
-from vllm_wanspec.core.states import ControllerState
-from vllm_wanspec.core.turnaround import Turnaround
+from vllm_wanspec.core.drafter import Action, DrafterSession, StartBranch, StopBranch
+from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Reject
+from vllm_wanspec.core.states import ControllerState, DrafterState
+from vllm_wanspec.core.tree import main_line_tip
+from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.sim import history
+from vllm_wanspec.sim.history import Logs, Request
+from vllm_wanspec.sim.models import Language
+from vllm_wanspec.sim.pair import Pair
 
 PROMPTS = ((7, 7, 42), (1, 2, 3, 4, 5), (9,))
-TICK_S = 0.005
-LONGEST_STAY = 40
-"""Ticks after which a frame has arrived for sure, whatever delay and jitter are drawn."""
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The initial conditions of a history; delay and jitter in ticks, burst in tokens per branch and tick."""
+class Setup(history.Setup):
+    """A history's initial conditions; each request may have as many places for branches as there are."""
 
-    limits: Limits
-    seed: int = 3
+    places: int = 48
     agreement: float = 0.8
     requests: int = 1
-    max_context: int = 10**6
     max_branch_tokens: int = 20
-    width: int = 16
-    delay: int = 2
-    jitter: int = 0
-    burst: int = 1
 
 
-@dataclass
-class Logs:
-    """Both event logs of a history that is recorded."""
+class CheckedConnection(Connection):
+    """The drafter's end of a link, which holds its sessions against the rules."""
 
-    controller: list[Record] = field(default_factory=lambda: [header("controller", "toy", wall_s=0.0, at_s=0.0)])
-    drafter: list[Record] = field(default_factory=lambda: [header("drafter", "toy", wall_s=0.0, at_s=0.0)])
+    def __init__(self, world: "World") -> None:
+        super().__init__(world.host)
+        self.world = world
+        self._watched: dict[int, tuple[DrafterSession, rules.DrafterWatch]] = {}
+        self._stopped: tuple[int, int] | None = None
+        self._started: list[StartBranch] = []
+
+    def check(self) -> None:
+        """Everything that holds at any moment."""
+        for number, session in self._sessions.items():
+            rules.check_drafter(session)
+            request = self.world.by_number.get(number)
+            if request is not None and not self.world.poisoned:
+                known = session.tree.committed_length
+                assert session._context == request.context[:known]
+
+    def reject(self, number: int, code: str) -> None:
+        session = self._sessions.get(number)
+        if session is not None:
+            self._do(number, [*session.close(self.world.now_s), Reject(number, code)])
+
+    def late_output(self) -> None:
+        """A branch that was stopped can still have given a token: nobody wants it."""
+        if self._stopped is None:
+            return
+        number, branch = self._stopped
+        self._stopped = None
+        session = self._sessions.get(number)
+        if session is not None:
+            nodes = session.tree.size
+            assert session.drafted(branch, [self.world.language.step([1])], self.world.now_s) == []
+            assert session.ended(branch, self.world.now_s) == []
+            assert session.tree.size == nodes
+
+    def resize(self, width: int) -> None:
+        super().resize(width)
+        for session in self._sessions.values():
+            assert session.width == max(1, min(width, session.limits.running_branches))
+
+    def ended(self, number: int, branch: int) -> None:
+        super().ended(number, branch)
+        assert number in self._sessions  # it has given tokens: no reason to reject
+
+    def _session_settings(self) -> dict[str, Any]:
+        return {**super()._session_settings(), "max_branch_tokens": self.world.setup.max_branch_tokens}
+
+    def _new_session(self, opened: Open) -> DrafterSession:
+        session = super()._new_session(opened)
+        self._watched[opened.session] = (session, rules.DrafterWatch(session))
+        return session
+
+    def _take(self, message: Message) -> None:
+        """Follow a commit: a branch that becomes the main line goes on, it is not asked for again."""
+        session = self._sessions.get(message.session) if isinstance(message, Commit) else None
+        if session is None:
+            super()._take(message)
+            return
+        before = _main_branch(session)
+        running = set(session.running)
+        self._started.clear()
+        super()._take(message)
+        main = _main_branch(session)
+        if main is not None and main != before and main in running:
+            tip = main_line_tip(session.tree)
+            assert not any(start.node == tip.id for start in self._started)
+            assert before is None or before not in session.running
+            self.world.seen["promoted branch"] += 1
+
+    def _do(self, number: int, actions: list[Action]) -> None:
+        """Carry out what a session wants, and hold it against the rules."""
+        session, watch = self._watched[number]
+        for action in actions:
+            match action:
+                case StartBranch():
+                    rules.check_start(session, action, self.world.setup.max_context)
+                    self._started.append(action)
+                case StopBranch(branch=branch):
+                    self._stopped = (number, branch)
+                case Nodes():
+                    watch.sent(session, action)
+        super()._do(number, actions)
+        self.world.seen["budget stop"] += watch.after(session, [b for n, b in self._handles if n == number])
+        if number not in self._sessions:
+            assert session.state is DrafterState.ENDED
 
 
-class Wire:
-    """One direction: frames arrive in order, ``delay`` to ``delay + jitter`` ticks after they were sent."""
+class World(Pair):
+    """Both sides, held against the rules, and what is done to them that no network and no process does."""
 
-    def __init__(self, delay: int, jitter: int, rng: random.Random) -> None:
-        self.delay, self.jitter, self._rng = delay, jitter, rng
-        self.in_flight: deque[tuple[int, bytes]] = deque()
-        self.last = b""
+    setup: Setup
+    connection: CheckedConnection | None
 
-    def send(self, now: int, messages: Sequence[Message]) -> None:
-        for frame in frames(messages):
-            due = now + self.delay + (self._rng.randint(0, self.jitter) if self.jitter else 0)
-            if self.in_flight:
-                due = max(due, self.in_flight[-1][0])
-            assert due - now <= LONGEST_STAY
-            self.in_flight.append((due, frame))
-            self.last = frame
-
-    def arrived(self, now: int) -> list[bytes]:
-        found = []
-        while self.in_flight and self.in_flight[0][0] <= now:
-            found.append(self.in_flight.popleft()[1])
-        return found
-
-
-class Request:
-    """A request of the target: its context, and its session as the pool keeps it."""
-
-    def __init__(self, index: int, context: Sequence[int], session: ControllerSession) -> None:
-        self.index = index
-        self.context = list(context)
-        self.prompt_length = len(context)
-        self.session = session
-        self.number: int | None = None
-        self.opened = 0
-        self.preempted = False
-        self.accepted = 0
-
-
-class World:
-    """The target's side, the network and the drafter."""
-
-    def __init__(self, setup: Setup, logs: Logs | None = None) -> None:
-        self.setup, self.logs = setup, logs
-        self.toy = CachedToy.of(setup.seed, setup.agreement)
-        self.rng = random.Random(setup.seed)
-        self.limits = setup.limits
-        self.now = 0
-        self.burst = setup.burst
-        self.width = setup.width
-        self.seen: Counter[str] = Counter()
-        self.shared = Shared()
+    def __init__(self, setup: Setup, logs: Logs | None = None, language: Language | None = None) -> None:
         self.poisoned = False
-        self.connections = 0
-        self.restarts = 0
-        self.next_number = 1
-        self.by_number: dict[int, Request] = {}
-        self.up, self.down = (Wire(setup.delay, setup.jitter, self.rng) for _ in range(2))
-        self.drafter: ToyDrafter | None = None
-        self.turnaround = Turnaround()
-        self.requests: list[Request] = []
-        for index in range(setup.requests):
-            self.requests.append(Request(index, PROMPTS[index], self._new_session(index, PROMPTS[index])))
-        self.connect()
+        self._posted: Message | None = None
+        super().__init__(language or toy(setup.seed, setup.agreement), setup, PROMPTS[: setup.requests], logs)
 
-    @property
-    def now_s(self) -> float:
-        return self.now * TICK_S
+    # The rules
 
-    # Time
+    def called(self, session: ControllerSession) -> AbstractContextManager[object]:
+        return rules.controller_call(session)
 
-    def tick(self, count: int = 1) -> None:
-        for _ in range(count):
-            self.now += 1
-            try:
-                self._exchange()
-            except RemoteProtocolError:
-                if not self.poisoned:
-                    raise
-                self.seen["poison refused"] += 1
-                self.disconnect()
-                self.connect()
-
-    def _exchange(self) -> None:
-        if self.drafter is not None:
-            for frame in self.up.arrived(self.now):
-                self.drafter.receive(frame)
-            self.drafter.tick(self.burst)
-            self.drafter.flush()
-        for frame in self.down.arrived(self.now):
-            self.deliver(frame)
-        self._open_all()
-
-    def deliver(self, frame: bytes) -> None:
-        """What the pool does with a frame."""
-        for message in decode(frame):
-            if isinstance(message, Pong):
-                continue
-            if not isinstance(message, Nodes | Reject) or message.session >= self.next_number:
-                raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
-            request = self.by_number.get(message.session)
-            if request is None:
-                continue
-            with rules.controller_call(request.session):
-                request.session.receive(message, self.now_s)
-            if isinstance(message, Reject):
-                del self.by_number[message.session]
-                request.number = None
-                self.seen[f"reject {message.code}"] += 1
-                for_good = message.code in ("too_long", "vocabulary")
-                expected = ControllerState.BARRED if for_good else ControllerState.BACKING_OFF
-                assert request.session.state is expected
-
-    # The target
-
-    def step(self, limit: int = 4, least: float = 0.0, *, withhold: bool = False) -> None:
-        """One verification step of all requests that run."""
-        for request in self.requests:
-            if not request.preempted:
-                self._step(request, limit, least, withhold)
-
-    def _step(self, request: Request, limit: int, least: float, withhold: bool) -> None:
-        draft, expected = request.session.draft(limit, least, self.now_s)[:2]
+    def drafted(self, request: Request, draft: list[int], limit: int, expected: float) -> None:
         assert len(draft) <= limit
         assert 0.0 <= expected <= len(draft)
         if self.poisoned:
             assert all(type(token) is int and 0 <= token < VOCAB_SIZE for token in draft)
         else:
             # Exactly what the draft model says after the committed context: nothing of an older one slips through.
-            assert draft == self.toy.drafted(request.context, len(draft))
-        if withhold:
-            draft = []
-        tokens = self.toy.verify(request.context, draft)
-        request.accepted += len(tokens) - 1
-        self.seen["drafted"] += len(draft)
-        self.seen["accepted"] += len(tokens) - 1
-        self.commit(request, tokens)
+            assert draft == self.language.drafted(request.context, len(draft))
+
+    def rejected(self, request: Request, message: Reject) -> None:
+        for_good = message.code in ("too_long", "vocabulary")
+        assert request.session.state is (ControllerState.BARRED if for_good else ControllerState.BACKING_OFF)
+
+    def post(self, request: Request, message: Message) -> None:
+        if isinstance(message, Open):
+            assert message.tokens == tuple(request.context)
+        self._posted = message
+        super().post(request, message)
+
+    def broken(self, error: RemoteProtocolError) -> None:
+        if not self.poisoned:
+            raise error
+        self.seen["poison refused"] += 1
+        self.disconnect()
+        self.connect()
+
+    def new_connection(self) -> Connection:
+        return CheckedConnection(self)
+
+    def exchange(self) -> None:
+        if self.connection is not None:
+            self.connection.late_output()
+        super().exchange()
 
     def commit(self, request: Request, tokens: list[int]) -> None:
-        counters = self.shared.counters
-        hits_in_branches = counters.branch_hits
-        request.context += tokens
-        with rules.controller_call(request.session):
-            message = request.session.commit(tokens, self.now_s)
-        assert request.session.length == len(request.context)
-        if counters.branch_hits > hits_in_branches and request.session.tree is not None:
-            self.seen["drafts right after a re-root"] += bool(request.session.tree.best_path(1))
-        assert (message is not None) == (request.number is not None)
-        if message is not None:
-            assert message == Commit(message.session, len(request.context) - len(tokens), tuple(tokens))
-            self.up.send(self.now, [message])
-        else:
-            self._open(request)
+        counters, session = self.shared.counters, request.session
+        hits_in_branches, number = counters.branch_hits, request.number
+        self._posted = None
+        super().commit(request, tokens)
+        assert session.length == len(request.context)
+        if counters.branch_hits > hits_in_branches and session.tree is not None:
+            self.seen["drafts right after a re-root"] += bool(session.tree.best_path(1))
+        assert isinstance(self._posted, Commit) == (number is not None)
+        if number is not None:
+            assert self._posted == Commit(number, len(request.context) - len(tokens), tuple(tokens))
+
+    def begin_again(self, request: Request) -> None:
+        session = request.session
+        super().begin_again(request)
+        assert session.state is ControllerState.CLOSED
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        assert self.host.running == self.host.engine.running == 0
+        self.poisoned = False
+
+    def restart_drafter(self) -> None:
+        super().restart_drafter()
+        self.poisoned = False
+
+    def check(self) -> None:
+        """Everything that holds at any moment."""
+        for request in self.requests:
+            rules.check_controller(request.session, self.setup.limits.max_nodes, len(request.context))
+            linked = request.session.state in (ControllerState.SERVED, ControllerState.BLIND)
+            assert (request.number is not None) == linked
+        if self.connection is not None:
+            self.connection.check()
+
+    def totals(self) -> Counter[str]:
+        """What this history has seen."""
+        return self.seen + self.counts()
+
+    # Disturbances
 
     def commit_again(self, request: Request, count: int) -> None:
         """The last tokens once more: a commit may repeat, as a whole or in part, what is known."""
         if request.number is not None and count:
             self.seen["repeated commits"] += 1
             position = max(request.session.tree.committed_length - count, 0) if request.session.tree else 0
-            self.up.send(self.now, [Commit(request.number, position, tuple(request.context[position:]))])
+            super().post(request, Commit(request.number, position, tuple(request.context[position:])))
 
-    def preempt(self, request: Request) -> None:
-        self.seen["preemption"] += not request.preempted
-        request.preempted = True
-
-    def resume(self, request: Request, *, jump: int = 0, anew: bool = False) -> None:
-        """A preempted request runs again; the scheduler may have gone on meanwhile, or the lengths do not fit."""
-        request.preempted = False
-        if jump:
-            self.commit(request, self.toy.continuation(request.context, jump))
-        if anew:
-            self.begin_again(request)
-
-    # Disturbances
-
-    def begin_again(self, request: Request) -> None:
-        """The same request as a new one, with its full context; on the same link under a new number."""
-        with rules.controller_call(request.session):
-            message = request.session.close(self.now_s)
-        if message is not None and request.number is not None:
-            del self.by_number[request.number]
-            self.up.send(self.now, [message])
-        request.number = None
-        assert request.session.state is ControllerState.CLOSED
-        request.session = self._new_session(request.index, request.context)
-        self._open(request)
-
-    def disconnect(self) -> None:
-        """Both directions are cut, and what was in them is lost; so are the drafter's sessions."""
-        self._cut()
-        if self.drafter is not None:
-            self.drafter.close()
-        self.drafter = None
-
-    def connect(self) -> None:
-        if self.drafter is None:
-            self.connections += 1
-            self.next_number = 1
-            self.drafter = ToyDrafter(self, name=f"link{self.connections}")
-            self._open_all()
-
-    def restart_drafter(self) -> None:
-        """Its sessions vanish without a word, and the link with them."""
-        self._cut()
-        self.drafter = None
-        self.connect()
-
-    def restart_controller(self) -> None:
-        """A new process: nothing learnt, no link, the same requests with all that they have got so far."""
-        self.disconnect()
-        self.restarts += 1
-        if self.logs is not None:
-            self.logs.controller.append(header("controller", "toy", wall_s=0.0, at_s=self.now_s))
-        self._add_up()
-        self.shared = Shared()
-        for request in self.requests:
-            request.session = self._new_session(request.index, request.context)
-        self.connect()
-
-    def resize(self, width: int) -> None:
-        self.width = width
-        if self.drafter is not None:
-            self.drafter.resize()
+    def resize_each(self, width: int) -> None:
+        """Places for each request to run so many branches."""
+        self.resize(width * len(self.requests))
 
     def feed_drafter(self, frame: bytes) -> bool:
         """A frame that no correct controller sends; whether it was refused."""
-        return self._feed(frame, self.drafter.receive if self.drafter is not None else self.deliver)
+        return self._feed(frame, self.connection.receive if self.connection is not None else self.deliver)
 
     def feed_controller(self, frame: bytes) -> bool:
         """A frame that no correct drafter sends; whether it was refused."""
@@ -293,79 +242,14 @@ class World:
         self.seen["garbage accepted"] += 1
         return False
 
-    def _cut(self) -> None:
-        self.up.in_flight.clear()
-        self.down.in_flight.clear()
-        self.by_number.clear()
-        for request in self.requests:
-            with rules.controller_call(request.session):
-                request.session.link_lost(self.now_s)
-            request.number = None
-        self.poisoned = False
 
-    # What must hold, and what counts
+def sessions_of(world: World) -> dict[int, DrafterSession]:
+    """The drafter's sessions, by number."""
+    assert world.connection is not None
+    return world.connection._sessions
 
-    def check(self) -> None:
-        """Everything that holds at any moment."""
-        for request in self.requests:
-            rules.check_controller(request.session, self.limits.max_nodes, len(request.context))
-            linked = request.session.state in (ControllerState.SERVED, ControllerState.BLIND)
-            assert (request.number is not None) == linked
-        if self.drafter is not None:
-            self.drafter.check()
 
-    def is_over(self, request: Request) -> bool:
-        """Whether no drafter can serve a request any more."""
-        if request.session.state is ControllerState.BARRED:
-            return True
-        return request.session.tree is None and len(request.context) > self.setup.max_context
-
-    def settle(self) -> None:
-        """Let everything in flight arrive, with no more commits."""
-        self.connect()
-        for _ in range(3000):
-            self.tick()
-            busy = self.up.in_flight or self.down.in_flight or (self.drafter and self.drafter.branches)
-            if busy:
-                continue
-            if all(request.session.tree is not None or self.is_over(request) for request in self.requests):
-                return
-            self.now += 20  # nothing happens until a back-off ends
-        raise AssertionError("the pair does not come to rest")
-
-    def totals(self) -> Counter[str]:
-        """What this history has seen; ends it."""
-        self._add_up()
-        self.shared = Shared()
-        return self.seen
-
-    def _add_up(self) -> None:
-        self.seen.update({name: int(value) for name, value in self.shared.counters.items()})
-
-    def _new_session(self, index: int, context: Sequence[int]) -> ControllerSession:
-        if self.logs is None:
-            return ControllerSession(context, self.shared)
-        key = f"request{index}.{self.restarts}"
-        return RecordedControllerSession(
-            context, self.shared, key=key, sink=self.logs.controller.append, now=self.now_s
-        )
-
-    def _open_all(self) -> None:
-        for request in self.requests:
-            if request.number is None:
-                self._open(request)
-
-    def _open(self, request: Request) -> None:
-        """What the pool does: open where a link is there and the session wants it."""
-        session = request.session
-        if self.drafter is None or not session.wants_link(self.now_s) or session.length > self.setup.max_context:
-            return
-        number = request.number = self.next_number
-        self.next_number += 1
-        with rules.controller_call(session):
-            opened = session.open(number, self.limits, self.now_s, vocab_size=VOCAB_SIZE, turnaround=self.turnaround)
-        assert opened.tokens == tuple(request.context)
-        self.by_number[number] = request
-        request.opened += 1
-        self.seen["re-open"] += request.opened > 1
-        self.up.send(self.now, [opened])
+def _main_branch(session: DrafterSession) -> int | None:
+    """The branch that extends the most probable continuation."""
+    tip = main_line_tip(session.tree)
+    return next((branch.number for branch in session._running.values() if branch.tip is tip), None)

@@ -1,14 +1,15 @@
 """How every history of the pair ends: at rest both sides agree, and after that drafts are of use again."""
 
-from pair import PROMPTS, Request, World
+from pair import PROMPTS, World, sessions_of
 from pair_checks import shape
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import ControllerState, DrafterState
+from vllm_wanspec.sim.history import Request
 
 TRIES = 40
-"""Steps with a draft at hand until one must have been accepted: the toys agree in half of them or more."""
+"""Steps with a draft at hand until one must have been accepted: the models agree in half of them or more."""
 
 
 def finish(world: World) -> None:
@@ -34,7 +35,7 @@ def finish(world: World) -> None:
     for request in world.requests:
         prompt = PROMPTS[request.index]
         count = len(request.context) - len(prompt)
-        assert request.context == [*prompt, *world.toy.continuation(prompt, count)]
+        assert request.context == [*prompt, *world.language.continuation(prompt, count)]
 
 
 def has_room(world: World, request: Request) -> bool:
@@ -54,9 +55,8 @@ def check_quiet(world: World) -> None:
 
 
 def _check_agreement(world: World, request: Request, session: ControllerSession) -> None:
-    assert world.drafter is not None
     assert request.number is not None
-    drafter = world.drafter.sessions[request.number]
+    drafter = sessions_of(world)[request.number]
     tree, own = session.tree, drafter.tree
     assert tree is not None
     assert session.state is ControllerState.SERVED
@@ -64,10 +64,10 @@ def _check_agreement(world: World, request: Request, session: ControllerSession)
     assert shape(tree.cursor) == shape(own.cursor)
     assert tree.committed_length == own.committed_length == len(request.context)
     _check_best(world, request)
-    limits = world.limits
+    limits = world.setup.limits
     room = min(limits.lookahead, world.setup.max_context - len(request.context))
     draft = session.draft(limits.lookahead, 0.0, world.now_s).tokens
-    assert draft == world.toy.drafted(request.context, len(draft))
+    assert draft == world.language.drafted(request.context, len(draft))
     assert len(draft) <= max(0, room)
     if room > 0:
         slack = min(LOOKAHEAD_SLACK, limits.lookahead // 2)
@@ -82,5 +82,5 @@ def _check_best(world: World, request: Request) -> None:
     while todo:
         node, context = todo.pop()
         if node.best is not None:
-            assert node.best.token == world.toy.draft(context)
+            assert node.best.token == world.language.draft(context)
         todo.extend((child, [*context, token]) for token, child in node.children.items())

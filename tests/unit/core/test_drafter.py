@@ -1,7 +1,7 @@
 """DrafterSession's main line, rule by rule; the engine is played by the test. Side branches: test_drafter_branches."""
 
 import pytest
-from toys import VOCAB_SIZE, Toy, limits
+from toys import VOCAB_SIZE, limits, toy
 
 from vllm_wanspec.core.drafter import MAX_UNSENT, Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, Commit, Nodes, Open, Reject, decode, frames
@@ -9,7 +9,7 @@ from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import DrafterState
 
 PROMPT = (3, 1, 4, 1, 5)
-TOY = Toy(seed=1)
+TOY = toy(seed=1)
 
 
 def make_session(

@@ -5,12 +5,12 @@ import random
 
 import pytest
 from branch_play import PROMPT, Play, even_step, started
-from toys import Toy
+from toys import toy
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.states import DrafterState
 
-TOY = Toy(seed=3)
+TOY = toy(seed=3)
 
 
 # Where branches start

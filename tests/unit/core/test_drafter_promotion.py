@@ -1,12 +1,12 @@
 """What becomes of side branches: one that turns out right goes on as the main line, and width can change."""
 
 from branch_play import PROMPT, Play, started
-from toys import Toy
+from toys import toy
 
 from vllm_wanspec.core.drafter import StartBranch, StopBranch
 from vllm_wanspec.core.messages import Nodes
 
-TOY = Toy(seed=3)
+TOY = toy(seed=3)
 
 # What becomes of them
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from toys import VOCAB_SIZE, Toy, limits
+from toys import VOCAB_SIZE, limits, toy
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
@@ -22,7 +22,7 @@ from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
-TOY = Toy(seed=2)
+TOY = toy(seed=2)
 PROMPT = (1, 2, 3)
 OPENED = Open(4, PROMPT, limits(8, 64, max_branches=3, running_branches=4))
 NODES = Nodes(4, 3, (NodeRecord(1, 0, 7, -0.5, 1.0), NodeRecord(2, 1, 8, -0.25, 0.5)))

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import msgpack
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, Toy, draft_model
+from toys import FINGERPRINT, VOCAB_SIZE, draft_model, toy
 from wire_fuzz import KINDS, Fuzz, same, some_limits, some_nodes, some_tokens
 
 from vllm_wanspec.core.controller import ControllerSession
@@ -175,7 +175,7 @@ class ShortEngine:
     """Gives each branch a few tokens, and then no more until it is stopped or ends."""
 
     def __init__(self) -> None:
-        self.toy = Toy(1)
+        self.toy = toy(1)
 
     async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         context = list(tokens)

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from pair import Setup, World
-from pair_drafter import VOCAB_SIZE
 from pair_finish import finish
+from toys import VOCAB_SIZE
 
 from vllm_wanspec.core.messages import (
     REJECT_CODES,
@@ -69,7 +69,7 @@ setups = st.builds(
     requests=st.sampled_from((1, 1, 2, 3)),
     max_context=st.sampled_from((10**6, 10**6, 10**6, 200, 60)),
     max_branch_tokens=st.sampled_from((2, 20, 256)),
-    width=st.sampled_from((1, 4, 16)),
+    places=st.sampled_from((1, 4, 16, 48)),
     delay=st.one_of(st.integers(0, 3), st.integers(0, 10)),
     jitter=st.sampled_from((0, 0, 2, 6)),
     burst=st.integers(1, 4),
@@ -126,7 +126,7 @@ class PairMachine(RuleBasedStateMachine):
 
     @rule(width=st.integers(1, 16), count=cycles)
     def resize(self, width: int, count: int) -> None:
-        self.world.resize(width)
+        self.world.resize_each(width)
         self.run_on(count, 2)
 
     @rule(count=cycles, gap=gaps)
@@ -151,15 +151,14 @@ class PairMachine(RuleBasedStateMachine):
 
     @rule(count=cycles)
     def fail_engine(self, count: int) -> None:
-        if self.world.drafter is not None:
-            self.world.drafter.fail_engine()
+        self.world.host.fail("out of memory")
         self.run_on(count, 3)
 
     @rule(index=which, code=st.sampled_from(sorted(REJECT_CODES)), count=cycles)
     def reject(self, index: int, code: str, count: int) -> None:
         number = self.request(index).number
-        if self.world.drafter is not None and number is not None:
-            self.world.drafter.reject(number, code)
+        if self.world.connection is not None and number is not None:
+            self.world.connection.reject(number, code)
         self.run_on(count, 3)
 
     @rule(index=which, count=st.integers(1, 9), gap=gaps)
@@ -225,7 +224,8 @@ def wrong_message(rng: random.Random, world: World, request, to_drafter: bool) -
     length = max(0, len(request.context) + rng.choice((-400, -3, -1, 0, 0, 0, 0, 0, 1, 2, 400)))
     tokens = tuple(rng.randrange(VOCAB_SIZE + (rng.random() < 0.2) * 9) for _ in range(rng.randint(1, 6)))
     if rng.random() < 0.1:
-        return rng.choice([Ping(5), Close(number), Welcome(1, "m", 50, "f", 9, 9, 9), Reject(number, "unknown")])
+        welcome = Welcome(1, "m", VOCAB_SIZE, "f", 9, 9, 9)
+        return rng.choice([Ping(5), Close(number), welcome, Reject(number, "unknown")])
     if to_drafter:
         if rng.random() < 0.4:
             wild = [rng.choice((1, 3, 40, 5000, 2**31 - 1)) for _ in range(4)]

@@ -1,14 +1,17 @@
 """Single scenarios of the pair, each with a name and figures that it must reach."""
 
+from collections.abc import Sequence
+
 import pytest
-from pair import PROMPTS, Setup, World
+from pair import PROMPTS, Setup, World, sessions_of
 from pair_checks import shape
-from pair_drafter import VOCAB_SIZE, CachedToy
 from pair_finish import check_quiet, finish
+from toys import VOCAB_SIZE
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import Commit, Limits
 from vllm_wanspec.core.states import ControllerState
+from vllm_wanspec.sim.models import Language, Profile
 
 NARROW = Limits(24, 256)
 WIDE = Limits(24, 256, 4, 8, 4)
@@ -52,7 +55,7 @@ def test_without_a_drafter_generation_goes_on() -> None:
     world.disconnect()
     run(world, 50, 1)
     [request] = world.requests
-    assert request.context[len(PROMPTS[0]) :] == world.toy.continuation(PROMPTS[0], 50)
+    assert request.context[len(PROMPTS[0]) :] == world.language.continuation(PROMPTS[0], 50)
     assert world.seen["drafted"] == 0
     assert request.session.state is ControllerState.UNSERVED
 
@@ -63,7 +66,7 @@ def test_memory_and_ids_over_a_long_session(limits: Limits) -> None:
     for _ in range(1_500):
         world.tick(4)
         world.step()
-        assert len(world.up.in_flight) + len(world.down.in_flight) < 50
+        assert world.up.in_flight + world.down.in_flight < 50
     world.check()
     assert world.shared.counters.opened_sessions == 2
     for request in world.requests:
@@ -80,9 +83,8 @@ def test_a_commit_that_arrives_twice_changes_nothing(count: int) -> None:
         run(world, 1, 2)
         world.settle()
         [request] = world.requests
-        assert world.drafter is not None
         assert request.number is not None
-        session = world.drafter.sessions[request.number]
+        session = sessions_of(world)[request.number]
         before = shape(session.tree.cursor)
         position = max(0, len(request.context) - count)
         assert session.committed(Commit(request.number, position, tuple(request.context[position:])), 0.0) == []
@@ -94,13 +96,12 @@ def test_a_wide_session_shrinks_to_one_branch_and_grows_again() -> None:
     run(world, 10, 5)
     world.resize(1)
     run(world, 40, 5)
-    assert world.drafter is not None
-    assert len(world.drafter.branches) <= 1
+    assert world.host.running <= 1
     world.resize(12)
     widest = 0
     for _ in range(20):
         run(world, 1, 2)
-        widest = max(widest, len(world.drafter.branches))
+        widest = max(widest, world.host.running)
     assert 4 < widest <= 12
 
 
@@ -109,28 +110,31 @@ def test_commits_far_ahead_of_the_drafter_are_caught_up() -> None:
     world.tick(15)
     [request] = world.requests
     for _ in range(3):
-        world.commit(request, world.toy.continuation(request.context, 300))
+        world.commit(request, world.language.continuation(request.context, 300))
         world.tick(1)
     assert request.session.state is ControllerState.BLIND
     finish(world)
     assert request.session.state is ControllerState.SERVED
 
 
-class PaddedToy(CachedToy):
+class Padded(Language):
     """A draft model whose padded vocabulary has ids that nobody else knows, and that now and then draws one."""
 
-    def step(self, context: tuple[int, ...]) -> DraftStep:  # type: ignore[override]
+    def draft(self, context: Sequence[int]) -> int:
+        return self.step(context).token
+
+    def step(self, context: Sequence[int]) -> DraftStep:
         step = super().step(context)
-        outside = len(context) % 7 == 0
+        outside = context[-1] % 7 == 0
         return DraftStep(VOCAB_SIZE + 1, -0.1, 1.0, step.alternatives) if outside else step
 
 
 def test_an_engine_that_leaves_the_vocabulary_is_not_asked_for_ever() -> None:
-    world = World(Setup(NARROW))
-    world.toy = PaddedToy(3, 0.8)
+    world = World(Setup(NARROW), language=Padded(3, VOCAB_SIZE, Profile.agreeing(0.8)))
     run(world, 60, 6)
-    before = world.seen["requests"]
+    engine = world.host.engine
+    before = engine.started
     world.tick(200)
-    assert world.seen["requests"] - before <= 2
+    assert engine.started - before <= 2
     assert world.seen["accepted"] > 20
-    assert world.seen["requests"] < 400
+    assert engine.started < 400

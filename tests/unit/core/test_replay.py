@@ -6,14 +6,14 @@ import random
 from typing import Any
 
 import pytest
-from pair import Logs, Setup, World
-from pair_drafter import ToyDrafter
+from pair import CheckedConnection, Setup, World
 from pair_finish import finish
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header, replay
 from vllm_wanspec.core.messages import Limits, Nodes, encode
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.sim.history import Logs
 
 WIDE = Limits(24, 256, 4, 8, 4, 0.5, 0.01)
 SETUPS = [
@@ -33,9 +33,9 @@ def recorded(setup: Setup) -> Logs:
         world.restart_drafter,
         world.restart_controller,
         lambda: world.begin_again(world.requests[0]),
-        lambda: the_drafter(world).fail_engine(),
-        lambda: the_drafter(world).reject(world.requests[0].number or 0, "overloaded"),
-        lambda: world.resize(rng.randint(1, 8)),
+        lambda: world.host.fail("out of memory"),
+        lambda: the_link(world).reject(world.requests[0].number or 0, "overloaded"),
+        lambda: world.resize_each(rng.randint(1, 8)),
         lambda: world.commit_again(world.requests[-1], 3),
         lambda: hostile(world),
     ]
@@ -49,9 +49,9 @@ def recorded(setup: Setup) -> Logs:
     return logs
 
 
-def the_drafter(world: World) -> ToyDrafter:
-    assert world.drafter is not None
-    return world.drafter
+def the_link(world: World) -> CheckedConnection:
+    assert world.connection is not None
+    return world.connection
 
 
 def hostile(world: World) -> None:

@@ -4,14 +4,15 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 
-from toys import FINGERPRINT, Toy, ToyEngine, draft_model, limits
+from toys import FINGERPRINT, draft_model, limits, toy
 
 from vllm_wanspec.core.messages import Hello, Message, Nodes, Open, decode, encode
 from vllm_wanspec.drafter.engines import DraftEngine
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort
+from vllm_wanspec.sim.engine import Engine
 
-TOY = Toy(seed=5)
+TOY = toy(seed=5)
 PROMPT = (1, 2, 3)
 
 
@@ -21,7 +22,7 @@ class Peer:
     def __init__(
         self, engine: DraftEngine | None = None, model: DraftModel | None = None, host: StreamingHost | None = None
     ) -> None:
-        self.engine = engine or ToyEngine(TOY)
+        self.engine = engine or Engine(TOY)
         self.host = host or StreamingHost(self.engine, model or draft_model())
         self.received: list[Message] = []
         self.frames = 0

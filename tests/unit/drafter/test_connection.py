@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 from host_peer import PROMPT, TOY, Peer, opened, with_peer
-from toys import FINGERPRINT, VOCAB_SIZE, ToyEngine, draft_model
+from toys import FINGERPRINT, VOCAB_SIZE, draft_model
 
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
@@ -23,12 +23,13 @@ from vllm_wanspec.core.messages import (
 )
 from vllm_wanspec.drafter import connection
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.sim.engine import Engine
 
 
 def test_welcome() -> None:
     async def scenario(peer: Peer) -> None:
         await peer.greet()
-        assert peer.received == [Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)]
+        assert peer.received == [Welcome(1, "invented", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)]
 
     with_peer(scenario)
 
@@ -216,7 +217,7 @@ def test_an_engine_failure_rejects_the_session_and_spares_the_others() -> None:
         await peer.say(opened(1))
         await peer.settled()
         engine = peer.engine
-        assert isinstance(engine, ToyEngine)
+        assert isinstance(engine, Engine)
         engine.fault = RuntimeError("out of memory")
         await peer.say(opened(2))
         await peer.until(lambda: Reject(2, "engine") in peer.received)
@@ -229,7 +230,7 @@ def test_an_engine_failure_rejects_the_session_and_spares_the_others() -> None:
     with_peer(scenario)
 
 
-class FailsWhenStopped(ToyEngine):
+class FailsWhenStopped(Engine):
     """An engine whose abort fails, as one's may that is busy shutting a request down."""
 
     async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
@@ -254,7 +255,7 @@ def test_a_failing_abort_does_not_cost_the_session_its_new_branch() -> None:
     with_peer(scenario, FailsWhenStopped(TOY))
 
 
-class EndsAtOnce(ToyEngine):
+class EndsAtOnce(Engine):
     """An engine that finishes requests without a token."""
 
     async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:

@@ -6,13 +6,14 @@ from unittest.mock import Mock
 import pytest
 from host_peer import TOY, Peer, opened, with_peer
 from prometheus_client import CollectorRegistry, generate_latest
-from toys import ToyEngine, draft_model
+from toys import draft_model
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.messages import Close
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import Host, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
+from vllm_wanspec.sim.engine import Engine
 
 
 def metrics(host: StreamingHost) -> dict[str, float]:
@@ -23,7 +24,7 @@ def metrics(host: StreamingHost) -> dict[str, float]:
 
 
 def test_what_a_host_that_rests_says() -> None:
-    assert metrics(StreamingHost(ToyEngine(TOY), draft_model())) == {
+    assert metrics(StreamingHost(Engine(TOY), draft_model())) == {
         "wanspec_sessions": 0.0,
         "wanspec_running_branches": 0.0,
         "wanspec_drafted_tokens_total": 0.0,
@@ -38,14 +39,14 @@ def test_what_a_host_that_rests_says() -> None:
 def test_they_follow_what_happens() -> None:
     async def scenario(peer: Peer) -> None:
         engine = peer.engine
-        assert isinstance(engine, ToyEngine)
+        assert isinstance(engine, Engine)
         await peer.greet()
-        engine.open.clear()
+        engine.held = True
         await peer.say(opened(1), opened(2))
         await peer.until(lambda: engine.running == 2)
         now = metrics(peer.host)
         assert (now["wanspec_sessions"], now["wanspec_running_branches"]) == (2.0, 2.0)
-        engine.open.set()
+        engine.held = False
         await peer.settled()
         await peer.say(Close(1))
         now = metrics(peer.host)

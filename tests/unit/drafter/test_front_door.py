@@ -10,13 +10,13 @@ from conftest import LogLines
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 from test_routes import TOY, client, connected, drafter, hello
-from toys import ToyEngine
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.drafter.environment import running_branches
 from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.sim.engine import Engine
 
 WRONG_TOKENS = {
     "empty": ("", "is empty"),
@@ -35,7 +35,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (TOKEN_ENV, WIDTH_ENV, EVENTS_ENV, HOST_ENV):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(routes, "REGISTRY", CollectorRegistry())
-    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: Engine(TOY))
 
 
 def started() -> None:

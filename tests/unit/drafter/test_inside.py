@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, Toy, draft_model, limits
+from toys import FINGERPRINT, VOCAB_SIZE, draft_model, limits, toy
 
 from vllm_wanspec.core.messages import (
     Close,
@@ -29,7 +29,7 @@ from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.ports import Port
 from vllm_wanspec.errors import RemoteProtocolError
 
-TOY = Toy(seed=4)
+TOY = toy(seed=4)
 PROMPT = (1, 2, 3)
 
 pytestmark = pytest.mark.vllm

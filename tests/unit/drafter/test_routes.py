@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, generate_latest
-from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, Toy, ToyEngine, draft_model, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
@@ -24,16 +24,17 @@ from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort
 from vllm_wanspec.drafter.routes import WanspecRoutes, authorized
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.sim.engine import Engine
 
-TOY = Toy(seed=9)
+TOY = toy(seed=9)
 PROMPT = (4, 5, 6)
 
 
 @asynccontextmanager
-async def drafter() -> AsyncIterator[tuple[str, ToyEngine]]:
+async def drafter() -> AsyncIterator[tuple[str, Engine]]:
     app = FastAPI()
     WanspecRoutes().attach_router(app)
-    engine = ToyEngine(TOY)
+    engine = Engine(TOY)
     app.state.wanspec_port = partial(LocalPort, StreamingHost(engine, draft_model()))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -173,7 +174,7 @@ def test_a_controller_that_goes_stops_the_engine(monkeypatch: pytest.MonkeyPatch
         async with drafter() as (url, engine):
             async with connected(url) as peer:
                 await hello(peer)
-                engine.open.clear()
+                engine.held = True
                 await peer.send_bytes(encode([Open(n, PROMPT, limits(4000, 4000)) for n in (1, 2, 3)]))
                 await until(lambda: engine.running == 3)
                 if abrupt:
@@ -225,7 +226,7 @@ def test_authorized(header: str | None, token: str | None, good: bool) -> None:
 
 def client(max_num_seqs: int = 100) -> SimpleNamespace:
     """An engine client, as far as the routes look."""
-    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 64, max_logprobs=20)
+    config = SimpleNamespace(model="small", max_model_len=1024, get_vocab_size=lambda: 80, max_logprobs=20)
     scheduler = SimpleNamespace(max_num_seqs=max_num_seqs)
     return SimpleNamespace(
         vllm_config=SimpleNamespace(
@@ -260,7 +261,7 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
 ) -> None:
     warmed: list[tuple[tuple[int, ...], int]] = []
 
-    class WatchedEngine(ToyEngine):
+    class WatchedEngine(Engine):
         def __init__(self, client: object, top_k: int) -> None:
             super().__init__(TOY)
 
@@ -284,7 +285,7 @@ def test_getting_ready_asks_the_engine_once_and_says_what_is_served(
 def test_places_for_running_branches(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, asked: str | None, max_num_seqs: int, width: int
 ) -> None:
-    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: Engine(TOY))
     if asked is not None:
         monkeypatch.setenv(WIDTH_ENV, asked)
     assert made_ready(max_num_seqs).width() == width
@@ -297,7 +298,7 @@ def test_a_wrong_number_of_running_branches(
     with pytest.raises(ConfigError) as caught:
         running_branches(asked, 100)
     assert str(caught.value) == f"{WIDTH_ENV}: {asked!r} is not a number of branches, as in 64"
-    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: Engine(TOY))
     monkeypatch.setenv(WIDTH_ENV, asked)
     with pytest.raises(ConfigError, match=WIDTH_ENV):
         made_ready()
@@ -306,7 +307,7 @@ def test_a_wrong_number_of_running_branches(
 def test_events_are_recorded_where_the_environment_says(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: ToyEngine(TOY))
+    monkeypatch.setattr(routes, "VllmEngine", lambda client, top_k: Engine(TOY))
     assert made_ready().sink is None
     registry.unregister(next(iter(registry._collector_to_names)))
     path = tmp_path / "drafter.jsonl"

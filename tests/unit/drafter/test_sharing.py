@@ -8,7 +8,7 @@ import pytest
 from host_peer import PROMPT, TOY, Peer, opened, with_peer
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import ToyEngine, draft_model
+from toys import draft_model
 
 from vllm_wanspec.core.messages import (
     MAX_NODES_PER_MESSAGE,
@@ -22,6 +22,7 @@ from vllm_wanspec.core.messages import (
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.drafter.connection import Connection, gathered
 from vllm_wanspec.drafter.host import StreamingHost
+from vllm_wanspec.sim.engine import Engine
 
 WIDE = {"lookahead": 24, "max_nodes": 512, "max_branches": 4, "running_branches": 64, "branch_depth": 4}
 
@@ -50,8 +51,8 @@ def running(connection: Connection) -> int:
 
 
 def new_host(places: int) -> StreamingHost:
-    engine = ToyEngine(TOY)
-    engine.open.clear()  # branches run, and give nothing
+    engine = Engine(TOY)
+    engine.held = True  # branches run, and give nothing
     return StreamingHost(engine, draft_model(), running_branches=places)
 
 
@@ -62,7 +63,7 @@ def new_host(places: int) -> StreamingHost:
     ("places", "sessions", "width"), [(64, 0, 64), (64, 1, 64), (64, 3, 21), (64, 64, 1), (64, 200, 1), (1, 1, 1)]
 )
 def test_a_session_s_share_is_never_none(places: int, sessions: int, width: int) -> None:
-    host = StreamingHost(ToyEngine(TOY), draft_model(), running_branches=places)
+    host = StreamingHost(Engine(TOY), draft_model(), running_branches=places)
     host.connections = {type("C", (), {"sessions": sessions})()}  # type: ignore[assignment]
     assert host.width() == width
 
@@ -124,7 +125,7 @@ def test_so_does_that_of_one_whose_engine_request_fails() -> None:
 
 def test_branches_run_in_all_places_and_in_no_more() -> None:
     async def main() -> None:
-        host = StreamingHost(ToyEngine(TOY), draft_model(), running_branches=8)
+        host = StreamingHost(Engine(TOY), draft_model(), running_branches=8)
         most = {1: 0, 2: 0}
         async with peers(host, 2) as both:
             for count, peer in enumerate(both, 1):

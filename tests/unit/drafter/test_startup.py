@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from conftest import LogLines
 from prometheus_client import CollectorRegistry
-from toys import VOCABULARY, Toy, ToyEngine
+from toys import VOCAB_SIZE, VOCABULARY, toy
 
 from vllm_wanspec import plugin
 from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.drafter import routes
+from vllm_wanspec.sim.engine import Engine
 
 SERVER = SimpleNamespace(name="OPENAI_API_SERVER")
 
@@ -27,7 +28,7 @@ def configuration(**changes: Any) -> SimpleNamespace:
         "logprobs_mode": "raw_logprobs",
         "runner_type": "generate",
         "max_model_len": 1024,
-        "get_vocab_size": lambda: 64,
+        "get_vocab_size": lambda: 80,
         **changes,
     }
     return SimpleNamespace(
@@ -130,9 +131,9 @@ def asked_for(monkeypatch: pytest.MonkeyPatch, client: Client) -> tuple[int, Sim
     """How many alternatives a drafter that gets ready asks its engine for, and its state."""
     asked: list[int] = []
 
-    def engine(client: Any, top_k: int = 8) -> ToyEngine:
+    def engine(client: Any, top_k: int = 8) -> Engine:
         asked.append(top_k)
-        return ToyEngine(Toy())
+        return Engine(toy())
 
     monkeypatch.setattr(routes, "VllmEngine", engine)
     monkeypatch.setenv(TOKEN_ENV, "secret")
@@ -159,8 +160,8 @@ def test_enough_log_probabilities(monkeypatch: pytest.MonkeyPatch, log: LogLines
 
 
 def test_a_vocabulary_of_bytes_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    vocabulary = {token.encode(): index for token, index in VOCABULARY.items()} | {b"\xff\xfe": 60}
+    vocabulary = {token.encode(): index for token, index in VOCABULARY.items()} | {b"\xff\xfe": VOCAB_SIZE + 10}
     _, state = asked_for(monkeypatch, Client(vocabulary))
     model = state.wanspec_port().connection._host.model
-    assert model.vocab_size == 61
+    assert model.vocab_size == VOCAB_SIZE + 11
     assert model.fingerprint == vocabulary_fingerprint(vocabulary)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, toy, wait_until
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
@@ -14,7 +14,7 @@ from vllm_wanspec.trace.target import Outcome
 from vllm_wanspec.trace.timeline import load, summarize
 from vllm_wanspec.trace.tree import Fate
 
-TOY = Toy(seed=8)
+TOY = toy(seed=8)
 PROMPT = [3, 2, 1]
 LIMIT, STEPS = 4, 30
 

@@ -78,7 +78,7 @@ def plan_lineup(options: BenchOptions, folder: Path) -> Lineup:
             wan_spec(wan_port, drafter_port, 0.0, control_port),
         ]
     if "wanspec_random" in arms:
-        argv = [sys.executable, "-m", "vllm_wanspec.sim.useless", "--model", options.target]
+        argv = [sys.executable, "-m", "vllm_wanspec.sim.service", "--model", options.target]
         pace = [] if options.draft_forward is None else ["--pace", options.draft_forward.setting]
         argv += ["--port", str(random_port), *pace]
         sources.append(ServerSpec(RANDOM, argv, random_port, machine.server_env(draft_core), draft_core))

@@ -15,8 +15,8 @@ from vllm_wanspec.core.messages import PROTOCOL_VERSION, Nodes, Welcome, decode,
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.lab.target.hotpath_report import quantiles
 from vllm_wanspec.lab.target.played import make_pool, make_settings
-from vllm_wanspec.sim.language import TAIL, TOP_K, Language
-from vllm_wanspec.sim.synthetic import synthetic_model
+from vllm_wanspec.sim.host import draft_model
+from vllm_wanspec.sim.models import TAIL, TOP_K, Language
 
 FRAME_NODES = 64
 SPREAD_SESSIONS = 8
@@ -35,7 +35,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
     """
     language = Language()
     pool = make_pool(make_settings("http://127.0.0.1:9"), language, limit=8)
-    link, model = pool.links[0], synthetic_model(language)
+    link, model = pool.links[0], draft_model(language)
     what_it_serves = (model.name, model.vocab_size, model.fingerprint)
     link.welcome = Welcome(PROTOCOL_VERSION, *what_it_serves, model.max_sessions, model.max_nodes, model.max_context)
     writers, lines = [], deque[list[list[int]]]()

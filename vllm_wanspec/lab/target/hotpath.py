@@ -36,9 +36,10 @@ from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
 from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
 from vllm_wanspec.lab.target.hotpath_report import HotpathOptions, HotpathResult, Run, hotpath_document
-from vllm_wanspec.lab.target.played import PlayedTarget, StepTimes, Workload, make_pool, make_settings
-from vllm_wanspec.sim.language import Language
-from vllm_wanspec.sim.synthetic import STATS_PATH
+from vllm_wanspec.lab.target.played import make_pool, make_settings
+from vllm_wanspec.sim.models import Language
+from vllm_wanspec.sim.service import STATS_PATH
+from vllm_wanspec.sim.target import PlayedTarget, StepTimes, Workload
 
 STANDARD = HotpathOptions()
 LINK_DEADLINE_S = 10.0
@@ -183,7 +184,7 @@ class _LiveRun:
 def _drafter_spec(core: int | None, running_branches: int) -> ServerSpec:
     """The synthetic drafter, a process of its own."""
     (port,) = free_ports(1)
-    argv = [sys.executable, "-m", "vllm_wanspec.sim.synthetic", "--port", str(port)]
+    argv = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port)]
     return ServerSpec("drafter", [*argv, "--running-branches", str(running_branches)], port, core=core)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.report.cells import MARKS
 from vllm_wanspec.lab.report.document import Document, Table
 from vllm_wanspec.lab.stats import percentile
-from vllm_wanspec.lab.target.played import StepTimes, Workload
-from vllm_wanspec.sim.synthetic import RUNNING_BRANCHES
+from vllm_wanspec.sim.target import StepTimes, Workload
 
 #: What the hot path may cost.
 BARS = {"propose_take_ms": {"p50": 0.6, "p99": 2.0}, "frame_us": {"p50": 150.0}}
@@ -41,7 +41,7 @@ class HotpathOptions:
     switch_interval_ms: float | None = None
     tree: str = ""
     late: str | None = None
-    running_branches: int = RUNNING_BRANCHES
+    running_branches: int = DEFAULT_RUNNING_BRANCHES
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> tuple[
     drafter_port, *ports = free_ports(1 + 5 * instances)
     target_core, draft_core = machine.pin_cores()
     # Its steps take a minute, and give tokens to what was there at their beginning: no request lives that long.
-    drafter = [sys.executable, "-m", "vllm_wanspec.sim.useless", "--port", str(drafter_port)]
+    drafter = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(drafter_port)]
     drafter += ["--model", str(models.target), "--pace", f"{MAX_BASE_MS:g}"]
     specs = {SILENT_DRAFTER: ServerSpec(SILENT_DRAFTER, drafter, drafter_port, machine.server_env(), draft_core)}
     empty = {

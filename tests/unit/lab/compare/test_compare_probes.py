@@ -1,4 +1,4 @@
-"""What the side-by-side bench reads around its requests, its proposers, and its useless drafter."""
+"""What the side-by-side bench reads around its requests, and its proposers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from vllm_wanspec.lab.compare import probes
 from vllm_wanspec.lab.compare.oracle import EmptyProposer, OracleProposer, write_references
 from vllm_wanspec.lab.compare.probes import Probe, Wan
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.sim.useless import RandomTokens
 
 
 def oracle(path: Path, tokens: int = 3) -> OracleProposer:
@@ -59,16 +58,6 @@ def test_the_oracle_reads_again_what_has_changed(tmp_path: Path) -> None:
 
 def test_the_empty_proposer_proposes_nothing() -> None:
     assert EmptyProposer(None).propose([[1], []], None, None, slot_mappings=None) == [[], []]
-
-
-def test_random_tokens_are_of_the_vocabulary_and_sure() -> None:
-    model = RandomTokens(50, seed=1)
-    steps = [model.step([1, 2, 3]) for _ in range(200)]
-    tokens = {step.token for step in steps}
-    assert tokens <= set(range(50))
-    assert len(tokens) > 40
-    assert all(step.token not in {token for token, _ in step.alternatives} for step in steps)
-    assert all(step.logprob > logprob for step in steps for _, logprob in step.alternatives)
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, toy
 
 from vllm_wanspec.lab.drafter.churning import ChurningWorkload, Reading, churn_row
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter
@@ -117,7 +117,7 @@ def test_the_workload_opens_one_session_after_another() -> None:
                 await until(lambda: server.attempts > 2)
         assert load.tally.received_bytes > 0
 
-    with DrafterServer(Toy(), model=draft_model(max_context=150)) as server:
+    with DrafterServer(toy(), model=draft_model(max_context=150)) as server:
         asyncio.run(run(server.url))
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
 
 import aiohttp
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, ToyEngine, draft_model, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, toy, wait_until
 
-from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.drafter.loads import MAX_NODES, STEADY_LOOKAHEAD, Drafter, SteadyLoad
 from vllm_wanspec.lab.drafter.steady import SHORTEST_STEPS, SteadyWorkload, Trace, cpu_between, phases, summary
 from vllm_wanspec.lab.drafter.streams import playing
@@ -117,15 +116,6 @@ def test_a_window_without_a_phase_is_all_zero() -> None:
     assert not row.is_near
 
 
-class PacedEngine(ToyEngine):
-    """Takes two milliseconds per token, however many branches run."""
-
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
-        async for steps in super().draft(tokens, max_tokens):
-            await asyncio.sleep(0.002)
-            yield steps
-
-
 def workload(http: aiohttp.ClientSession, server: DrafterServer, load: SteadyLoad) -> SteadyWorkload:
     texts = itertools.cycle([[1] * 50, [2] * 50])
     return SteadyWorkload(Drafter(http, server.url, TOKENIZER, texts, CpuClock()), load)
@@ -137,8 +127,7 @@ def test_rounds_on_a_toy_drafter(width: int) -> None:
         async with asyncio.timeout(30.0), aiohttp.ClientSession() as http:
             return await workload(http, server, SteadyLoad(branch_depth=40)).window(width, 1.0)
 
-    with DrafterServer(Toy(), model=draft_model(max_context=400)) as server:
-        server.host.engine = PacedEngine(Toy())
+    with DrafterServer(toy(), model=draft_model(max_context=400), pace=Pacing(2.0)) as server:
         row = asyncio.run(run())
         wait_until(lambda: server.sessions == 0)
     assert row.rounds >= 1
@@ -158,7 +147,7 @@ def test_a_lost_drafter_is_told() -> None:
             with pytest.raises(ClientError, match="broke"):
                 await task
 
-    with DrafterServer(Toy()) as server:
+    with DrafterServer(toy()) as server:
         asyncio.run(run())
 
 
@@ -169,6 +158,6 @@ def test_the_load_ends_with_the_block() -> None:
                 while not server.sessions:
                     await asyncio.sleep(0.001)
 
-    with DrafterServer(Toy()) as server:
+    with DrafterServer(toy()) as server:
         asyncio.run(run())
         wait_until(lambda: server.sessions == 0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, Toy, draft_model, limits, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.core.tree import DraftTree, NodeRecord
 from vllm_wanspec.errors import ConfigError
@@ -22,9 +22,7 @@ from vllm_wanspec.lab.harness.models import DraftTokenizer
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
-def with_client(
-    scenario: Callable[[DrafterClient], Coroutine[Any, Any, None]], toy: Toy | None = None, token: str | None = None
-) -> None:
+def with_client(scenario: Callable[[DrafterClient], Coroutine[Any, Any, None]], token: str | None = None) -> None:
     """Run a scenario on a connection to a toy drafter."""
 
     async def run(url: str) -> None:
@@ -32,7 +30,7 @@ def with_client(
             async with DrafterClient.connect(http, url, TOKENIZER, token) as client:
                 await scenario(client)
 
-    with DrafterServer(toy or Toy(), token=token) as server:
+    with DrafterServer(toy(), token=token) as server:
         asyncio.run(run(server.url))
         wait_until(lambda: server.sessions == 0)
 
@@ -43,8 +41,6 @@ async def until(condition: Callable[[], object]) -> None:
 
 
 def test_a_stream_commits_what_was_drafted() -> None:
-    toy = Toy()
-
     async def scenario(client: DrafterClient) -> None:
         stream = await client.open((1, 2, 3), limits(lookahead=12), Random(0))
         await until(lambda: stream.lead == 12)
@@ -57,7 +53,7 @@ def test_a_stream_commits_what_was_drafted() -> None:
         assert client.tally.received_bytes > 0
         await stream.close()
 
-    with_client(scenario, toy)
+    with_client(scenario)
 
 
 def test_without_a_draft_nothing_is_committed() -> None:
@@ -118,7 +114,7 @@ def test_another_vocabulary_is_refused() -> None:
                 async with DrafterClient.connect(http, url + "/nothing", TOKENIZER):
                     raise AssertionError("was welcomed")
 
-    with DrafterServer(Toy()) as server:
+    with DrafterServer(toy()) as server:
         asyncio.run(run(server.url))
 
 
@@ -131,7 +127,7 @@ def test_a_rejected_session_breaks_the_connection() -> None:
                 with pytest.raises(ClientError, match="session 1 rejected: too_long"):
                     await client.send()
 
-    with DrafterServer(Toy(), model=draft_model(max_context=100)) as server:
+    with DrafterServer(toy(), model=draft_model(max_context=100)) as server:
         asyncio.run(run(server.url))
 
 

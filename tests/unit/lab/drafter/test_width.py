@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from result_files import committed, key_paths
 from rich.console import Console
-from toys import FINGERPRINT, VOCAB_SIZE
+from toys import FINGERPRINT, VOCAB_SIZE, drafter_argv
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -27,7 +26,6 @@ from vllm_wanspec.lab.harness.models import DraftTokenizer
 from vllm_wanspec.lab.harness.options import listed, parse_widths
 from vllm_wanspec.lab.harness.servers import ServerSpec
 
-FAKE = Path(__file__).parents[1] / "fake_drafter.py"
 TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
@@ -67,7 +65,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     def spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)
-        return replace(real, argv=[sys.executable, str(FAKE), str(real.port), str(places)])
+        return replace(real, argv=drafter_argv(real.port, places))
 
     monkeypatch.setattr(width, "drafter_spec", spec)
     monkeypatch.setattr(width.DraftTokenizer, "load", lambda model: TOKENIZER)

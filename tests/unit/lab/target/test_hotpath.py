@@ -24,7 +24,7 @@ from vllm_wanspec.lab.target.hotpath_report import (
     Run,
     hotpath_document,
 )
-from vllm_wanspec.lab.target.played import StepTimes, Workload
+from vllm_wanspec.sim.target import StepTimes, Workload
 
 HERE = Provenance("a machine", {"python": "3.11"}, "abc", "python -m hotpath", 99.0)
 

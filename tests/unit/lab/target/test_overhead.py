@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from result_files import committed, key_paths
 from rich.console import Console
-from toys import FINGERPRINT, VOCAB_SIZE
+from toys import FINGERPRINT, VOCAB_SIZE, drafter_argv
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -171,7 +171,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     def route(draft: Path, places: int, pace: None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)
-        return replace(real, argv=[sys.executable, str(FAKES / "fake_drafter.py"), str(real.port), str(places)])
+        return replace(real, argv=drafter_argv(real.port, places))
 
     def direct(draft: Path, prompts: Path, port: int, core: int | None) -> ServerSpec:
         real = direct_spec(draft, prompts, port, core)
