@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from vllm_wanspec.text import printable
 from vllm_wanspec.trace import timeline
 from vllm_wanspec.trace.chrome import write_chrome
 from vllm_wanspec.trace.page import token_texts, tokens_of, write_page
@@ -86,11 +87,6 @@ def print_table(console: Console, figures: Sequence[Figures]) -> None:
             f"{entry.waits:,} ({1e3 * entry.waited_s:.0f} ms)" if entry.waits else "0",
         )
     console.print(table)
-
-
-def printable(text: str) -> str:
-    """The text without what a terminal would obey: ids come from clients."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def _console() -> Console:

@@ -11,8 +11,8 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 
-from vllm_wanspec.addresses import place
 from vllm_wanspec.config import TOKEN_ENV, DraftEndpoint
+from vllm_wanspec.config.addresses import place
 from vllm_wanspec.core.messages import PATH
 from vllm_wanspec.text import masked_url, printable
 

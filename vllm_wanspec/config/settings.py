@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from vllm_wanspec.addresses import base_url, environment_proxy, proxy_setting, same_place
+from vllm_wanspec.config.addresses import base_url, environment_proxy, proxy_setting, same_place
+from vllm_wanspec.config.yamlfile import other_form, read_yaml
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.text import masked, printable
-from vllm_wanspec.yamlfile import other_form, read_yaml
 
 CONFIG_ENV = "WANSPEC_CONFIG"
 EVENTS_ENV = "WANSPEC_EVENTS"

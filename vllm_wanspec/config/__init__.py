@@ -1,0 +1,35 @@
+"""The YAML file and the environment: read, checked, and refused in one line that names what is wrong."""
+
+from vllm_wanspec.config.settings import (
+    CONFIG_ENV,
+    EVENTS_ENV,
+    HOST_ENV,
+    PROPOSER,
+    TOKEN_ENV,
+    WIDTH_ENV,
+    DraftEndpoint,
+    LateSettings,
+    MetricsSettings,
+    Settings,
+    TreeSettings,
+    checked_token,
+    load_settings,
+    settings_path,
+)
+
+__all__ = [
+    "CONFIG_ENV",
+    "EVENTS_ENV",
+    "HOST_ENV",
+    "PROPOSER",
+    "TOKEN_ENV",
+    "WIDTH_ENV",
+    "DraftEndpoint",
+    "LateSettings",
+    "MetricsSettings",
+    "Settings",
+    "TreeSettings",
+    "checked_token",
+    "load_settings",
+    "settings_path",
+]
