@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -14,7 +14,27 @@ from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document
 from vllm_wanspec.lab.report.markdown import markdown
 
-__all__ = ["json_text", "publish"]
+__all__ = ["Publication", "json_text", "publish"]
+
+
+class Publication(NamedTuple):
+    """What is published of a result: the arguments of `publish` that do not depend on who asked.
+
+    Attributes:
+        document: For people.
+        data: For programs: the result file's content.
+        flat: Lists of it that get one line for each of their many entries.
+        draw: Writes the picture of a page to a path; False where it cannot.
+    """
+
+    document: Document
+    data: dict[str, Any]
+    flat: Collection[str] = ()
+    draw: Callable[[Path], bool] = lambda path: False
+
+    def publish(self, outputs: Outputs, console: Console) -> None:
+        """Print it, and write its files; see `publish`."""
+        publish(self.document, self.data, outputs, console, draw=self.draw, flat=self.flat)
 
 
 def publish(
