@@ -16,7 +16,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.compare.trees_result import git_commit
 from vllm_wanspec.lab.drafter.width_measure import (
     COMMIT_INTERVAL_S,
     CONTEXT_TOKENS,
@@ -29,6 +28,7 @@ from vllm_wanspec.lab.drafter.width_measure import (
 )
 from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, SteadyLoad
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.provenance import git_commit
 from vllm_wanspec.lab.harness.running import write_output
 
 __all__ = ["BAR_RATIO", "BAR_WIDTH", "Arm", "WidthResult", "markdown", "print_report", "write_json", "write_markdown"]

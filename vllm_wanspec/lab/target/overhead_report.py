@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_wanspec.lab.compare.trees_result import git_commit
 from vllm_wanspec.lab.drafter.width_measure import CONTEXT_TOKENS, NEAR
 from vllm_wanspec.lab.drafter.width_steady import LOOKAHEAD, SteadyLoad
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.provenance import git_commit
 from vllm_wanspec.lab.harness.running import write_output
 from vllm_wanspec.lab.stats import CONFIDENCE, RESAMPLES, Interval, rounded
 

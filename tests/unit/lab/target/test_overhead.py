@@ -217,7 +217,7 @@ def test_what_is_started(tmp_path: Path) -> None:
     silent_port = plan.specs[SILENT_DRAFTER].port
     assert list(plan.specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
     assert (
-        "oracle.EmptyProposer"
+        "proposers.EmptyProposer"
         in plan.specs["empty-1"].argv[plan.specs["empty-1"].argv.index("--speculative-config") + 1]
     )
     assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent-1.yaml").read_text().replace("http:", "ws:")
