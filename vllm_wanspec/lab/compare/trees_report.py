@@ -153,6 +153,8 @@ def _remarks(found: TreesFigures) -> list[str]:
 def _warnings(found: TreesFigures) -> list[str]:
     """Sentences on why the figures may mean nothing."""
     texts = found.result.warnings(found.is_valid)
+    if found.result.ended_by is not None:
+        texts.insert(1, f"Complete rounds: {len(found.batches) // len(found.arms)}.")
     drafter = found.result.paced.get(DRAFTER)
     if drafter is not None and drafter.share > MAX_OVERRUN_SHARE:
         texts.append(f"{drafter.share:.1%} of the drafter's forwards took longer than their pace.")

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import vllm_wanspec
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.arms import tree_arms
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.plots import draw_figures
 from vllm_wanspec.lab.compare.report import as_json, bench_report
@@ -269,3 +270,19 @@ def test_without_matplotlib_the_page_has_no_plot(tmp_path: Path, monkeypatch: py
     write(full_run(2), markdown_path=tmp_path / "bench.md")
     assert "![" not in (tmp_path / "bench.md").read_text()
     assert not (tmp_path / "bench.png").exists()
+
+
+def test_tree_arms_stand_beside_the_others(tmp_path: Path) -> None:
+    trees = tree_arms("--trees", "wide=running_branches=64; plain=off")
+    run = full_run(2, options=options(arms=("none", "wanspec"), rtt_ms=(0.0, 20.0), concurrency=(1,)))
+    remote = [one for one in run.batches if one.cell.arm == "wanspec"]
+    more = [replace(one, cell=one.cell._replace(arm=arm.name)) for arm in trees for one in remote]
+    idle = [replace(one, counters=Counters({"drafted_tokens": 0})) for one in more if one.cell.arm == "plain"]
+    batches = [*run.batches, *(one for one in more if one.cell.arm == "wide"), *idle]
+    run = replace(run, options=replace(run.options, arms=(*run.options.arms, *trees)), batches=batches)
+    page = page_of(run)
+    assert lines_of(page, "| wide | 0 |") and lines_of(page, "| wide | 20 |") and lines_of(page, "| plain | 20 |")
+    assert "- `wide`: remote drafts without prompt lookup, asking for `running_branches=64`" in page
+    assert "Nothing was drafted" not in page  # an arm that opts out of drafts has none
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert draw_figures(figures(run), tmp_path / "bench.png", "")

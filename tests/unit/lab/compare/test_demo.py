@@ -26,7 +26,6 @@ from vllm_wanspec.lab.compare.lineup import plan_lineup
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.answer_view import python_text
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.harness.running import Outputs
@@ -214,16 +213,6 @@ def test_a_different_output_is_named(stage: Stage) -> None:
     found = figures_with(stage, wrong=("cmd: at generated position 17: plain token 5, here None",))
     assert not found.identical
     assert "cmd: at generated position 17: plain token 5, here None" in report(stage, found)
-
-
-def test_shown_text_has_the_end_of_the_prompt_and_not_too_many_lines() -> None:
-    text = python_text("a = 1\nb = 2\nc = 3\ndef f(", "x):\n" + "    pass\n" * 50, lines=10)
-    assert text.plain.startswith("b = 2\nc = 3\ndef f(x):\n    pass")
-    assert text.plain.endswith("… 44 more lines")
-    assert len(text.plain.splitlines()) == 10
-    assert text.get_style_at_offset(Console(), 0).dim
-    live = python_text("a = 1\nb = 2\nc = 3\ndef f(", "x):\n" + "    pass\n" * 50 + "end", lines=10, keep_end=True)
-    assert live.plain.splitlines() == ["    pass"] * 9 + ["end"]
 
 
 def invoke(stage: Stage, *arguments: str) -> tuple[int, str]:

@@ -175,7 +175,8 @@ def test_what_is_complete_is_written_after_ctrl_c_and_the_run_goes_on(stage: Sta
     data = result_of(stage)
     assert data["complete"] is False
     assert [row[data["row_columns"].index("arm")] for row in data["rows"]] == ["main-line", "default"]
-    assert "**INCOMPLETE: the run was interrupted." in (stage.folder / "trees.md").read_text()
+    page = (stage.folder / "trees.md").read_text()
+    assert "**INCOMPLETE: the run was interrupted.**\n\n**Complete rounds: 1.**" in page
     assert "the same command goes on from there" in stage.printed
     run(stage, markdown=True)
     assert "3 requests are done" in stage.printed
