@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.compare.plan import ARMS, DEFAULT_ARMS, BenchOptions, parse_list
-from vllm_wanspec.lab.harness.models import find_models
+from vllm_wanspec.lab.compare.arms import ARMS, named_arms, tree_arms
+from vllm_wanspec.lab.compare.plan import DEFAULT_ARMS, DEFAULT_COUNT, Options
+from vllm_wanspec.lab.harness.models import find_models, read_prompts
 from vllm_wanspec.lab.harness.needs import check_needs
-from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace
-from vllm_wanspec.lab.harness.running import Outputs, one_line_errors
+from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace, parse_list
+from vllm_wanspec.lab.harness.running import Outputs, console_of_this_run, one_line_errors
 
 __all__ = ["bench"]
-
-LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
 
 
 def bench(
@@ -33,6 +30,14 @@ def bench(
         typer.Option(help='JSON lines of {"prompt": …}, with a "module" or without.', show_default="the demo's"),
     ] = None,
     arms: Annotated[str, typer.Option(help=f"What to compare, of {', '.join(ARMS)}.")] = ",".join(DEFAULT_ARMS),
+    trees: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ARMS",
+            help='Tree settings as further arms, "name=key=value,key=value; name2=…": remote drafts without prompt '
+            "lookup, all from one target, at every round trip of --rtt-ms, one request at a time.",
+        ),
+    ] = None,
     rtt_ms: Annotated[str, typer.Option(help="Emulated round trips to the drafter, ms.")] = "0,10,20,30,50,70,100",
     concurrency: Annotated[str, typer.Option(help="Requests at a time.")] = "1",
     concurrent_arms: Annotated[
@@ -41,9 +46,7 @@ def bench(
     concurrent_rtt_ms: Annotated[
         str | None, typer.Option(help="Round trips above concurrency 1.", show_default="as --rtt-ms")
     ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Prompts whose texts are long enough.", show_default="24")
-    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts whose texts are long enough.")] = DEFAULT_COUNT,
     repeat: Annotated[int, typer.Option(min=1, help="How often each prompt goes through each arm.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=24, max=512, help="Tokens to generate per prompt.")] = 128,
     speculative_tokens: Annotated[int, typer.Option(min=1, max=64, help="Draft tokens verified per step at most.")] = 8,
@@ -73,23 +76,28 @@ def bench(
     """
     # Only here: what measures is slow to import, and every command imports this module.
     from vllm_wanspec.lab.compare.figures import figures
-    from vllm_wanspec.lab.compare.run import run_bench
+    from vllm_wanspec.lab.compare.report import bench_report
+    from vllm_wanspec.lab.compare.run import run_compare
 
     with one_line_errors("wanspec bench"):
         given = target and draft and prompts
         check_needs(
             instead_of_demo_models=None if given else "--target, --draft and --prompts", plots=markdown_file is not None
         )
-        compared = parse_list("--arms", arms, str)
+        compared = named_arms("--arms", parse_list("--arms", arms, str))
         trips = parse_list("--rtt-ms", rtt_ms, float)
-        options = BenchOptions(
+        options = Options(
             target=_model(target) if target else str(find_models(None).target),
             draft=_model(draft) if draft else str(find_models(None).draft),
             prompts=(prompts or find_models(None).prompts).resolve(),
-            arms=compared,
+            arms=(*compared, *(tree_arms("--trees", trees) if trees else ())),
             rtt_ms=trips,
             concurrency=parse_list("--concurrency", concurrency, int),
-            concurrent_arms=parse_list("--concurrent-arms", concurrent_arms, str) if concurrent_arms else compared,
+            concurrent_arms=(
+                named_arms("--concurrent-arms", parse_list("--concurrent-arms", concurrent_arms, str))
+                if concurrent_arms
+                else compared
+            ),
             concurrent_rtt_ms=(
                 parse_list("--concurrent-rtt-ms", concurrent_rtt_ms, float) if concurrent_rtt_ms else trips
             ),
@@ -103,16 +111,13 @@ def bench(
             draft_pace=Pacing.parse(draft_pace, "--draft-pace") if pace else None,
             time_scale=time_scale,
         )
-        run = run_bench(options, Outputs(json_file, markdown_file, keep_log), _console())
-        found = figures(run)
-    if not found.valid or found.wrong or (check and not found.held):
+        outputs, console = Outputs(json_file, markdown_file, keep_log), console_of_this_run()
+        candidates = read_prompts(options.prompts, None)
+        run = run_compare(options, candidates, outputs, console, name="bench", program="wanspec", report=bench_report)
+    if not run.kept_pace() or run.wrong or (check and not figures(run).held):
         raise typer.Exit(1)
 
 
 def _model(given: str) -> str:
     """A folder's whole path, so that a journal knows it again; anything else is a name."""
     return str(Path(given).resolve()) if Path(given).is_dir() else given
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)

@@ -8,10 +8,9 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.compare.demo_setup import DemoOptions
 from vllm_wanspec.lab.harness.needs import check_needs
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
-from vllm_wanspec.lab.harness.running import one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, one_line_errors
 
 __all__ = ["demo"]
 
@@ -33,12 +32,19 @@ def demo(
     machine lacks something, 130 after Ctrl-C.
     """
     # Only here: what measures is slow to import, and every command imports this module.
-    from vllm_wanspec.lab.compare.demo import run_demo
+    from vllm_wanspec.lab.compare.demo import demo_options, run_demo
 
     with one_line_errors("wanspec demo"):
         check_needs(instead_of_demo_models="--models DIR" if models is None else None)
-        paces = Pacing.parse(target_pace, "--target-pace"), Pacing.parse(draft_pace, "--draft-pace")
-        options = DemoOptions(rtt_ms, prompts, max_tokens, speculative_tokens, models, *paces, json_file, logs)
-        identical = run_demo(options, Console())
-    if not identical:
+        options = demo_options(
+            rtt_ms,
+            models,
+            count=prompts,
+            max_tokens=max_tokens,
+            speculative_tokens=speculative_tokens,
+            target_pace=Pacing.parse(target_pace, "--target-pace"),
+            draft_pace=Pacing.parse(draft_pace, "--draft-pace"),
+        )
+        found = run_demo(options, Outputs(json_file, log_dir=logs), Console())
+    if not found.identical:
         raise typer.Exit(1)

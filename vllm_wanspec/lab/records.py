@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from vllm_wanspec.errors import ConfigError
-
-__all__ = ["Batch", "Cell", "Journal", "Part", "Reference", "Request", "Trial"]
+from vllm_wanspec.lab.harness.counters import Counters
 
 
 class Cell(NamedTuple):
@@ -38,6 +37,8 @@ class Reference:
         expected: The target's own greedy token ids, up to where they begin to repeat.
         ranks: For each of them its place among the draft model's eight most probable tokens there, 0 for the most
             probable one; None for a token outside.
+        generated: Tokens of the whole text.
+        time_ms: From the first expected token to the last, decoded by the target alone.
     """
 
     index: int
@@ -46,6 +47,8 @@ class Reference:
     prompt_ids: tuple[int, ...]
     expected: tuple[int, ...]
     ranks: tuple[int | None, ...]
+    generated: int = 0
+    time_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +79,19 @@ class Batch:
         repeat: Which time round, from 0.
         seconds: From the first request's sending to the last one's end.
         requests: All of them.
-        counters: What they added to the counters of target, controller and drafter, by name.
+        counters: What they added to the counters of target, controller and drafter.
         cpu_s: Processor time by side, ``target`` and ``drafter``; a side without a server is absent.
-        ties: Outputs that part from the target's own at a floating-point tie.
-        wrong: What differs without one, one line each.
+        ties: Outputs that part from the target's own at a floating-point tie, one line each.
+        wrong: Those that differ without one, likewise.
     """
 
     cell: Cell
     repeat: int
     seconds: float
     requests: tuple[Request, ...]
-    counters: Mapping[str, float] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
     cpu_s: Mapping[str, float] = field(default_factory=dict)
-    ties: int = 0
+    ties: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
 
 
@@ -166,6 +169,8 @@ class Journal:
         """Keep a record."""
         kind = type(record).__name__.lower()
         content = record._asdict() if isinstance(record, Trial) else asdict(record)
+        if isinstance(record, Batch):  # JSON has no keys of two parts
+            content["counters"]["positions"] = [[*key, count] for key, count in record.counters.positions.items()]
         self._write({kind: content})
         self._take({kind: json.loads(json.dumps(content))})
 
@@ -200,7 +205,11 @@ class Journal:
                 self.parts.append(Part(fields["seconds"], paced))
             case {"batch": dict(fields)}:
                 requests = tuple(Request(**request) for request in fields["requests"])
-                made = {"cell": Cell(*fields["cell"]), "requests": requests, "wrong": tuple(fields["wrong"])}
+                gained = fields["counters"]
+                positions = {(entropy, outcome): count for entropy, outcome, count in gained["positions"]}
+                made: dict[str, Any] = {"cell": Cell(*fields["cell"]), "requests": requests}
+                made |= {name: tuple(fields[name]) for name in ("ties", "wrong")}
+                made["counters"] = Counters(gained["values"], positions)
                 self.batches.append(Batch(**(fields | made)))
 
 

@@ -1,7 +1,8 @@
-"""A stand-in for the demo's servers, run as a process: /health, /v1/completions and /metrics.
+"""A stand-in for vLLM's servers, run as a process: /health, /v1/completions and /metrics.
 
-The n-th generated token of a prompt depends on the prompt alone, so two of these agree, except that
-one started with ``--differ-at N`` gives another N-th token.
+The n-th generated token of a prompt depends on the prompt alone, so two of these agree, except that one started with
+``--differ-at N`` gives another N-th token to requests that do not opt out of drafts. What requests ask of their tree is
+written to the log.
 """
 
 import argparse
@@ -14,6 +15,21 @@ from threading import Thread
 from typing import Any
 
 TOKENS_PER_CHUNK = 2
+METRICS = """\
+wanspec_drafter_up{{drafter="demo"}} 1.0
+wanspec_steps_total {steps}
+wanspec_committed_tokens_total {committed}
+wanspec_hits_total {steps}
+wanspec_received_nodes_total {steps}
+wanspec_received_bytes_total {bytes}
+wanspec_sent_bytes_total 0
+wanspec_drafted_tokens_total {drafted}
+wanspec_branch_seconds_total 0.25
+wanspec_positions_total{{entropy="0-0.25",outcome="agreed"}} {steps}
+wanspec_positions_total{{entropy="1-inf",outcome="branch"}} {steps}
+wanspec_positions_total{{entropy="1-inf",outcome="outside"}} {steps}
+vllm:something_else{{a="b"}} 1.0
+"""
 
 
 def prompt_ids(prompt: str | list[int]) -> list[int]:
@@ -44,9 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         """/health, and the controller's counters."""
         body = b""
         if self.path == "/metrics":
-            text = f'wanspec_drafter_up{{drafter="demo"}} 1.0\nwanspec_steps_total {Handler.steps}\n'
-            text += f"wanspec_committed_tokens_total {Handler.steps * TOKENS_PER_CHUNK}\n"
-            body = (text + f"wanspec_hits_total {Handler.steps}\n").encode()
+            steps = Handler.steps
+            counts = {"steps": steps, "committed": TOKENS_PER_CHUNK * steps, "bytes": 100 * steps, "drafted": 3 * steps}
+            body = METRICS.format(**counts).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -55,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         """/v1/completions."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         ids = prompt_ids(request["prompt"])
+        override = request.get("vllm_xargs", {}).get("wanspec", "")
+        print(f"override {override!r}", flush=True)
         if self.options.fail_after is not None and Handler.steps > self.options.fail_after:
             print("the engine died", flush=True)
             sys.stdout.flush()
@@ -63,14 +81,17 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         if request.get("stream"):
-            self.stream(ids, request["max_tokens"])
+            self.stream(ids, request["max_tokens"], None if override == "off" else self.options.differ_at)
+        elif "prompt_logprobs" in request:
+            ranked = [{str(token): {"rank": 1, "logprob": -0.1}} for token in ids]
+            self.wfile.write(json.dumps({"choices": [{"prompt_logprobs": ranked}]}).encode())
         else:
             top = {f"token_id:{token}": -0.7 - self.options.gap * (token % 2) for token in range(97, 124)}
             self.wfile.write(json.dumps({"choices": [{"logprobs": {"top_logprobs": [top]}}]}).encode())
 
-    def stream(self, ids: list[int], count: int) -> None:
+    def stream(self, ids: list[int], count: int, differ_at: int | None) -> None:
         """Send tokens two at a time."""
-        tokens = list(generate(ids, count, self.options.differ_at))
+        tokens = list(generate(ids, count, differ_at))
         for start in range(0, count, TOKENS_PER_CHUNK):
             Handler.steps += 1
             part = tokens[start : start + TOKENS_PER_CHUNK]

@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.records import Batch, Cell, Journal, Part, Reference, Request, Trial
 
 RUN: dict[str, Any] = {"target": "big", "rtt_ms": [0.0, 20.0], "versions": {"vllm": "1"}}
-REFERENCE = Reference(3, "bisect", "def f(", (1, 2), (7, 8, 9), (0, None, 2))
+REFERENCE = Reference(3, "bisect", "def f(", (1, 2), (7, 8, 9), (0, None, 2), 40, 81.5)
 CELL = Cell("wanspec", 20.0, 1)
-BATCH = Batch(CELL, 1, 0.5, (Request(3, 40.0, 80.0, 2, 1),), {"hits": 4.0}, {"target": 0.1}, 1, ("bisect: at 2",))
+GAINED = Counters({"hits": 4.0}, {("0-1", "agreed"): 3.0, ("1-inf", "leaf"): 1.0})
+BATCH = Batch(
+    CELL, 1, 0.5, (Request(3, 40.0, 80.0, 2, 1),), GAINED, {"target": 0.1}, ("bisect: at 1",), ("bisect: at 2",)
+)
 PART = Part(12.5, {"drafter": (100, 2)})
 
 

@@ -2,242 +2,166 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo_setup import DemoOptions
-from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.client import Completion
-from vllm_wanspec.lab.harness.models import Prompt
-from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
-
-__all__ = ["Arm", "DemoResult", "Divergence", "print_report", "write_json"]
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.compare.rows import Row, make_row
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
+from vllm_wanspec.lab.records import Batch, Cell
+from vllm_wanspec.lab.report.document import Document, Table
+from vllm_wanspec.lab.stats import divided, rounded
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """One target's completions, in the order of the prompts."""
+class DemoFigures:
+    """What the demo found.
 
-    completions: tuple[Completion, ...]
-
-    @property
-    def tpot_ms(self) -> float | None:
-        """Median over prompts of the time per token, milliseconds; None if none had two tokens."""
-        times = [done.tpot_ms for done in self.completions if done.tpot_ms is not None]
-        return statistics.median(times) if times else None
-
-    @property
-    def mean_tpot_ms(self) -> float | None:
-        """Mean over prompts of the time per token, milliseconds; None if none had two tokens."""
-        times = [done.tpot_ms for done in self.completions if done.tpot_ms is not None]
-        return statistics.fmean(times) if times else None
-
-    @property
-    def ttft_ms(self) -> float:
-        """Median over prompts of the time to the first token, milliseconds."""
-        return statistics.median(done.ttft_ms for done in self.completions)
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Where two completions of one prompt part.
-
-    Args:
-        prompt: The prompt.
-        position: Index of the first different generated token.
-        tie: Whether plain vLLM finds both tokens equally probable.
-        plain_id: Plain vLLM's token there; None if it had ended.
-        wanspec_id: WANSpec's token there; None if it had ended.
+    Attributes:
+        result: The run.
+        plain: The plain target's pass.
+        wanspec: That of the target with remote drafts.
     """
 
-    prompt: Prompt
-    position: int
-    tie: bool
-    plain_id: int | None
-    wanspec_id: int | None
-
-    def __str__(self) -> str:
-        tokens = f"plain token {self.plain_id}, WANSpec token {self.wanspec_id}"
-        return f"{self.prompt.module}: at generated position {self.position}: {tokens}"
-
-
-@dataclass(frozen=True, slots=True)
-class DemoResult:
-    """Everything a demo run measured.
-
-    Args:
-        options: The demo's settings.
-        plain: Plain vLLM's completions.
-        wanspec: WANSpec's completions.
-        counters: Controller counters (``wanspec_hits_total`` …): increase during the WANSpec arm.
-        divergences: Prompts whose outputs differ.
-        paced: Forwards that each server paced during the two arms.
-        seconds: Duration of the whole run.
-    """
-
-    options: DemoOptions
-    plain: Arm
-    wanspec: Arm
-    counters: Mapping[str, float]
-    divergences: Sequence[Divergence]
-    paced: Mapping[str, Paced]
-    seconds: float
-
-    @property
-    def ties(self) -> int:
-        """How many outputs part at a floating-point tie."""
-        return sum(found.tie for found in self.divergences)
+    result: Result
+    plain: Row
+    wanspec: Row
 
     @property
     def identical(self) -> bool:
         """Whether all outputs are the same, up to ties."""
-        return self.ties == len(self.divergences)
+        return not self.result.wrong
 
     @property
     def ratio(self) -> float | None:
         """WANSpec's time per token divided by plain vLLM's (of the medians)."""
-        plain, wanspec = self.plain.tpot_ms, self.wanspec.tpot_ms
-        return wanspec / plain if plain and wanspec is not None else None
+        return divided(self.wanspec.median_tpot_ms, self.plain.median_tpot_ms)
 
     @property
     def plain_overhead_ms(self) -> float | None:
         """Milliseconds that a plain step takes on top of its pace: vLLM's own work, and a busy machine's delays."""
-        plain = self.plain.tpot_ms
-        return None if plain is None else plain - self.options.target_pace.step_ms(1)
-
-    @property
-    def tokens_per_step(self) -> float | None:
-        """Tokens that a verification step of the WANSpec target committed on average."""
-        steps = self.counters["wanspec_steps_total"]
-        return self.counters["wanspec_committed_tokens_total"] / steps if steps else None
+        plain_ms, pace = self.plain.median_tpot_ms, self.result.options.target_pace
+        return None if plain_ms is None or pace is None else plain_ms - pace.step_ms(1)
 
     def count(self, name: str) -> int:
-        """Return the increase of ``wanspec_<name>_total``."""
-        return int(self.counters[f"wanspec_{name}_total"])
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result file's content."""
-        options = self.options
-        return {
-            "rtt_ms": options.rtt_ms,
-            "pacing": {
-                "target_ms": options.target_pace.base_ms,
-                "draft_ms": options.draft_pace.base_ms,
-                "target_ms_per_token": options.target_pace.per_token_ms,
-                "draft_ms_per_token": options.draft_pace.per_token_ms,
-            },
-            "arms": self._arms_json(),
-            "identical": self.identical,
-            "ratio": _rounded(self.ratio),
-            "plain_overhead_ms": _rounded(self.plain_overhead_ms),
-            "ties": self.ties,
-            "divergences": [str(found) for found in self.divergences],
-            "overruns": {name: _rounded(paced.share) for name, paced in self.paced.items()},
-            "per_prompt": [
-                {"none_tpot_ms": _rounded(plain.tpot_ms), "wanspec_tpot_ms": _rounded(wanspec.tpot_ms)}
-                for plain, wanspec in zip(self.plain.completions, self.wanspec.completions, strict=True)
-            ],
-            "prompts": options.prompts,
-            "max_tokens": options.max_tokens,
-            "speculative_tokens": options.speculative_tokens,
-            "seconds": round(self.seconds, 1),
-            "machine": machine.describe(),
-            "versions": machine.versions(),
-            "command": shlex.join(["wanspec", *sys.argv[1:]]),
-        }
-
-    def _arms_json(self) -> dict[str, Any]:
-        return {
-            "none": {"tpot_ms": _rounded(self.plain.tpot_ms), "ttft_ms": _rounded(self.plain.ttft_ms)},
-            "wanspec": {
-                "tpot_ms": _rounded(self.wanspec.tpot_ms),
-                "ttft_ms": _rounded(self.wanspec.ttft_ms),
-                "tokens_per_step": _rounded(self.tokens_per_step),
-                "hits": self.count("hits"),
-                "misses": self.count("misses"),
-                "late": self.count("late_drafts"),
-                "local_draft_passes": self.count("local_draft_passes"),
-            },
-        }
+        """Return the increase of a counter; 0 for one without a sample."""
+        return int(self.wanspec.counters.get(name) or 0)
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)
+def demo_figures(result: Result) -> DemoFigures:
+    """Gather the demo's figures."""
+    batches: dict[Cell, list[Batch]] = {}
+    for batch in result.batches:
+        batches.setdefault(batch.cell, []).append(batch)
+
+    plain, remote = (make_row(result, cell, batches) for cell in batches)
+    return DemoFigures(result, plain, remote)
 
 
-def write_json(result: DemoResult, path: Path) -> None:
-    """Write the result file.
+def as_json(found: DemoFigures) -> dict[str, Any]:
+    """Return the result file's content."""
+    result, options = found.result, found.result.options
+    target, draft = options.target_pace, options.draft_pace
+    both = zip(_paces_ms(found.plain), _paces_ms(found.wanspec), strict=True)
+    return {
+        "rtt_ms": options.rtt_ms[0],
+        "pacing": {
+            "target_ms": target and target.base_ms,
+            "draft_ms": draft and draft.base_ms,
+            "target_ms_per_token": target and target.per_token_ms,
+            "draft_ms_per_token": draft and draft.per_token_ms,
+        },
+        "arms": _arms_json(found),
+        "identical": found.identical,
+        "ratio": rounded(found.ratio),
+        "plain_overhead_ms": rounded(found.plain_overhead_ms),
+        "ties": len(result.ties),
+        "divergences": [*result.wrong, *result.ties],
+        "overruns": result.overruns_json()["overruns"],
+        "per_prompt": [{"none_tpot_ms": rounded(plain), "wanspec_tpot_ms": rounded(other)} for plain, other in both],
+        "prompts": options.count,
+        "max_tokens": options.max_tokens,
+        "speculative_tokens": options.speculative_tokens,
+        **result.provenance.as_json(),
+    }
 
-    Raises:
-        WanspecError: The file cannot be written.
-    """
-    try:
-        path.write_text(json.dumps(result.as_json(), indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise WanspecError(f"--json: cannot write {path}: {error.strerror}") from error
+
+def _arms_json(found: DemoFigures) -> dict[str, Any]:
+    def times(row: Row) -> dict[str, Any]:
+        return {"tpot_ms": rounded(row.median_tpot_ms), "ttft_ms": rounded(row.ttft_ms)}
+
+    counts = {"hits": "hits", "misses": "misses", "late": "late_drafts", "local_draft_passes": "local_draft_passes"}
+    return {
+        "none": times(found.plain),
+        "wanspec": {
+            **times(found.wanspec),
+            "tokens_per_step": rounded(found.wanspec.committed_per_step),
+            **{name: found.count(counter) for name, counter in counts.items()},
+        },
+    }
 
 
-def print_report(result: DemoResult, console: Console) -> None:
-    """Print the table, what is paced, and the warnings."""
-    console.print(_table(result))
-    options = result.options
-    console.print(
-        f"Emulated round trip between target and drafter: {options.rtt_ms:g} ms. Paced by sleeping in the model "
-        f"forward: target {options.target_pace}, draft {options.draft_pace}. Everything else is real."
+def document(found: DemoFigures) -> Document:
+    """Return the result for people."""
+    result, options = found.result, found.result.options
+    shares = ", ".join(f"{name} {paced.share:.2%} of {paced.steps:,}" for name, paced in result.paced.items())
+    overhead = f"A plain step takes {_ms(found.plain_overhead_ms)} on top of its pace"
+    return Document(
+        title="Remote drafting beside plain vLLM",
+        tables=[_table(found)],
+        warnings=_warnings(found),
+        remarks=[f"floating-point tie in {line}" for line in result.ties],
+        method=[
+            f"Emulated round trip between target and drafter: {options.rtt_ms[0]:g} ms. Paced by sleeping in the model "
+            f"forward: target {options.target_pace}, draft {options.draft_pace}. Everything else is real.",
+            f"{overhead}; forwards slower than their pace: {shares}.",
+        ],
+        provenance=result.source,
     )
-    packages = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-    console.print(f"{machine.describe()}; {packages}. The run took {result.seconds:.0f} s.", style="dim")
-    shares = ", ".join(f"{name} {paced.share:.2%} of {paced.steps}" for name, paced in result.paced.items())
-    overhead = f"A plain step takes {_ms(result.plain_overhead_ms)} on top of its pace"
-    console.print(f"{overhead}; forwards slower than their pace: {shares}.", style="dim")
-    _print_warnings(result, console)
 
 
-def _print_warnings(result: DemoResult, console: Console) -> None:
-    for name, paced in result.paced.items():
+def _table(found: DemoFigures) -> Table:
+    plain, wanspec, options = found.plain, found.wanspec, found.result.options
+    ratio = "" if found.ratio is None else f" ({found.ratio:.2f} of plain)"
+    per_step = "?" if found.wanspec.committed_per_step is None else f"{found.wanspec.committed_per_step:.2f}"
+    ties = f", {len(found.result.ties)} floating-point ties" if found.result.ties else ""
+    rows = [
+        ("time per token, median", _ms(plain.median_tpot_ms), _ms(wanspec.median_tpot_ms) + ratio),
+        ("time per token, mean", _ms(_mean(plain)), _ms(_mean(wanspec))),
+        ("time to first token, median", _ms(plain.ttft_ms), _ms(wanspec.ttft_ms)),
+        ("tokens per step", "1", per_step),
+        ("hits (commits that stay in the draft)", "", str(found.count("hits"))),
+        ("misses", "", str(found.count("misses"))),
+        ("late draft tokens", "", str(found.count("late_drafts"))),
+        ("draft passes on the target's side", "", str(found.count("local_draft_passes"))),
+        ("identical output", "", ("yes" if found.identical else "NO") + ties),
+    ]
+    title = f"{options.count} prompts, up to {options.max_tokens} tokens each"
+    wrong = () if found.identical else (len(rows) - 1,)
+    return Table(title, ("", "plain vLLM", "WANSpec"), rows, wrong=wrong)
+
+
+def _warnings(found: DemoFigures) -> list[str]:
+    """Sentences on why the figures may mean nothing."""
+    texts = []
+    for name, paced in found.result.paced.items():
         if paced.share > MAX_OVERRUN_SHARE:
             problem = f"{paced.share:.1%} of the {name} server's forwards took longer than their pace"
-            advice = "this machine is too slow or too busy for these figures"
-            console.print(f"warning: {problem}: {advice}.", style="yellow")
-    if not result.count("hits"):
-        console.print("warning: no draft was ever used; see the servers' logs (--logs DIR).", style="yellow")
-    for found in result.divergences:
-        if found.tie:
-            console.print(f"floating-point tie in {found}", style="dim", highlight=False)
-        else:
-            console.print(f"error: different output in {found}", style="bold red", highlight=False)
-            console.print(f"  the prompt ends with {found.prompt.text[-100:]!r}", highlight=False, markup=False)
+            texts.append(f"warning: {problem}: this machine is too slow or too busy for these figures.")
+    if not found.count("hits"):
+        texts.append("warning: no draft was ever used; see the servers' logs (--logs DIR).")
+    return texts + [f"error: different output in {line}" for line in found.result.wrong]
 
 
-def _table(result: DemoResult) -> Table:
-    table = Table(title=f"{result.options.prompts} prompts, up to {result.options.max_tokens} tokens each")
-    table.add_column("")
-    table.add_column("plain vLLM", justify="right")
-    table.add_column("WANSpec", justify="right")
-    ratio = "" if result.ratio is None else f" ({result.ratio:.2f} of plain)"
-    table.add_row("time per token, median", _ms(result.plain.tpot_ms), f"[bold]{_ms(result.wanspec.tpot_ms)}[/]{ratio}")
-    table.add_row("time per token, mean", _ms(result.plain.mean_tpot_ms), _ms(result.wanspec.mean_tpot_ms))
-    table.add_row("time to first token, median", _ms(result.plain.ttft_ms), _ms(result.wanspec.ttft_ms))
-    per_step = result.tokens_per_step
-    table.add_row("tokens per step", "1", "?" if per_step is None else f"{per_step:.2f}")
-    table.add_row("hits (commits that stay in the draft)", "", str(result.count("hits")))
-    table.add_row("misses", "", str(result.count("misses")))
-    table.add_row("late draft tokens", "", str(result.count("late_drafts")))
-    table.add_row("draft passes on the target's side", "", str(result.count("local_draft_passes")))
-    ties = f", {result.ties} floating-point ties" if result.ties else ""
-    verdict = "[green]yes[/]" if result.identical else "[bold red]NO[/]"
-    table.add_row("identical output", "", f"{verdict}{ties}")
-    return table
+def _paces_ms(row: Row) -> list[float | None]:
+    """Time per token of each prompt; None for one with fewer than two tokens."""
+    return [timed.per_token_ms for timed in row.by_prompt.values()]
+
+
+def _mean(row: Row) -> float | None:
+    known = [pace for pace in _paces_ms(row) if pace is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _ms(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The side-by-side bench's figures: one row per arm, round trip and concurrency, and the bars that they have to hold.
+"""The figures of `wanspec bench`: one row per arm, round trip and concurrency, and the bars that they have to hold.
 
 Plain values and sums: no servers, no files, no clock.
 """
@@ -9,14 +9,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.lab.compare.measure import BenchRun
-from vllm_wanspec.lab.compare.plan import cells, is_remote
+from vllm_wanspec.lab.compare.plan import cells
+from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.rows import Row, make_row
-from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.records import Batch, Cell
 from vllm_wanspec.lab.stats import Interval, rounded
-
-__all__ = ["CONCURRENT", "MIN_PROMPTS", "MIN_REPEATS", "Bar", "Figures", "Row", "figures", "label"]
 
 #: Single stream: time per token of wanspec ÷ draft_model's at its best γ, by round trip in ms …
 COLOCATED_LIMITS: Mapping[float, float] = {0.0: 0.78, 10.0: 0.78, 20.0: 0.84, 30.0: 0.90, 50.0: 1.00, 70.0: 1.00}
@@ -73,15 +70,11 @@ class Figures:
         rows: In the order of concurrency, arms and round trips.
         bars: What was asked for.
         doubts: Why the bars cannot be judged, one sentence each; empty if they can.
-        valid: Whether all servers kept their pace (or none was paced).
-        wrong: Outputs that differ from the target's own without a floating-point tie, one line each.
     """
 
     rows: tuple[Row, ...]
     bars: tuple[Bar, ...]
     doubts: tuple[str, ...]
-    valid: bool
-    wrong: tuple[str, ...]
 
     @property
     def held(self) -> bool | None:
@@ -96,35 +89,25 @@ class Figures:
         return next((row for row in self.rows if row.cell == (arm, rtt_ms, concurrency)), None)
 
 
-def figures(run: BenchRun) -> Figures:
+def figures(run: Result) -> Figures:
     """Gather a run's figures."""
     batches: dict[Cell, list[Batch]] = {cell: [] for cell in cells(run.options)}
     for batch in run.batches:
         batches.setdefault(batch.cell, []).append(batch)
     rows = tuple(make_row(run, cell, batches) for cell, found in batches.items() if found)
-    wrong = tuple(f"{label(batch.cell)}: {line}" for batch in run.batches for line in batch.wrong)
-    valid = run.options.target_pace is None or (
-        bool(run.paced) and all(paced.share <= MAX_OVERRUN_SHARE for paced in run.paced.values())
-    )
-    doubts = tuple(_doubts(run, valid, wrong))
-    judged = Figures(rows, (), doubts, valid, wrong)
-    return Figures(rows, tuple(_bars(judged)), doubts, valid, wrong)
+    doubts = tuple(_doubts(run))
+    remote = {arm.name for arm in run.options.started if arm.is_remote}
+    return Figures(rows, tuple(_bars(Figures(rows, (), doubts), remote)), doubts)
 
 
-def label(cell: Cell) -> str:
-    """Name a cell in a sentence."""
-    trip = "" if cell.rtt_ms is None else f", R = {cell.rtt_ms:g} ms"
-    return f"{cell.arm}{trip}" + (f", {cell.concurrency} streams" if cell.concurrency > 1 else "")
-
-
-def _doubts(run: BenchRun, valid: bool, wrong: Collection[str]) -> Iterable[str]:
+def _doubts(run: Result) -> Iterable[str]:
     if run.ended_by is not None:
         yield "the run did not come to its end"
     if run.options.target_pace is None:
         yield "it was not paced"
-    elif not valid:
+    elif not run.kept_pace():
         yield "not all servers kept their pace"
-    if wrong:
+    if run.wrong:
         yield "there are wrong outputs"
     if len(run.references) < MIN_PROMPTS:
         yield f"there are fewer than {MIN_PROMPTS} prompts"
@@ -132,8 +115,8 @@ def _doubts(run: BenchRun, valid: bool, wrong: Collection[str]) -> Iterable[str]
         yield f"there are fewer than {MIN_REPEATS} repeats"
 
 
-def _bars(found: Figures) -> Iterable[Bar]:
-    """The bars of the issue, on rows alone: ``found`` has none yet."""
+def _bars(found: Figures, remote: Collection[str]) -> Iterable[Bar]:
+    """The bars, on rows alone: ``found`` has none yet."""
 
     def bar(text: str, limit: float, interval: Interval | None, stretch: bool = False) -> Bar:
         if interval is None:
@@ -154,8 +137,8 @@ def _bars(found: Figures) -> Iterable[Bar]:
     yield bar(f"÷ ideal, worst R ≤ {max(IDEAL_RTT_MS):g} ms", IDEAL_LIMIT, _worst(ideals))
     for rtt_ms, limit in CONSTRAINED_LIMITS.items():
         yield bar(f"÷ none_constrained, R = {rtt_ms:g} ms", limit, wanspec(rtt_ms, lambda row: row.to_constrained))
-    remote = [row for row in found.rows if is_remote(row.cell.arm)]
-    yield bar("÷ plain, worst of all rows", NEVER_ABOVE, _worst(row.to_constrained for row in remote))
+    drafted = [row.to_constrained for row in found.rows if row.cell.arm in remote]
+    yield bar("÷ plain, worst of all rows", NEVER_ABOVE, _worst(drafted))
     far = wanspec(FARTHEST_RTT_MS, lambda row: row.to_constrained)
     yield bar(f"÷ plain, R = {FARTHEST_RTT_MS:g} ms", NEVER_ABOVE, far)
     for arm, what in (("wanspec_dead", "drafter dead"), ("wanspec_random", "drafter sends random tokens")):

@@ -1,4 +1,4 @@
-"""The side-by-side bench's requests: every prompt through every arm, and what each request added to the counters."""
+"""The requests: every prompt through every arm, and what each request added to the counters."""
 
 from __future__ import annotations
 
@@ -9,55 +9,28 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from vllm_wanspec.lab.compare.plan import ARMS, BenchOptions, Block, blocks, orders, uses_wan
-from vllm_wanspec.lab.compare.probes import Probe, Wan
-from vllm_wanspec.lab.compare.references import as_completion, usable
+from vllm_wanspec.lab.compare.plan import Block, Options, blocks, orders
+from vllm_wanspec.lab.compare.references import as_completion, as_request, usable
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
-from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS
-from vllm_wanspec.lab.harness.pacing_counts import Paced
-from vllm_wanspec.lab.harness.view import progress_bar
-from vllm_wanspec.lab.records import Batch, Cell, Journal, Reference, Request, Trial
-
-__all__ = ["BenchRun", "Measurement", "Station", "best_gamma", "remaining"]
-
-
-@dataclass(frozen=True, slots=True)
-class BenchRun:
-    """Everything that a run found.
-
-    Args:
-        options: The bench's settings.
-        references: The measured prompts, in order.
-        trials: The pre-pass.
-        gamma: Draft tokens per step of the co-located draft model; None if that was not measured.
-        batches: What was measured.
-        paced: Forwards that each server paced, by its name, which is the arm's, or ``drafter``; the draft model's own
-            forwards in the target of the arm ``draft_model`` are ``draft_model drafts``.
-        seconds: Duration of the whole run, of all its parts where it was resumed.
-        ended_by: What ended it before its end; None if nothing did.
-    """
-
-    options: BenchOptions
-    references: Sequence[Reference]
-    trials: Sequence[Trial]
-    gamma: int | None
-    batches: Sequence[Batch]
-    paced: Mapping[str, Paced]
-    seconds: float
-    ended_by: str | None = None
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt
+from vllm_wanspec.lab.harness.probes import Probe
+from vllm_wanspec.lab.harness.view import NOBODY, Onlooker, progress_bar
+from vllm_wanspec.lab.harness.wan_control import Wan
+from vllm_wanspec.lab.records import Batch, Cell, Journal, Reference, Trial
+from vllm_wanspec.lab.stats import Timed, total
 
 
 @dataclass(frozen=True, slots=True)
 class Station:
-    """One arm's running target."""
+    """Where an arm's requests go: its target, asked as the arm asks, and what is read around each request."""
 
     client: CompletionClient
     probe: Probe
 
 
-def best_gamma(options: BenchOptions, trials: Sequence[Trial]) -> int | None:
+def best_gamma(options: Options, trials: Sequence[Trial]) -> int | None:
     """Return the co-located draft model's γ: the fastest in the pre-pass; None before that is complete."""
-    if "draft_model" not in options.started:
+    if options.colocated is None:
         return None
     if len(options.gammas) == 1:
         return options.gammas[0]
@@ -67,12 +40,13 @@ def best_gamma(options: BenchOptions, trials: Sequence[Trial]) -> int | None:
     return min(options.gammas, key=lambda gamma: (tried[gamma], gamma))
 
 
-def remaining(options: BenchOptions, journal: Journal) -> int:
-    """Return how many requests are still to be sent to the arms."""
+def remaining(options: Options, journal: Journal) -> int:
+    """Return how many requests are still to be sent to the arms, as far as is known; never 0 without any prompt."""
     measured = {reference.index for reference in usable(journal, options)}
+    count = options.count or max(1, len(measured))
     left = 0
     for block in blocks(options):
-        left += sum(options.prompt_count - len(measured & journal.done(cell, block.repeat)) for cell in block.cells)
+        left += sum(count - len(measured & journal.done(cell, block.repeat)) for cell in block.cells)
     return left
 
 
@@ -80,10 +54,10 @@ class Measurement:
     """Sends every request that the journal lacks, and adds it there.
 
     Args:
-        options: The bench's settings.
-        journal: What has been done; it has all references.
-        plain: The target that settles what a floating-point tie is.
-        stations: The arms' targets.
+        options: The run's settings.
+        journal: What has been done.
+        plain: The target alone, which settles what a floating-point tie is.
+        stations: By arm.
         wan: Sets the round trip; None without arms that need it.
         console: Where to show progress.
         clock: Monotonic seconds.
@@ -91,7 +65,7 @@ class Measurement:
 
     def __init__(
         self,
-        options: BenchOptions,
+        options: Options,
         journal: Journal,
         plain: CompletionClient,
         stations: Mapping[str, Station],
@@ -99,22 +73,16 @@ class Measurement:
         console: Console,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.journal = journal
+        self.plain = plain
         self._options = options
-        self._journal = journal
-        self._plain = plain
         self._stations = stations
         self._wan = wan
         self._console = console
         self._clock = clock
-        self._references = usable(journal, options)
-
-    @property
-    def journal(self) -> Journal:
-        """What has been done."""
-        return self._journal
 
     async def warm_up(self) -> None:
-        """Send each target a request that does not count.
+        """Send each station a request that does not count.
 
         Raises:
             ClientError: It failed.
@@ -128,55 +96,77 @@ class Measurement:
         Raises:
             ClientError: A request failed, or a link did not come up.
         """
+        references = usable(self.journal, self._options)
         with progress_bar(self._console) as progress:
-            task = progress.add_task("", total=remaining(self._options, self._journal))
+            task = progress.add_task("", total=remaining(self._options, self.journal))
 
             def advance(count: int) -> None:
                 progress.advance(task, count)
 
             for block in blocks(self._options):
-                if all(self._is_done(cell, block.repeat) for cell in block.cells):
+                if all(self._is_done(cell, block.repeat, references) for cell in block.cells):
                     continue
                 progress.update(task, description=_title(block))
-                await self._set_wan(block)
-                await (self._take_singles if block.concurrency == 1 else self._take_together)(block, advance)
+                await self.set_round_trip(block.rtt_ms)
+                take = self._take_singles if block.concurrency == 1 else self._take_together
+                await take(block, references, advance)
                 self._say(f"{_title(block)}, ms per token: {self._paces(block)}")
 
-    async def _set_wan(self, block: Block) -> None:
+    async def set_round_trip(self, rtt_ms: float | None) -> None:
         """Set the round trip, and give estimates on both sides of the fresh links something to go by."""
-        if block.rtt_ms is None or self._wan is None:
+        if rtt_ms is None or self._wan is None:
             return
-        if not await self._wan.set(self._options.emulated_ms(block.rtt_ms)):
-            self._console.print(f"warning: the links do not measure R = {block.rtt_ms:g} ms", style="yellow")
-        for arm, station in self._stations.items():
-            if uses_wan(arm):
+        if not await self._wan.set(self._options.emulated_ms(rtt_ms)):
+            self._console.print(f"warning: the links do not measure R = {rtt_ms:g} ms", style="yellow")
+        for name, station in self._stations.items():
+            if self._options.arm(name).uses_wan:
                 await station.client.complete(WARM_UP.text, WARM_UP_TOKENS)
 
-    async def _take_singles(self, block: Block, advance: Callable[[int], None]) -> None:
-        for reference, cells in zip(self._references, orders(block, len(self._references)), strict=True):
-            for cell in cells:
-                if reference.index not in self._journal.done(cell, block.repeat):
-                    self._journal.add(await self._batch(cell, block.repeat, [reference]))
-                    advance(1)
+    async def _take_singles(
+        self, block: Block, references: Sequence[Reference], advance: Callable[[int], None]
+    ) -> None:
+        # Blocks are few and long where there is one round trip.
+        says_more = len(self._options.rtt_ms) == 1
+        for reference, cells in zip(references, orders(block, len(references)), strict=True):
+            missing = [cell for cell in cells if reference.index not in self.journal.done(cell, block.repeat)]
+            for cell in missing:
+                self.journal.add(await self.take(cell, block.repeat, [reference]))
+                advance(1)
+            if missing and says_more:
+                text = f"{reference.name}, {len(reference.expected)} tokens"
+                self._say(f"{text}, ms per token: {self._paces(block, reference)}")
 
-    async def _take_together(self, block: Block, advance: Callable[[int], None]) -> None:
+    async def _take_together(
+        self, block: Block, references: Sequence[Reference], advance: Callable[[int], None]
+    ) -> None:
         for cell in block.cells:
-            if not self._is_done(cell, block.repeat):
-                self._journal.add(await self._batch(cell, block.repeat, self._references))
-                advance(len(self._references))
+            if not self._is_done(cell, block.repeat, references):
+                self.journal.add(await self.take(cell, block.repeat, references))
+                advance(len(references))
 
-    async def _batch(self, cell: Cell, repeat: int, references: Sequence[Reference]) -> Batch:
-        """Send the references, so many at a time as the cell says."""
+    async def take(
+        self, cell: Cell, repeat: int, references: Sequence[Reference], onlooker: Onlooker = NOBODY
+    ) -> Batch:
+        """Send the references, so many at a time as the cell says, and compare their outputs.
+
+        Raises:
+            ClientError: A request failed.
+        """
         station = self._stations[cell.arm]
         queue = list(reversed(references))
-        answers: dict[int, tuple[Completion, int]] = {}
+        answers: dict[int, Completion] = {}
         # Not one of the target's cached prompts, which would be here in one arm and not in another.
         salt = f"{cell.arm} {cell.rtt_ms} {cell.concurrency} {repeat}"
 
         async def work() -> None:
             while queue:
-                reference = queue.pop()
-                answers[reference.index] = await self._ask(station.client, reference, salt)
+                one = queue.pop()
+                onlooker.begin(Prompt(one.name, one.text))
+                done = await station.client.complete(
+                    one.prompt_ids, len(one.expected), extra={"cache_salt": salt}, on_text=onlooker.stream
+                )
+                onlooker.end(done)
+                answers[one.index] = done
 
         before, cpu_before = await station.probe.read(), station.probe.cpu_s()
         began_s = self._clock()
@@ -189,68 +179,51 @@ class Measurement:
         seconds = self._clock() - began_s
         cpu_s = {side: value - cpu_before.get(side, 0.0) for side, value in station.probe.cpu_s().items()}
         trip_ms = None if cell.rtt_ms is None else self._options.emulated_ms(cell.rtt_ms)
-        counters = (await station.probe.settled(trip_ms)).since(before).values
-        verdicts = [await self._verdict(cell, reference, answers[reference.index][0]) for reference in references]
+        counters = (await station.probe.settled(trip_ms)).since(before)
+        lines = [await self._difference(cell, one, answers[one.index]) for one in references]
         return Batch(
             cell=cell,
             repeat=repeat,
             seconds=seconds,
-            requests=tuple(_request(reference, *answers[reference.index]) for reference in references),
-            counters=dict(counters),
+            requests=tuple(as_request(one, answers[one.index]) for one in references),
+            counters=counters,
             cpu_s=cpu_s,
-            ties=verdicts.count("tie"),
-            wrong=tuple(verdict for verdict in verdicts if verdict not in ("", "tie")),
+            ties=tuple(line for line, tie in lines if tie),
+            wrong=tuple(line for line, tie in lines if line and not tie),
         )
 
-    async def _ask(self, client: CompletionClient, reference: Reference, salt: str) -> tuple[Completion, int]:
-        """Return the answer, and in how many pieces its tokens came."""
-        pieces = 0
-
-        def arrived(text: str, tokens: int) -> None:
-            nonlocal pieces
-            pieces += tokens > 0
-
-        extra = {"cache_salt": salt}
-        done = await client.complete(reference.prompt_ids, len(reference.expected), extra=extra, on_text=arrived)
-        return done, pieces
-
-    async def _verdict(self, cell: Cell, reference: Reference, done: Completion) -> str:
-        """Return nothing for the right output, ``tie``, or what is wrong with it."""
+    async def _difference(self, cell: Cell, reference: Reference, done: Completion) -> tuple[str, bool]:
+        """Return where an output parts from the target's own, and whether at a tie; nothing where it does not."""
         position = first_difference(reference.expected, done.token_ids)
         if position is None:
-            return ""
-        if await self._plain.is_tie(as_completion(reference), done, position):
-            return "tie"
+            return "", False
         tokens = [ids[position] if position < len(ids) else None for ids in (reference.expected, done.token_ids)]
-        wrong = f"{reference.name}: at generated position {position}: plain token {tokens[0]}, here {tokens[1]}"
-        self._console.print(f"error: {cell.arm}: different output in {wrong}", style="bold red", highlight=False)
-        return wrong
+        line = f"{reference.name}: at generated position {position}: plain token {tokens[0]}, here {tokens[1]}"
+        tie = await self.plain.is_tie(as_completion(reference), done, position)
+        if tie:
+            self._say(f"{cell.arm}: floating-point tie in {line}")
+        else:
+            self._console.print(f"error: {cell.arm}: different output in {line}", style="bold red", highlight=False)
+            text = f"  the prompt ends with {reference.text[-100:]!r}"
+            self._console.print(text, highlight=False, markup=False)
+        return line, tie
 
-    def _is_done(self, cell: Cell, repeat: int) -> bool:
-        return {reference.index for reference in self._references} <= self._journal.done(cell, repeat)
+    def _is_done(self, cell: Cell, repeat: int, references: Sequence[Reference]) -> bool:
+        return {reference.index for reference in references} <= self.journal.done(cell, repeat)
 
-    def _paces(self, block: Block) -> str:
-        """The block's mean times per token, arm by arm."""
-        texts = []
-        for cell in sorted(block.cells, key=lambda cell: list(ARMS).index(cell.arm)):
-            batches = [b for b in self._journal.batches if b.cell == cell and b.repeat == block.repeat]
-            requests = [request for batch in batches for request in batch.requests]
-            tokens = sum(request.tokens for request in requests)
-            texts.append(f"{cell.arm} {sum(request.time_ms for request in requests) / max(1, tokens):.1f}")
-        return ", ".join(texts)
+    def _paces(self, block: Block, reference: Reference | None = None) -> str:
+        """The block's mean times per token, arm by arm; of one prompt, beside that of the target alone."""
+        found: dict[str, list[Timed]] = {arm.name: [] for arm in self._options.started}
+        if reference is not None:
+            found = {"alone": [Timed(reference.time_ms, len(reference.expected) - 1)]} | found
+        for batch in self.journal.batches:
+            if batch.cell in block.cells and batch.repeat == block.repeat:
+                wanted = [one for one in batch.requests if reference is None or one.prompt == reference.index]
+                found[batch.cell.arm] += [Timed(one.time_ms, one.tokens) for one in wanted]
+        return ", ".join(f"{name} {total(times).per_token_ms or 0.0:.1f}" for name, times in found.items() if times)
 
     def _say(self, text: str) -> None:
         self._console.print(text, style="dim", highlight=False)
-
-
-def _request(reference: Reference, done: Completion, pieces: int) -> Request:
-    return Request(
-        prompt=reference.index,
-        ttft_ms=done.ttft_ms,
-        time_ms=done.last_ms - done.ttft_ms,
-        tokens=len(done.token_ids) - 1,
-        steps=pieces - 1,
-    )
 
 
 def _title(block: Block) -> str:

@@ -1,44 +1,20 @@
-"""What the side-by-side bench compares: its settings, the arms, and which of them meets which round trip."""
+"""A run's settings: what it compares, which arms meet which round trip, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.compare.arms import ARMS, Arm, named_arms
 from vllm_wanspec.lab.harness.launch import DRAFT_PACE, TARGET_PACE
+from vllm_wanspec.lab.harness.models import find_models
 from vllm_wanspec.lab.records import Cell
 
-__all__ = [
-    "ARMS",
-    "DEFAULT_ARMS",
-    "DEFAULT_RTT_MS",
-    "BenchOptions",
-    "Block",
-    "blocks",
-    "cells",
-    "is_remote",
-    "orders",
-    "parse_list",
-    "speculates",
-    "uses_wan",
-]
-
-ARMS: dict[str, str] = {
-    "none": "plain vLLM as shipped",
-    "none_constrained": "plain vLLM without async scheduling, as remote drafts need it",
-    "ngram": "vLLM's prompt lookup",
-    "draft_model": "vLLM's co-located draft model at its best γ",
-    "oracle": "the target's own greedy text as drafts: the ceiling",
-    "wanspec": "remote drafts across the emulated WAN",
-    "wanspec_no_wait": "the same without waiting for late drafts",
-    "wanspec_dead": "remote drafts where nobody answers",
-    "wanspec_random": "remote drafts of random tokens",
-}
 DEFAULT_ARMS = ("none", "none_constrained", "ngram", "draft_model", "wanspec", "oracle")
 DEFAULT_RTT_MS = (0.0, 10.0, 20.0, 30.0, 50.0, 70.0, 100.0)
 DEFAULT_GAMMAS = (2, 3, 4, 5, 6, 7, 8)
@@ -47,26 +23,11 @@ MAX_SPECULATIVE_TOKENS = 64
 MAX_TIME_SCALE = 20.0
 
 
-def is_remote(arm: str) -> bool:
-    """Whether an arm's target has our controller."""
-    return arm.startswith("wanspec")
-
-
-def uses_wan(arm: str) -> bool:
-    """Whether an arm's drafts cross the emulated WAN, so that it is measured at every round trip."""
-    return arm in ("wanspec", "wanspec_no_wait")
-
-
-def speculates(arm: str) -> bool:
-    """Whether an arm verifies drafts at all."""
-    return arm not in ("none", "none_constrained")
-
-
 @dataclass(frozen=True, slots=True)
-class BenchOptions:
-    """The bench's settings.
+class Options:
+    """A run's settings.
 
-    Args:
+    Attributes:
         target: Target model: a folder, or a name that vLLM knows.
         draft: Draft model, likewise.
         prompts: JSON-lines file of ``{"prompt": …}``, with a ``"module"`` or without.
@@ -75,9 +36,12 @@ class BenchOptions:
         concurrency: Requests at a time.
         concurrent_arms: What is compared above concurrency 1.
         concurrent_rtt_ms: Round trips there.
-        count: How many usable prompts; None takes `DEFAULT_COUNT`.
+        count: How many usable prompts; None takes all that are usable.
         repeats: How often each prompt goes through each cell.
-        max_tokens: Tokens per prompt at most; fewer where the text begins to repeat.
+        max_tokens: Tokens per prompt at most.
+        whole_texts: Use texts to their end. Else they are cut where they begin to repeat, and those that are then too
+            short are not usable.
+        ranked: Ask the draft model how well it foresees the texts.
         speculative_tokens: Draft tokens verified per step at most, except by the co-located draft model.
         gammas: Draft tokens per step that the pre-pass tries for the co-located draft model.
         trial_prompts: Prompts of the pre-pass.
@@ -91,14 +55,16 @@ class BenchOptions:
     target: str
     draft: str
     prompts: Path
-    arms: tuple[str, ...] = DEFAULT_ARMS
+    arms: tuple[Arm, ...] = named_arms("", DEFAULT_ARMS)
     rtt_ms: tuple[float, ...] = DEFAULT_RTT_MS
     concurrency: tuple[int, ...] = (1,)
-    concurrent_arms: tuple[str, ...] = DEFAULT_ARMS
-    concurrent_rtt_ms: tuple[float, ...] = DEFAULT_RTT_MS
-    count: int | None = None
+    concurrent_arms: tuple[Arm, ...] = ()
+    concurrent_rtt_ms: tuple[float, ...] = ()
+    count: int | None = DEFAULT_COUNT
     repeats: int = 3
     max_tokens: int = 128
+    whole_texts: bool = False
+    ranked: bool = True
     speculative_tokens: int = 8
     gammas: tuple[int, ...] = DEFAULT_GAMMAS
     trial_prompts: int = 8
@@ -108,10 +74,6 @@ class BenchOptions:
     time_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for option, arms in (("--arms", self.arms), ("--concurrent-arms", self.concurrent_arms)):
-            for arm in arms:
-                if arm not in ARMS:
-                    raise ConfigError(f"{option}: {arm!r} is not an arm; there are {', '.join(ARMS)}")
         for option, numbers, low, high in (
             ("--rtt-ms", self.rtt_ms, 0, 10_000),
             ("--concurrent-rtt-ms", self.concurrent_rtt_ms, 0, 10_000),
@@ -123,7 +85,11 @@ class BenchOptions:
                     raise ConfigError(f"{option}: {number:g} is not from {low} to {high}")
         if not cells(self):
             raise ConfigError("--arms: nothing to measure: name at least one arm, round trip and concurrency")
-        if "draft_model" in self.started and not self.gammas:
+        names = [arm.name for arm in dict.fromkeys((*self.arms, *self.concurrent_arms))]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"--trees: the name {twice!r} is that of an arm of --arms; names must differ")
+        if self.colocated is not None and not self.gammas:
             raise ConfigError("--gammas: the arm draft_model needs at least one")
         if not 0.1 <= self.time_scale <= MAX_TIME_SCALE:  # also refuses nan
             raise ConfigError(f"--time-scale: {self.time_scale:g} is not from 0.1 to {MAX_TIME_SCALE:g}")
@@ -131,15 +97,34 @@ class BenchOptions:
             raise ConfigError("--time-scale: forwards that are not paced cannot be scaled; leave out --no-pace")
 
     @property
-    def prompt_count(self) -> int:
-        """How many usable prompts are measured."""
-        return DEFAULT_COUNT if self.count is None else self.count
+    def started(self) -> tuple[Arm, ...]:
+        """Arms that have any cell, in the order of `ARMS`, then as they were given."""
+        used = {cell.arm for cell in cells(self)}
+        given = [arm for arm in dict.fromkeys((*self.arms, *self.concurrent_arms)) if arm.name in used]
+        order = list(ARMS)
+        return tuple(sorted(given, key=lambda arm: order.index(arm.name) if arm.name in order else len(order)))
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm of a cell."""
+        return next(arm for arm in (*self.arms, *self.concurrent_arms) if arm.name == name)
 
     @property
-    def started(self) -> tuple[str, ...]:
-        """Arms that have any cell, in the order of `ARMS`."""
-        used = {cell.arm for cell in cells(self)}
-        return tuple(arm for arm in ARMS if arm in used)
+    def colocated(self) -> Arm | None:
+        """The arm with the draft model beside the target, if there is one."""
+        return next((arm for arm in self.started if arm.target.method == "draft_model"), None)
+
+    @property
+    def texts_from(self) -> Arm:
+        """The arm whose target gives the texts that all must repeat: a plain one if there is any.
+
+        The co-located draft model's cannot be asked before the pre-pass, which needs the texts: it comes last.
+        """
+
+        def place(arm: Arm) -> int:
+            last = {"constrained": 0, "plain": 1, "draft_model": 3}
+            return last.get(arm.target.method, 2)
+
+        return min(self.started, key=place)
 
     @property
     def target_forward(self) -> Pacing | None:
@@ -156,30 +141,20 @@ class BenchOptions:
         return rtt_ms * self.time_scale
 
     def as_json(self) -> dict[str, Any]:
-        """Return all settings as JSON values."""
-        paces = {"target_pace": self.target_pace, "draft_pace": self.draft_pace}
-        return {
-            "target": self.target,
-            "draft": self.draft,
-            "prompts": str(self.prompts),
-            "arms": list(self.arms),
-            "rtt_ms": list(self.rtt_ms),
-            "concurrency": list(self.concurrency),
-            "concurrent_arms": list(self.concurrent_arms),
-            "concurrent_rtt_ms": list(self.concurrent_rtt_ms),
-            "count": self.prompt_count,
-            "repeats": self.repeats,
-            "max_tokens": self.max_tokens,
-            "speculative_tokens": self.speculative_tokens,
-            "gammas": list(self.gammas),
-            "trial_prompts": self.trial_prompts,
-            "seed": self.seed,
-            "time_scale": self.time_scale,
-            **{name: pace and pace.setting for name, pace in paces.items()},
-        }
+        """Return the settings as JSON values."""
+        names = [one.name for one in fields(self) if one.name not in ("whole_texts", "ranked")]
+        return {name: _json_value(getattr(self, name)) for name in names}
 
 
-def cells(options: BenchOptions) -> list[Cell]:
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(map(_json_value, value))
+    if isinstance(value, Pacing):
+        return value.setting
+    return str(value) if isinstance(value, Arm | Path) else value
+
+
+def cells(options: Options) -> list[Cell]:
     """Return everything that is compared, in the order of concurrency, arms and round trips."""
     found = []
     for concurrency in dict.fromkeys(options.concurrency):
@@ -187,8 +162,8 @@ def cells(options: BenchOptions) -> list[Cell]:
         arms = options.arms if single else options.concurrent_arms
         rtts_ms = options.rtt_ms if single else options.concurrent_rtt_ms
         for arm in dict.fromkeys(arms):
-            trips: Sequence[float | None] = tuple(dict.fromkeys(rtts_ms)) if uses_wan(arm) else (None,)
-            found += [Cell(arm, rtt_ms, concurrency) for rtt_ms in trips]
+            trips: Sequence[float | None] = tuple(dict.fromkeys(rtts_ms)) if arm.uses_wan else (None,)
+            found += [Cell(arm.name, rtt_ms, concurrency) for rtt_ms in trips]
     return found
 
 
@@ -204,7 +179,7 @@ class Block(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-def blocks(options: BenchOptions) -> list[Block]:
+def blocks(options: Options) -> list[Block]:
     """Return the blocks in the order in which they are measured: every cell once per repeat."""
     found = []
     for concurrency in dict.fromkeys(options.concurrency):
@@ -229,20 +204,19 @@ def orders(block: Block, count: int) -> list[tuple[Cell, ...]]:
     return [block.cells[turn % size :] + block.cells[: turn % size] for turn in range(count)]
 
 
-Item = TypeVar("Item")
+def of_demo_models(models: Path | None, arms: Sequence[Arm], rtt_ms: float, **changes: Any) -> Options:
+    """Return settings of a run over the demo's models at one round trip.
 
-
-def parse_list(option: str, text: str, read: Callable[[str], Item]) -> tuple[Item, ...]:
-    """Read the values of a comma-separated list, each once.
+    Args:
+        models: Folder with ``target/``, ``draft/`` and ``prompts.jsonl``; None takes the checkout's.
+        arms: What is compared.
+        rtt_ms: Emulated round trip.
+        changes: Further settings.
 
     Raises:
-        ConfigError: The list is empty, or ``read`` raises ValueError for a part of it.
+        ConfigError: Models are missing.
     """
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        values = [read(part) for part in parts]
-    except ValueError:
-        raise ConfigError(f"{option}: {text!r} is not a list of numbers, as in 0,10,20") from None
-    if not values:
-        raise ConfigError(f"{option}: the list is empty")
-    return tuple(dict.fromkeys(values))
+    found = find_models(models)
+    settings: dict[str, Any] = {"target": str(found.target), "draft": str(found.draft), "prompts": found.prompts}
+    settings |= {"arms": tuple(arms), "rtt_ms": (rtt_ms,), "ranked": False}
+    return Options(**(settings | changes))

@@ -1,4 +1,4 @@
-"""The side-by-side bench's plots: time per token and local draft passes against R, throughput against concurrency."""
+"""The plots of `wanspec bench`: time per token and local draft passes against R, throughput against concurrency."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.figures import CONCURRENT_RTT_MS, Figures, Row, figures
-from vllm_wanspec.lab.compare.measure import BenchRun
+from vllm_wanspec.lab.compare.figures import CONCURRENT_RTT_MS, Figures
+from vllm_wanspec.lab.compare.rows import Row
+from vllm_wanspec.lab.report.plotting import draw_panels
 
-__all__ = ["write_plot"]
-
+#: Tree arms take the next free colours.
 COLOURS = {
     "none": "0.35",
     "none_constrained": "0.6",
@@ -25,37 +24,32 @@ COLOURS = {
 }
 #: Drawn as horizontal lines: no round trip changes them.
 LEVEL_ARMS = ("none", "draft_model", "ngram", "oracle")
-REMOTE_ARMS = ("wanspec", "wanspec_no_wait")
 #: Round trips are drawn to scale up to here, beyond on a logarithmic scale.
 LINEAR_RTT_MS = 100.0
 
 
-def write_plot(run: BenchRun, path: Path, title: str) -> bool:
-    """Draw the three panels under a title.
-
-    Returns:
-        Whether there is a plot; not without matplotlib.
+def draw_figures(found: Figures, path: Path, title: str) -> bool:
+    """Draw the three panels under a title; whether there is a picture.
 
     Raises:
         WanspecError: The file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    found = figures(run)
-    figure = Figure(figsize=(15.0, 5.4), layout="constrained")
-    times, passes, speeds = figure.subplots(1, 3, width_ratios=(1.35, 1.0, 1.0))
-    _plot_times(times, found)
-    _plot_passes(passes, found)
-    _plot_speeds(speeds, found)
-    figure.suptitle(title, fontsize=10)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise WanspecError(f"--markdown: cannot write {path}: {error.strerror}") from error
-    return True
+
+    def draw(times: Any, passes: Any, speeds: Any) -> None:
+        _plot_times(times, found)
+        _plot_passes(passes, found)
+        _plot_speeds(speeds, found)
+
+    return draw_panels(path, draw, size=(15.0, 5.4), widths=(1.35, 1.0, 1.0), title=title)
+
+
+def _style(arm: str) -> dict[str, Any]:
+    return {"color": COLOURS.get(arm), "marker": "o", "markersize": 4}
+
+
+def _remote(found: Figures) -> list[str]:
+    """Arms that were measured at round trips."""
+    return list(dict.fromkeys(row.cell.arm for row in found.rows if row.cell.rtt_ms is not None))
 
 
 def _line(found: Figures, arm: str) -> list[tuple[float, Row]]:
@@ -70,13 +64,12 @@ def _plot_times(axes: Any, found: Figures) -> None:
         if level is not None and level.tpot_ms is not None:
             dashes = "--" if arm == "draft_model" else ":"
             axes.axhline(level.tpot_ms, color=COLOURS[arm], linewidth=1.6, linestyle=dashes, label=arm)
-    for arm in REMOTE_ARMS:
+    for arm in _remote(found):
         points = [(rtt_ms, row.tpot_ms, _error_ms(row)) for rtt_ms, row in _line(found, arm) if row.tpot_ms is not None]
         if points:
             rtts_ms, paces, errors = zip(*points, strict=True)
             bars = list(zip(*errors, strict=True))
-            style = {"color": COLOURS[arm], "marker": "o", "markersize": 4, "capsize": 3, "label": arm}
-            axes.errorbar(rtts_ms, paces, yerr=bars, **style)
+            axes.errorbar(rtts_ms, paces, yerr=bars, label=arm, **_style(arm), capsize=3)
     ideal = [(rtt_ms, row.ideal_tpot_ms) for rtt_ms, row in _line(found, "wanspec") if row.ideal_tpot_ms is not None]
     if ideal:
         axes.plot(*zip(*ideal, strict=True), color="C0", linestyle="--", linewidth=1, label="ideal")
@@ -99,13 +92,11 @@ def _plot_passes(axes: Any, found: Figures) -> None:
     level = found.row("draft_model")
     if level is not None and level.passes_per_token is not None:
         axes.axhline(level.passes_per_token, color=COLOURS["draft_model"], linestyle="--", label="draft_model")
-    for arm in REMOTE_ARMS:
+    for arm in _remote(found):
         line = _line(found, arm)
         points = [(rtt_ms, row.passes_per_token) for rtt_ms, row in line if row.passes_per_token is not None]
         if points:
-            axes.plot(
-                *zip(*points, strict=True), color=COLOURS[arm], marker="o", markersize=4, label=arm, clip_on=False
-            )
+            axes.plot(*zip(*points, strict=True), label=arm, **_style(arm), clip_on=False)
     axes.set_ylabel("draft passes on the target's side per token")
     axes.set_title("single stream", fontsize=10)
     axes.set_ylim(bottom=0.0)
@@ -113,7 +104,7 @@ def _plot_passes(axes: Any, found: Figures) -> None:
 
 
 def _trips(found: Figures) -> list[float]:
-    return sorted({rtt_ms for arm in REMOTE_ARMS for rtt_ms, _ in _line(found, arm)})
+    return sorted({rtt_ms for arm in _remote(found) for rtt_ms, _ in _line(found, arm)})
 
 
 def _finish(axes: Any, trips_ms: Sequence[float]) -> None:
@@ -155,9 +146,11 @@ def _plot_speeds(axes: Any, found: Figures) -> None:
             [max(0.0, speed - low) for speed, low in zip(speeds, lows, strict=True)],
             [max(0.0, high - speed) for speed, high in zip(speeds, highs, strict=True)],
         ]
-        remote = arm in REMOTE_ARMS and shown_ms is not None
+        remote = arm in _remote(found) and shown_ms is not None
         name = f"{arm}, R = {shown_ms:g} ms" if remote else arm
-        axes.errorbar(streams, speeds, yerr=bars, color=COLOURS[arm], marker="o", markersize=4, capsize=3, label=name)
+        axes.errorbar(
+            streams, speeds, yerr=bars, color=COLOURS.get(arm), marker="o", markersize=4, capsize=3, label=name
+        )
         ticks |= set(streams)
     if ticks:
         axes.set_xscale("log", base=2)

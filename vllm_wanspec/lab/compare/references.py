@@ -1,49 +1,16 @@
-"""The side-by-side bench's prompts: what the target makes of each alone, and how well the draft model foresees it."""
+"""The prompts: what the target makes of each alone, how long that takes, and how well the draft model foresees it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.compare.plan import BenchOptions
-from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
+from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.harness.client import Completion, CompletionClient
 from vllm_wanspec.lab.harness.models import MIN_CUT, Prompt, repeat_cut
-from vllm_wanspec.lab.records import Journal, Reference
-
-__all__ = ["RANKS", "RankingClient", "as_completion", "read_ranks", "take_references", "usable"]
-
-#: How many of the draft model's most probable tokens are looked at.
-RANKS = 8
-
-
-class RankingClient(CompletionClient):
-    """Also asks where given tokens stand among a model's most probable ones."""
-
-    async def ranks(self, prompt_ids: Sequence[int], following: Sequence[int]) -> tuple[int | None, ...]:
-        """Return each following token's rank after what comes before it, from 0; None outside the best eight.
-
-        Raises:
-            ClientError: The request failed.
-        """
-        body = {
-            "model": self._model,
-            "prompt": [*prompt_ids, *following],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": RANKS,
-        }
-        answer = await self._answer(body)
-        try:
-            return read_ranks(answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :], following)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise ClientError(f"{self._url}: the answer has no ranks of the prompt's tokens") from error
-
-
-def read_ranks(entries: Sequence[dict[str, Any]], tokens: Sequence[int]) -> tuple[int | None, ...]:
-    """Return each token's rank, from 0, in vLLM's ``prompt_logprobs``; None outside the most probable ones."""
-    ranks = [int(entry[str(token)]["rank"]) - 1 for entry, token in zip(entries, tokens, strict=True)]
-    return tuple(rank if rank < RANKS else None for rank in ranks)
+from vllm_wanspec.lab.harness.view import NOBODY, Onlooker
+from vllm_wanspec.lab.records import Journal, Reference, Request
 
 
 def as_completion(reference: Reference) -> Completion:
@@ -51,23 +18,53 @@ def as_completion(reference: Reference) -> Completion:
     return Completion(reference.prompt_ids, reference.expected, "", 0.0, 0.0, None)
 
 
-def usable(journal: Journal, options: BenchOptions) -> list[Reference]:
+def is_usable(reference: Reference, options: Options) -> bool:
+    """Whether there is enough of a text."""
+    return options.whole_texts or len(reference.expected) >= MIN_CUT
+
+
+def usable(journal: Journal, options: Options) -> list[Reference]:
     """Return the prompts that are measured, in order: as many as wanted, once they have been taken."""
-    return [journal.references[index] for index in sorted(journal.references)][: options.prompt_count]
+    taken = [reference for _, reference in sorted(journal.references.items())]
+    return [reference for reference in taken if is_usable(reference, options)][: options.count]
+
+
+def as_request(reference: Reference, done: Completion) -> Request:
+    """Return the record of an answer."""
+    time_ms, tokens = done.last_ms - done.ttft_ms, len(done.token_ids) - 1
+    return Request(reference.index, done.ttft_ms, time_ms, tokens, steps=len(done.pieces) - 1)
+
+
+async def take_reference(
+    plain: CompletionClient, index: int, prompt: Prompt, options: Options, onlooker: Onlooker = NOBODY
+) -> tuple[Reference, Request]:
+    """Ask the target whose texts count for its own text; without ranks.
+
+    Raises:
+        ClientError: The request failed.
+    """
+    onlooker.begin(prompt)
+    done = await plain.complete(prompt.text, options.max_tokens, on_text=onlooker.stream)
+    onlooker.end(done)
+    count = len(done.token_ids)
+    cut = count if options.whole_texts else repeat_cut(done.token_ids)
+    text = (prompt.module, prompt.text, done.prompt_ids, done.token_ids[:cut], (None,) * cut)
+    reference = Reference(index, *text, generated=count, time_ms=done.time_ms(cut))
+    return reference, as_request(reference, done)
 
 
 async def take_references(
     journal: Journal,
-    options: BenchOptions,
+    options: Options,
     prompts: Sequence[Prompt],
     plain: CompletionClient,
-    draft: RankingClient | None,
+    draft: CompletionClient | None,
 ) -> None:
-    """Fill the journal with as many usable prompts as wanted.
+    """Fill the journal with as many usable prompts as wanted, and those between them that are not.
 
     Args:
         journal: Where they are kept; it is not asked again for what it has.
-        options: The bench's settings.
+        options: The run's settings.
         prompts: Candidates, in order.
         plain: The target whose texts count.
         draft: The draft model; None leaves ranks open.
@@ -76,19 +73,19 @@ async def take_references(
         ConfigError: There are not enough prompts whose texts are long enough.
         ClientError: A request failed.
     """
-    after = max(journal.references, default=-1)
+    wanted = options.count or 1
     for index, prompt in enumerate(prompts):
-        if len(journal.references) >= options.prompt_count:
+        if options.count is not None and len(usable(journal, options)) >= wanted:
             return
-        if index <= after:
+        if index in journal.references:
             continue
-        done = await plain.complete(prompt.text, options.max_tokens)
-        expected = done.token_ids[: repeat_cut(done.token_ids)]
-        if len(expected) < MIN_CUT:
-            continue
-        ranks = tuple(None for _ in expected) if draft is None else await draft.ranks(done.prompt_ids, expected)
-        journal.add(Reference(index, prompt.module, prompt.text, done.prompt_ids, expected, ranks))
-    found, wanted = len(journal.references), options.prompt_count
+        reference, _ = await take_reference(plain, index, prompt, options)
+        if draft is not None and is_usable(reference, options):
+            reference = replace(reference, ranks=await draft.ranks(reference.prompt_ids, reference.expected))
+        journal.add(reference)
+    found = len(usable(journal, options))
     if found < wanted:
         problem = f"only {found} of {len(prompts)} prompts have {MIN_CUT} tokens before the text ends or repeats itself"
+        if options.count is None:
+            raise ConfigError(f"{problem}: nothing to measure")
         raise ConfigError(f"--count: {problem}, and {wanted} are wanted: give more prompts, or a smaller --count")

@@ -1,106 +1,166 @@
-"""The side-by-side bench's result file: rows, bars, the raw requests, and where all of it comes from."""
+"""Everything that a run found, and what all reports say of it alike: sources, conditions, why it may mean nothing."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.lab.compare.figures import figures
-from vllm_wanspec.lab.compare.measure import BenchRun
-from vllm_wanspec.lab.compare.trees_result import git_commit
-from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.running import write_output
-from vllm_wanspec.lab.records import Batch, Reference
+from vllm_wanspec.lab.compare.measure import best_gamma
+from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.references import is_usable
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.harness.provenance import Provenance
+from vllm_wanspec.lab.records import Batch, Cell, Journal, Reference, Trial
+from vllm_wanspec.lab.report.document import Table
 from vllm_wanspec.lab.stats import rounded
 
-__all__ = ["as_json", "command_line", "write_json"]
-
-BATCH_COLUMNS = ("arm", "rtt_ms", "concurrency", "repeat", "seconds", "cpu_target", "cpu_drafter", "ties", "wrong")
-REQUEST_COLUMNS = ("prompt", "ttft_ms", "time_ms", "tokens", "steps")
-#: Lists of the result file with one line for each of their many entries.
-FLAT = ("rows", "references", "batches")
+#: So many wrong outputs are named; the result file has all.
+SHOWN_DIFFERENCES = 10
 
 
-def as_json(run: BenchRun) -> dict[str, Any]:
-    """Return the result file's content."""
-    found = figures(run)
-    options = run.options
-    counters = sorted({name for batch in run.batches for name in batch.counters})
-    ranked = any(rank is not None for reference in run.references for rank in reference.ranks)
-    target, draft = options.target_pace, options.draft_pace
-    return {
-        "complete": run.ended_by is None,
-        "ended_by": run.ended_by,
-        "valid": found.valid,
-        "held": found.held,
-        "doubts": list(found.doubts),
-        "bars": [bar.as_json() for bar in found.bars],
-        "pacing": target and {"target": target.setting, "draft": draft and draft.setting},
-        "time_scale": options.time_scale,
-        "gamma": run.gamma,
-        "trials": [{"gamma": trial.gamma, "tpot_ms": rounded(trial.tpot_ms)} for trial in run.trials],
-        "rows": [row.as_json() for row in found.rows],
-        "differences": list(found.wrong),
-        "overruns": {name: rounded(paced.share) for name, paced in run.paced.items()},
-        "paced_forwards": {name: paced.steps for name, paced in run.paced.items()},
-        "references": [_reference_json(reference, ranked) for reference in run.references],
-        "batch_columns": [*BATCH_COLUMNS, "requests", *counters],
-        "request_columns": list(REQUEST_COLUMNS),
-        "batches": [_batch_json(batch, counters) for batch in run.batches],
-        "options": {name: _shown(value) for name, value in options.as_json().items()},
-        "seconds": round(run.seconds, 1),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-        "commit": git_commit(),
-        "command": command_line(),
-    }
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything that a run found.
 
-
-def _shown(value: Any) -> Any:
-    """An option's value; a path in the checkout without the way to the checkout."""
-    if not isinstance(value, str) or not Path(value).is_absolute():
-        return value
-    root = machine.checkout()
-    return str(Path(value).relative_to(root)) if Path(value).is_relative_to(root) else value
-
-
-def _reference_json(reference: Reference, ranked: bool) -> dict[str, Any]:
-    """A prompt without its text: how long the target's own is, and how often the draft model agrees with it."""
-    ranks = reference.ranks if ranked else ()
-    return {
-        "index": reference.index,
-        "name": reference.name,
-        "tokens": len(reference.expected),
-        "agreement": rounded(ranks.count(0) / len(ranks)) if ranks else None,
-        "outside": rounded(ranks.count(None) / len(ranks)) if ranks else None,
-    }
-
-
-def _batch_json(batch: Batch, counters: Sequence[str]) -> list[Any]:
-    figures = (batch.seconds, batch.cpu_s.get("target"), batch.cpu_s.get("drafter"))
-    requests = [[rounded(getattr(request, name)) for name in REQUEST_COLUMNS] for request in batch.requests]
-    increases = [rounded(batch.counters.get(name)) for name in counters]
-    return [*batch.cell, batch.repeat, *map(rounded, figures), batch.ties, len(batch.wrong), requests, *increases]
-
-
-def command_line() -> str:
-    """Return the command that runs this bench, as given."""
-    return shlex.join(["wanspec", *sys.argv[1:]])
-
-
-def write_json(run: BenchRun, path: Path) -> None:
-    """Write the result file.
-
-    Raises:
-        WanspecError: The file cannot be written.
+    Attributes:
+        options: The run's settings.
+        taken: All prompts whose texts were taken, in order, those that are too short included.
+        trials: The pre-pass.
+        gamma: Draft tokens per step of the co-located draft model; None if that was not measured.
+        batches: What was measured.
+        paced: Forwards that each server paced, by its name; the draft model's own forwards in the co-located target
+            are ``draft_model drafts``.
+        provenance: Where the figures come from.
+        ended_by: What ended the run before its end; None if nothing did.
     """
-    data = as_json(run)
-    text = json.dumps(data | {name: [] for name in FLAT}, indent=1, ensure_ascii=False)
-    for name in FLAT:
-        lines = ",\n  ".join(json.dumps(one, ensure_ascii=False) for one in data[name])
-        text = text.replace(f'\n "{name}": []', f'\n "{name}": [\n  {lines}\n ]', 1)
-    write_output("--json", path, text + "\n")
+
+    options: Options
+    taken: Sequence[Reference]
+    trials: Sequence[Trial]
+    gamma: int | None
+    batches: Sequence[Batch]
+    paced: Mapping[str, Paced]
+    provenance: Provenance
+    ended_by: str | None = None
+
+    @classmethod
+    def of(cls, options: Options, journal: Journal, program: str, ended_by: str | None) -> Result:
+        """Return everything that a journal has, and ask this machine where that comes from."""
+        paced: dict[str, Paced] = {}
+        for part in journal.parts:
+            for name, (steps, overruns) in part.paced.items():
+                before = paced.get(name, Paced(0, 0))
+                paced[name] = Paced(before.steps + steps, before.overruns + overruns)
+        return cls(
+            options=options,
+            taken=[reference for _, reference in sorted(journal.references.items())],
+            trials=tuple(journal.trials),
+            gamma=best_gamma(options, journal.trials),
+            batches=tuple(journal.batches),
+            paced=paced,
+            provenance=Provenance.of_this_run(program, sum(part.seconds for part in journal.parts)),
+            ended_by=ended_by,
+        )
+
+    @property
+    def references(self) -> list[Reference]:
+        """The measured prompts, in order."""
+        return [one for one in self.taken if is_usable(one, self.options)][: self.options.count]
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Outputs that differ from the target's own without a floating-point tie, one line each."""
+        return tuple(f"{label(batch.cell)}: {line}" for batch in self.batches for line in batch.wrong)
+
+    @property
+    def ties(self) -> tuple[str, ...]:
+        """Those that part from it at a floating-point tie, likewise."""
+        return tuple(f"{label(batch.cell)}: {line}" for batch in self.batches for line in batch.ties)
+
+    def kept_pace(self, servers: Sequence[str] | None = None) -> bool:
+        """Whether servers (None: all) kept their pace; not where nothing is known of one. True if none was paced."""
+        if self.options.target_pace is None:
+            return True
+        counts = [self.paced.get(name) for name in (self.paced if servers is None else servers)]
+        return bool(counts) and all(one is not None and one.share <= MAX_OVERRUN_SHARE for one in counts)
+
+    @property
+    def pacing(self) -> str:
+        """What every table's title says."""
+        named = ((self.options.target_pace, "target"), (self.options.draft_pace, "draft"))
+        paces = [f"{pace.base_ms:g} + {pace.per_token_ms:g} ms ({name})" for pace, name in named if pace is not None]
+        if not paces:
+            return "not paced"
+        scale = self.options.time_scale
+        return f"paced to {', '.join(paces)}" + (f", these and R × {scale:g}" if scale != 1.0 else "")
+
+    @property
+    def source(self) -> str:
+        """Command, machine, versions and commit, in a line."""
+        return f"`{self.provenance.command}`; {self.provenance}"
+
+    def conditions(self, what: str) -> str:
+        """Return how it was measured, in a paragraph.
+
+        Args:
+            what: Which prompts went through what, up to where the texts were cut.
+        """
+        options = self.options
+        times = "once" if options.repeats == 1 else f"{options.repeats} times"
+        paced = "nothing is paced"
+        if options.target_pace is not None:
+            paced = f"{self.pacing}, ms + ms per token, by sleeping in the model forward; everything else is real"
+        if options.time_scale != 1.0:
+            paced += f". Times are as measured: R = 30 ms took {options.emulated_ms(30.0):g} ms"
+        return (
+            f"{what}, up to {options.max_tokens} tokens each, cut where the text begins to repeat 16 tokens; {times} "
+            "through each arm, arms in changing order; round trips emulated by a proxy; up to "
+            f"{options.speculative_tokens} drafts verified per step; greedy decoding through the OpenAI endpoint; "
+            f"{paced}. Outputs are compared with the target's own: {len(self.wrong)} differ, {len(self.ties)} "
+            "floating-point ties."
+        )
+
+    def warnings(self, valid: bool) -> list[str]:
+        """Sentences on why the figures may mean nothing."""
+        texts = [] if self.ended_by is None else [f"INCOMPLETE: {self.ended_by}."]
+        if not valid:
+            slow = [f"{one.share:.1%} of {name}" for name, one in self.paced.items() if one.share > MAX_OVERRUN_SHARE]
+            known = ", ".join(slow) or "it is unknown how many"
+            texts.append(
+                f"INVALID: more forwards than {MAX_OVERRUN_SHARE:.0%} took longer than their pace ({known}): this "
+                "machine is too slow or too busy for these figures."
+            )
+        texts += [f"DIFFERENT OUTPUT in {line}" for line in self.wrong[:SHOWN_DIFFERENCES]]
+        if len(self.wrong) > SHOWN_DIFFERENCES:
+            texts.append(f"… and {len(self.wrong) - SHOWN_DIFFERENCES} more.")
+        return texts
+
+    def pace_tables(self) -> list[Table]:
+        """The table of forwards slower than their pace; none where none was paced."""
+        servers = [[name, f"{one.steps:,}", f"{one.share:.2%}"] for name, one in self.paced.items()]
+        return (
+            [Table("Forwards slower than their pace", ["server", "forwards", "overruns"], servers)] if servers else []
+        )
+
+    def state_json(self, valid: bool) -> dict[str, Any]:
+        """Return how result files begin."""
+        return {"complete": self.ended_by is None, "ended_by": self.ended_by, "valid": valid}
+
+    def pacing_json(self) -> dict[str, Any] | None:
+        """Return the paces at time scale 1; None where nothing was paced."""
+        target, draft = self.options.target_pace, self.options.draft_pace
+        return None if target is None else {"target": target.setting, "draft": draft and draft.setting}
+
+    def overruns_json(self) -> dict[str, Any]:
+        """Return per server the share of forwards that took longer than their pace, and how many there were."""
+        return {
+            "overruns": {name: rounded(paced.share) for name, paced in self.paced.items()},
+            "paced_forwards": {name: paced.steps for name, paced in self.paced.items()},
+        }
+
+
+def label(cell: Cell) -> str:
+    """Name a cell in a sentence."""
+    trip = "" if cell.rtt_ms is None else f", R = {cell.rtt_ms:g} ms"
+    return f"{cell.arm}{trip}" + (f", {cell.concurrency} streams" if cell.concurrency > 1 else "")

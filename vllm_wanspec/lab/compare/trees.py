@@ -5,111 +5,74 @@ tree settings that its requests ask for.  To try others::
 
     python -m vllm_wanspec.lab.compare.trees --prompts 16 --arms "main-line=max_branches=1; wide=running_branches=64"
 
-The drafter's own limit of running branches, ``WANSPEC_RUNNING_BRANCHES``, applies to all arms.
+The drafter's own limit of running branches, ``WANSPEC_RUNNING_BRANCHES``, applies to all arms.  An interrupted run goes
+on when the same command is given again.
 """
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.demo_setup import PORTS_NEEDED, DemoPlan
-from vllm_wanspec.lab.compare.trees_measure import Measurement
-from vllm_wanspec.lab.compare.trees_report import print_report, write_json, write_markdown
-from vllm_wanspec.lab.compare.trees_result import TreesResult
-from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARMS, MAIN_LINE, TreesOptions, parse_arms, plan_trees
-from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.models import find_models, read_prompts
+from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.compare.arms import THRESHOLD_KEY, TREES, tree_arms
+from vllm_wanspec.lab.compare.plan import Options, of_demo_models
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.compare.run import run_compare
+from vllm_wanspec.lab.compare.trees_figures import DEFAULT_ARM, MAIN_LINE, TARGET, TreesFigures, trees_figures
+from vllm_wanspec.lab.compare.trees_report import trees_report
+from vllm_wanspec.lab.harness.models import read_prompts
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, ModelsFolder, TargetPace
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, one_line_errors, require_vllm
-from vllm_wanspec.lab.harness.servers import ServerGroup, free_ports
-from vllm_wanspec.lab.harness.view import starting
+from vllm_wanspec.lab.harness.running import Outputs, console_of_this_run, one_line_errors
+from vllm_wanspec.lab.report.writing import Publication
 
-__all__ = ["Outputs", "main", "run_trees"]
+PROGRAM = "python -m vllm_wanspec.lab.compare.trees"
+DEFAULT_ARMS = "; ".join(
+    [
+        f"{MAIN_LINE}=max_branches=1",
+        *(f"theta-{theta}={THRESHOLD_KEY}={theta}" for theta in ("inf", "2", "1.5", "1", "0.5", "0")),
+        f"adaptive={THRESHOLD_KEY}=adaptive",
+        f"{DEFAULT_ARM}=",
+    ]
+)
 
-START_DEADLINE_S = 300.0
-DYING_S = 3.0
-DRAFTER = "drafter"
-LOG_WIDTH = 130  # where there is no terminal that says; the tables are wide
+
+def trees_options(arms: str, rtt_ms: float, models: Path | None, **changes: Any) -> Options:
+    """Return the settings of a run of tree arms alone, given as text; see `of_demo_models`."""
+    compared = tree_arms("--arms", arms, replace(TREES, name=TARGET))
+    return of_demo_models(models, compared, rtt_ms, count=None, **changes)
 
 
-def run_trees(options: TreesOptions, outputs: Outputs, console: Console) -> TreesResult:
-    """Run the bench; report and write what it found, also where something ends it early.
+def run_trees(options: Options, baseline: str, prompts: int | None, outputs: Outputs, console: Console) -> TreesFigures:
+    """Run the bench, or go on with it; report and write what it found, also where something ends it early.
 
     Args:
         options: What to measure.
+        baseline: Name of the arm to divide by.
+        prompts: How many prompts are sent; None sends all.
         outputs: Where the results go.
         console: Where to show progress and report.
 
     Raises:
-        ConfigError: Models, prompts or a path are missing or wrong.
+        ConfigError: Prompts or a path are missing or wrong, or no arm is called like the baseline.
         UnsupportedError: No vLLM that could be started.
         WanspecError: A server or a request failed.
     """
-    began_s = time.monotonic()
-    models = find_models(options.models)
-    prompts = read_prompts(models.prompts, options.prompts)
-    check_outputs(outputs)
-    require_vllm()
-    with log_folder(outputs.log_dir, "--keep-log", console) as folder:
-        plan = plan_trees(options, models, free_ports(PORTS_NEEDED), folder)
-        measurement = Measurement(plan, options, prompts, console)
-        ended_by: str | None = "the run was interrupted"
-        try:
-            _measure(measurement, plan, folder, console)
-            ended_by = None
-        except WanspecError as error:
-            ended_by = str(error).partition("\n")[0]
-            raise
-        finally:
-            result = _result(measurement, options, time.monotonic() - began_s, ended_by)
-            if result.rows:
-                _publish(result, outputs, console)
-    return result
+    names = [arm.name for arm in options.arms]
+    if baseline not in names:
+        raise ConfigError(f"--baseline: no arm is called {baseline!r}; there are {', '.join(names)}")
 
+    def report(result: Result) -> Publication | None:
+        return trees_report(trees_figures(result, baseline))
 
-def _measure(measurement: Measurement, plan: DemoPlan, folder: Path, console: Console) -> None:
-    """Start the servers, measure, and stop them, whatever happens."""
-    with ServerGroup(folder) as group:
-        servers = {spec.name: group.start(spec) for spec in plan.specs}
-        with starting(console, list(servers.values())) as view:
-            group.wait_ready(servers.values(), START_DEADLINE_S, on_ready=view.ready)
-        try:
-            asyncio.run(measurement.run(servers[DRAFTER], servers[plan.wanspec]))
-        except ClientError:
-            # A dying server explains a failed request better than the request does.
-            group.check_alive(within_s=DYING_S)
-            raise
-        group.check_alive()
-        console.print("stopping the servers", style="dim")
-
-
-def _result(measurement: Measurement, options: TreesOptions, seconds: float, ended_by: str | None) -> TreesResult:
-    return TreesResult(
-        options=options,
-        references=measurement.references,
-        rows=measurement.rows,
-        differences=measurement.differences,
-        paced=measurement.paced(),
-        seconds=seconds,
-        ended_by=ended_by,
-    )
-
-
-def _publish(result: TreesResult, outputs: Outputs, console: Console) -> None:
-    print_report(result, console)
-    if outputs.json_path is not None:
-        write_json(result, outputs.json_path)
-    if outputs.markdown_path is not None:
-        write_markdown(result, outputs.markdown_path)
+    sent = read_prompts(options.prompts, prompts)
+    result = run_compare(options, sent, outputs, console, name="trees", program=PROGRAM, report=report)
+    return trees_figures(result, baseline)
 
 
 def main(
@@ -147,28 +110,23 @@ def main(
     machine lacks something or an option is wrong, 130 after Ctrl-C.
     """
     with one_line_errors("bench-trees"):
-        compared = parse_arms(arms)
-        names = [arm.name for arm in compared]
-        options = TreesOptions(
-            arms=compared,
-            baseline=baseline or (MAIN_LINE if MAIN_LINE in names else names[0]),
-            rtt_ms=rtt_ms,
-            prompts=prompts,
+        options = trees_options(
+            arms,
+            rtt_ms,
+            models,
             max_tokens=max_tokens,
             repeats=repeat,
             speculative_tokens=speculative_tokens,
             seed=seed,
-            models=models,
             target_pace=Pacing.parse(target_pace, "--target-pace"),
             draft_pace=Pacing.parse(draft_pace, "--draft-pace"),
         )
-        result = run_trees(options, Outputs(json_file, markdown_file, keep_log), _console())
-    if not result.is_valid or result.errors or (check and not result.held):
+        names = [arm.name for arm in options.arms]
+        below = baseline or (MAIN_LINE if MAIN_LINE in names else names[0])
+        outputs = Outputs(json_file, markdown_file, keep_log)
+        found = run_trees(options, below, prompts, outputs, console_of_this_run())
+    if not found.is_valid or found.result.wrong or (check and not found.held):
         raise typer.Exit(1)
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=LOG_WIDTH)
 
 
 if __name__ == "__main__":

@@ -1,164 +1,152 @@
-"""The tree bench's figures: increases of counters, times per token, paired ratios with intervals.
+"""What trees buy: tree arms against their baseline and against the target alone, and what became of misses.
 
 Plain values and sums: no servers, no files, no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from vllm_wanspec.lab.compare.trees_setup import Arm
+from vllm_wanspec.lab.compare.arms import Arm
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.compare.rows import Row, make_row, paired, times
 from vllm_wanspec.lab.harness.counters import COUNTERS, Counters
-from vllm_wanspec.lab.stats import Interval, Timed, divided, paired_ratio, rounded, total
+from vllm_wanspec.lab.records import Batch
+from vllm_wanspec.lab.stats import Interval, Timed, rounded
 
-__all__ = ["ArmFigures", "Row", "arm_figures"]
-
-
-ROW_COLUMNS = ("prompt", "repeat", "arm", "time_ms", "timed_tokens", "elapsed_s", *COUNTERS)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One request of one arm.
-
-    Args:
-        prompt: Index of the prompt.
-        repeat: Which time round.
-        arm: The arm's name.
-        timed: Its time and tokens.
-        elapsed_s: Seconds from sending the request to its last token.
-        counters: What it added to the counters.
-    """
-
-    prompt: int
-    repeat: int
-    arm: str
-    timed: Timed
-    elapsed_s: float
-    counters: Counters
-
-    def as_json(self) -> list[Any]:
-        """Return the row of the result file; ROW_COLUMNS says what is what."""
-        figures = (self.timed.time_ms, self.timed.tokens, self.elapsed_s, *map(self.counters.get, COUNTERS))
-        return [self.prompt, self.repeat, self.arm, *map(rounded, figures)]
+MAIN_LINE = "main-line"
+DEFAULT_ARM = "default"
+#: What redundancy has to buy: time per token of the default arm divided by the main line's alone …
+MAX_RATIO = 0.93
+#: … with this many prompts at least.
+MIN_PROMPTS = 32
+NEAR_FASTEST = 1.01
+#: What serves all arms, in logs and result files.
+TARGET = "wanspec"
 
 
-@dataclass(frozen=True, slots=True)
-class ArmFigures:
-    """What one arm did with all prompts.
-
-    Args:
-        arm: The arm.
-        timed: Time and tokens, summed.
-        median_ms: Median over prompts of the time per token, milliseconds.
-        ratio: Time per token divided by the baseline's.
-        plain_ratio: Time per token divided by plain decoding's on the same target.
-        elapsed_s: Duration of its requests, summed.
-        counters: What they added to the counters.
-    """
+class ArmFigures(NamedTuple):
+    """What one arm did with all prompts; its time per token ÷ the baseline's, and ÷ that of the target alone."""
 
     arm: Arm
-    timed: Timed
-    median_ms: float | None
+    row: Row
     ratio: Interval | None
     plain_ratio: Interval | None
-    elapsed_s: float
-    counters: Counters
-
-    @property
-    def tokens_per_step(self) -> float | None:
-        """Committed tokens per verification step."""
-        return divided(self.counters.get("committed_tokens"), self.counters.get("steps"))
-
-    @property
-    def running_branches(self) -> float | None:
-        """Branches that ran on the drafter at a time, on average over the requests' duration.
-
-        What still runs when the last token is out counts in the numerator, until word of the end has crossed the WAN.
-        """
-        return divided(self.counters.get("branch_seconds"), self.elapsed_s)
-
-    @property
-    def bytes_per_accepted_token(self) -> float | None:
-        """Bytes on the link, both ways, per accepted draft token."""
-        received, sent = self.counters.get("received_bytes"), self.counters.get("sent_bytes")
-        committed, steps = self.counters.get("committed_tokens"), self.counters.get("steps")
-        if received is None or sent is None or committed is None or steps is None:
-            return None
-        return divided(received + sent, committed - steps)
-
-    def share(self, entropy: str, outcome: str) -> float | None:
-        """Return the share of an outcome among the positions of one entropy range."""
-        counts = self.counters.outcomes(entropy)
-        return divided(counts[outcome], sum(counts.values()))
-
-    def share_of_misses(self, entropy: str | None, outcome: str) -> float | None:
-        """Return the share of an outcome among the positions where the draft model's best token was wrong.
-
-        Args:
-            entropy: One entropy range; None takes all.
-            outcome: One of the outcomes except ``agreed``.
-        """
-        ranges = self.counters.ranges() if entropy is None else [entropy]
-        counts = [self.counters.outcomes(one) for one in ranges]
-        misses = sum(sum(one.values()) - one["agreed"] for one in counts)
-        return divided(sum(one[outcome] for one in counts), misses)
 
     def as_json(self) -> dict[str, Any]:
         """Return the arm's entry in the result file."""
+        row, counters = self.row, self.row.counters
+        known = {name: counters.values[name] for name in COUNTERS if name in counters.values}
         return {
             "name": self.arm.name,
             "override": self.arm.override,
-            "timed_tokens": self.timed.tokens,
-            "time_per_token_ms": rounded(self.timed.per_token_ms),
-            "median_time_per_token_ms": rounded(self.median_ms),
+            "timed_tokens": row.tokens,
+            "time_per_token_ms": rounded(row.tpot_ms),
+            "median_time_per_token_ms": rounded(row.median_tpot_ms),
             "ratio_to_baseline": self.ratio and self.ratio.as_json(),
             "ratio_to_off": self.plain_ratio and self.plain_ratio.as_json(),
-            "tokens_per_step": rounded(self.tokens_per_step),
-            "mean_running_branches": rounded(self.running_branches),
-            "bytes_per_accepted_token": rounded(self.bytes_per_accepted_token),
-            "branch_share_of_misses": rounded(self.share_of_misses(None, "branch")),
-            "elapsed_s": rounded(self.elapsed_s),
-            "counters": self.counters.as_json(),
+            "tokens_per_step": rounded(row.committed_per_step),
+            "mean_running_branches": rounded(row.running_branches),
+            "bytes_per_accepted_token": rounded(row.bytes_per_accepted_token),
+            "branch_share_of_misses": rounded(counters.share_of_misses(None, "branch")),
+            "elapsed_s": rounded(row.busy_s),
+            "counters": Counters(known, counters.positions).as_json(),
         }
 
 
-def arm_figures(arm: Arm, rows: Sequence[Row], baseline: str, plain: Mapping[int, Timed], seed: int = 0) -> ArmFigures:
-    """Gather an arm's figures.
+@dataclass(frozen=True, slots=True)
+class TreesFigures:
+    """All arms' figures, judged.
+
+    Attributes:
+        result: What the run found.
+        baseline: Name of the arm that the others are divided by.
+        batches: The requests of complete rounds: of a prompt that has been through all arms.
+        arms: In the order in which they were given; empty before the first complete round.
+    """
+
+    result: Result
+    baseline: str
+    batches: Sequence[Batch]
+    arms: Sequence[ArmFigures]
+
+    @property
+    def measured_prompts(self) -> int:
+        """Prompts with at least one complete round."""
+        return len({batch.requests[0].prompt for batch in self.batches})
+
+    @property
+    def short_prompts(self) -> int:
+        """Prompts that were dropped because their plain text ends or repeats itself too early."""
+        return len(self.result.taken) - len(self.result.references)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the target kept its pace; where nothing is known of it, the figures say nothing."""
+        return self.result.kept_pace([TARGET])
+
+    @property
+    def shown(self) -> ArmFigures:
+        """The arm that a table of its own is about."""
+        return next((one for one in self.arms if one.arm.name == DEFAULT_ARM), self.arms[-1])
+
+    @property
+    def held(self) -> bool | None:
+        """Whether trees buy what they have to; None where this run cannot tell."""
+        default = next((one for one in self.arms if one.arm.name == DEFAULT_ARM), None)
+        if default is None or default.ratio is None or self.baseline != MAIN_LINE:
+            return None
+        sound = self.result.ended_by is None and self.is_valid and not self.result.wrong
+        return default.ratio.value <= MAX_RATIO if sound and self.measured_prompts >= MIN_PROMPTS else None
+
+    @property
+    def frugal(self) -> ArmFigures | None:
+        """Of the arms within 1 % of the fastest one, that which has the draft model compute the fewest tokens."""
+        known = [
+            (pace, cost, place)
+            for place, one in enumerate(self.arms)
+            if one.arm.drafts
+            and (pace := one.row.tpot_ms) is not None
+            and (cost := one.row.counters.get("drafted_tokens")) is not None
+        ]
+        if not known:
+            return None
+        fastest = min(known)[0]
+        return self.arms[min((cost, place) for pace, cost, place in known if pace <= fastest * NEAR_FASTEST)[1]]
+
+    @property
+    def entropy_ranges(self) -> list[str]:
+        """Entropy ranges that any arm has positions in, rising."""
+        return Counters.total(one.row.counters for one in self.arms).ranges()
+
+
+def trees_figures(result: Result, baseline: str) -> TreesFigures:
+    """Gather the figures of a run whose arms are tree arms.
 
     Args:
-        arm: The arm.
-        rows: Those of all arms.
+        result: What the run found.
         baseline: Name of the arm to divide by.
-        plain: Plain decoding's time of each prompt.
-        seed: Seed of the bootstrap.
     """
-    own = [row for row in rows if row.arm == arm.name]
-    times = _by_prompt(own)
-    below = _by_prompt([row for row in rows if row.arm == baseline])
-    paces = [pace for timed in times.values() if (pace := timed.per_token_ms) is not None]
-    return ArmFigures(
-        arm=arm,
-        timed=total(times.values()),
-        median_ms=float(np.median(paces)) if paces else None,
-        ratio=_against(times, below.get, seed),
-        plain_ratio=_against(times, plain.get, seed),
-        elapsed_s=sum(row.elapsed_s for row in own),
-        counters=Counters.total(row.counters for row in own),
-    )
+    complete = _complete(result)
+    own = {arm.name: [batch for batch in complete if batch.cell.arm == arm.name] for arm in result.options.arms}
+    alone = {one.index: Timed(one.time_ms, len(one.expected) - 1) for one in result.references}
+    seed, below = result.options.seed, times(own[baseline])
+    found = []
+    for arm in result.options.arms if complete else ():
+        batches, timed = own[arm.name], times(own[arm.name])
+        row = make_row(result, batches[0].cell, {batches[0].cell: batches})
+        plain_ratio = paired(timed, {key: alone[key[0]] for key in timed if key[0] in alone}, seed)
+        found.append(ArmFigures(arm, row, paired(timed, below, seed), plain_ratio))
+    return TreesFigures(result, baseline, complete, found)
 
 
-def _against(times: Mapping[int, Timed], below: Callable[[int], Timed | None], seed: int) -> Interval | None:
-    pairs = [(timed, other) for prompt, timed in times.items() if (other := below(prompt)) is not None]
-    return paired_ratio(pairs, seed)
-
-
-def _by_prompt(rows: Iterable[Row]) -> dict[int, Timed]:
-    sums: dict[int, Timed] = {}
-    for row in rows:
-        sums[row.prompt] = total((sums.get(row.prompt, Timed(0.0, 0)), row.timed))
-    return sums
+def _complete(result: Result) -> list[Batch]:
+    """The batches of complete rounds, by repeat, prompt and arm."""
+    names = [arm.name for arm in result.options.arms]
+    rounds: dict[tuple[int, int], dict[str, Batch]] = {}
+    for batch in result.batches:
+        rounds.setdefault((batch.repeat, batch.requests[0].prompt), {})[batch.cell.arm] = batch
+    whole = [made for _, made in sorted(rounds.items()) if len(made) == len(names)]
+    return [made[name] for made in whole for name in names]

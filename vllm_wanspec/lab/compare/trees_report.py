@@ -1,290 +1,249 @@
-"""The tree bench's result for people: tables on the console, a Markdown page, a plot."""
+"""The tree bench's result: tables and sentences for people, the result file, and the picture."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from vllm_wanspec.core.learned.calibration import OUTCOMES
-from vllm_wanspec.errors import WanspecError
-from vllm_wanspec.lab.compare.trees_figures import ArmFigures
-from vllm_wanspec.lab.compare.trees_result import MAX_RATIO, MIN_PROMPTS, TARGET, TreesResult, command_line, git_commit
-from vllm_wanspec.lab.compare.trees_setup import DEFAULT_ARM, MAIN_LINE
-from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.compare.arms import DRAFTER
+from vllm_wanspec.lab.compare.trees_figures import (
+    DEFAULT_ARM,
+    MAIN_LINE,
+    MAX_RATIO,
+    MIN_PROMPTS,
+    ArmFigures,
+    TreesFigures,
+)
+from vllm_wanspec.lab.harness.counters import COUNTERS
 from vllm_wanspec.lab.harness.models import MIN_CUT
 from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
-from vllm_wanspec.lab.harness.running import write_output
+from vllm_wanspec.lab.records import Batch, Reference
 from vllm_wanspec.lab.report.cells import interval, number, share
+from vllm_wanspec.lab.report.document import Column, Document, Table, table_of
+from vllm_wanspec.lab.report.plotting import draw_panels
+from vllm_wanspec.lab.report.writing import Publication
+from vllm_wanspec.lab.stats import Timed, rounded
 
-__all__ = ["print_report", "write_json", "write_markdown", "write_plot"]
-
-_Column = tuple[str, Callable[[ArmFigures], str]]
-_Grid = tuple[list[str], list[list[str]]]
-
-
-def _count(name: str) -> _Column:
-    return name.replace("_", " "), lambda one: number(one.counters.get(name))
-
-
-def _main_columns(baseline: str) -> list[_Column]:
-    """What width costs and buys."""
-    return [
-        ("arm", lambda one: one.arm.name),
-        ("ms per token", lambda one: number(one.timed.per_token_ms, 2)),
-        (f"÷ {baseline} (95 %)", lambda one: interval(one.ratio)),
-        ("tokens per step", lambda one: number(one.tokens_per_step, 2)),
-        ("nodes drafted", lambda one: number(one.counters.get("drafted_tokens"))),
-        ("running branches", lambda one: number(one.running_branches, 1)),
-        _count("branch_hits"),
-        _count("misses"),
-        ("bytes per accepted token", lambda one: number(one.bytes_per_accepted_token)),
-    ]
+ROW_COLUMNS = ("prompt", "repeat", "arm", "time_ms", "timed_tokens", "elapsed_s", *COUNTERS)
+#: Lists of the result file with one line for each of their many entries.
+FLAT = ("rows",)
+MAIN_NOTE = (
+    "`nodes drafted`: tokens that the draft model computed. `running branches`: mean over the requests' time. `branch "
+    "hits`: commits that left the most probable path but stayed in the tree; `misses`: commits that left it."
+)
+DETAIL_NOTE = (
+    "`off`: the target alone. `nodes sent`: alternatives included. `no draft`: commits made while an earlier one was "
+    "still unknown to the tree. `late`: positions whose drafts came after they were committed. `withheld`: steps whose "
+    "drafts would have cost more than they yield."
+)
+OUTCOME_NOTE = (
+    "Where the target took the draft model's best token (agreed), and what became of the other positions, its misses."
+)
 
 
-DETAIL_COLUMNS: list[_Column] = [
-    ("arm", lambda one: one.arm.name),
+def _count(name: str, title: str = "") -> Column[ArmFigures]:
+    return title or name.replace("_", " "), lambda one: number(one.row.counters.get(name))
+
+
+ARM: Column[ArmFigures] = ("arm", lambda one: one.arm.name)
+DETAIL_COLUMNS: list[Column[ArmFigures]] = [
+    ARM,
     ("÷ off (95 %)", lambda one: interval(one.plain_ratio)),
-    ("median ms", lambda one: number(one.median_ms, 2)),
-    ("nodes sent", lambda one: number(one.counters.get("received_nodes"))),
+    ("median ms", lambda one: number(one.row.median_tpot_ms, 2)),
+    _count("received_nodes", "nodes sent"),
     _count("hits"),
-    ("no draft", lambda one: number(one.counters.get("blind_steps"))),
-    ("late", lambda one: number(one.counters.get("late_drafts"))),
-    ("stale", lambda one: number(one.counters.get("stale_nodes"))),
-    ("withheld", lambda one: number(one.counters.get("unpaid_steps"))),
-    ("waits", lambda one: number(one.counters.get("waits"))),
-    ("waited s", lambda one: number(one.counters.get("wait_seconds"), 2)),
+    _count("blind_steps", "no draft"),
+    _count("late_drafts", "late"),
+    _count("stale_nodes", "stale"),
+    _count("unpaid_steps", "withheld"),
+    _count("waits"),
+    ("waited s", lambda one: number(one.row.counters.get("wait_seconds"), 2)),
 ]
 
 
-def _grid(columns: Sequence[_Column], figures: Sequence[ArmFigures]) -> _Grid:
-    return [title for title, _ in columns], [[text(one) for _, text in columns] for one in figures]
-
-
-def _entropy_ranges(result: TreesResult) -> list[str]:
-    """Entropy ranges that any arm has positions in, rising."""
-    return Counters.total(one.counters for one in result.figures).ranges()
-
-
-def _caught_grid(result: TreesResult) -> _Grid:
-    """Share of misses caught by a branch, arms × entropy ranges."""
-    ranges = _entropy_ranges(result)
-    rows = [
-        [one.arm.name, *(share(one.share_of_misses(entropy, "branch")) for entropy in (*ranges, None))]
-        for one in result.figures
-        if one.arm.drafts
+def _main_columns(baseline: str) -> list[Column[ArmFigures]]:
+    """What width costs and buys."""
+    return [
+        ARM,
+        ("ms per token", lambda one: number(one.row.tpot_ms, 2)),
+        (f"÷ {baseline} (95 %)", lambda one: interval(one.ratio)),
+        ("tokens per step", lambda one: number(one.row.committed_per_step, 2)),
+        _count("drafted_tokens", "nodes drafted"),
+        ("running branches", lambda one: number(one.row.running_branches, 1)),
+        _count("branch_hits"),
+        _count("misses"),
+        ("bytes per accepted token", lambda one: number(one.row.bytes_per_accepted_token)),
     ]
-    return ["arm", *ranges, "all"], rows
 
 
-def _outcome_grid(one: ArmFigures) -> _Grid:
+def _caught_columns(ranges: Sequence[str]) -> list[Column[ArmFigures]]:
+    """Share of misses caught by a branch, by entropy range."""
+
+    def caught(entropy: str | None) -> Column[ArmFigures]:
+        return entropy or "all", lambda one: share(one.row.counters.share_of_misses(entropy, "branch"))
+
+    return [ARM, *map(caught, ranges), caught(None)]
+
+
+def _outcomes(one: ArmFigures) -> Table:
     """One arm's positions by entropy range: how often the draft model was right, and what became of its misses."""
-    rows = []
-    for entropy in one.counters.ranges():
-        total = sum(one.counters.outcomes(entropy).values())
-        misses = (share(one.share_of_misses(entropy, outcome)) for outcome in OUTCOMES[1:])
-        rows.append([entropy, number(total), share(one.share(entropy, "agreed")), *misses])
-    return ["nats", "positions", "agreed", "misses: in a branch", "as a leaf", "not in the tree"], rows
+
+    def missed(title: str, outcome: str) -> Column[str]:
+        return title, lambda entropy: share(one.row.counters.share_of_misses(entropy, outcome))
+
+    columns: list[Column[str]] = [
+        ("nats", str),
+        ("positions", lambda entropy: number(sum(one.row.counters.outcomes(entropy).values()))),
+        ("agreed", lambda entropy: share(one.row.counters.share(entropy, "agreed"))),
+        *map(missed, ("misses: in a branch", "as a leaf", "not in the tree"), OUTCOMES[1:]),
+    ]
+    title = f"Positions by entropy, arm {one.arm.name}"
+    return replace(table_of(title, columns, one.row.counters.ranges(), note=OUTCOME_NOTE), level=3)
 
 
-def _shown_arm(result: TreesResult) -> ArmFigures:
-    return next((one for one in result.figures if one.arm.name == DEFAULT_ARM), result.figures[-1])
+def trees_report(found: TreesFigures) -> Publication | None:
+    """Return what is published of a run; nothing before the first complete round."""
+    if not found.arms:
+        return None
+    return Publication(document(found), as_json(found), FLAT, draw=lambda path: draw_figures(found, path))
 
 
-def _remarks(result: TreesResult) -> list[str]:
+def document(found: TreesFigures) -> Document:
+    """Return the result for people."""
+    result, arms = found.result, found.arms
+    asked = "\n".join(f"- `{one.arm.name}`: `{one.arm.override or 'as configured'}`" for one in arms)
+    caught = "Share of misses caught by a branch, by the draft model's entropy in nats"
+    return Document(
+        title="What redundancy buys",
+        tables=[
+            table_of("Time per token, and what it took", _main_columns(found.baseline), arms, note=MAIN_NOTE),
+            table_of(caught, _caught_columns(found.entropy_ranges), [one for one in arms if one.arm.drafts]),
+            _outcomes(found.shown),
+            table_of("Details", DETAIL_COLUMNS, arms, note=DETAIL_NOTE),
+            *result.pace_tables(),
+        ],
+        warnings=_warnings(found),
+        remarks=_remarks(found),
+        method=[f"What the arms ask for:\n\n{asked}", _method(found)],
+        provenance=result.source,
+        plots="time per token and misses caught",
+        conditions=result.pacing,
+    )
+
+
+def _remarks(found: TreesFigures) -> list[str]:
     """Sentences on what the tables mean."""
     texts = []
-    shown = _shown_arm(result)
-    if result.held is not None and shown.ratio is not None:
-        verdict = "held" if result.held else "missed"
+    shown = found.shown
+    if found.held is not None and shown.ratio is not None:
+        verdict = "held" if found.held else "missed"
         texts.append(
             f"Trees ({DEFAULT_ARM}) take {shown.ratio.value:.3f} of the time per token of {MAIN_LINE}; "
             f"at most {MAX_RATIO} is asked for: {verdict}."
         )
-    if result.frugal is not None:
-        texts.append(f"Of the arms within 1 % of the fastest, {result.frugal.arm.name} drafts the fewest nodes.")
+    if found.frugal is not None:
+        texts.append(f"Of the arms within 1 % of the fastest, {found.frugal.arm.name} drafts the fewest nodes.")
     return texts
 
 
-def _warnings(result: TreesResult) -> list[str]:
+def _warnings(found: TreesFigures) -> list[str]:
     """Sentences on why the figures may mean nothing."""
-    texts = []
-    if result.ended_by is not None:
-        texts.append(f"INCOMPLETE: {result.ended_by}; complete rounds: {len(result.rows) // len(result.figures)}.")
-    if not result.is_valid:
-        paced = result.paced.get(TARGET)
-        known = "it is unknown how many" if paced is None else f"{paced.share:.1%}"
-        texts.append(
-            f"INVALID: {known} of the target's forwards took longer than their pace (at most {MAX_OVERRUN_SHARE:.0%}): "
-            "this machine is too slow or too busy for these figures."
-        )
-    for arm, found in result.errors:
-        texts.append(f"DIFFERENT OUTPUT in arm {arm}, {found}.")
-    drafter = result.paced.get("drafter")
+    texts = found.result.warnings(found.is_valid)
+    if found.result.ended_by is not None:
+        texts.insert(1, f"Complete rounds: {len(found.batches) // len(found.arms)}.")
+    drafter = found.result.paced.get(DRAFTER)
     if drafter is not None and drafter.share > MAX_OVERRUN_SHARE:
         texts.append(f"{drafter.share:.1%} of the drafter's forwards took longer than their pace.")
-    if result.measured_prompts < MIN_PROMPTS:
+    if found.measured_prompts < MIN_PROMPTS:
         texts.append(f"Fewer than {MIN_PROMPTS} prompts: too few for a judgement.")
-    idle = [one.arm.name for one in result.figures if one.arm.drafts and one.counters.get("hits") == 0]
+    idle = [one.arm.name for one in found.arms if one.arm.drafts and one.row.counters.get("hits") == 0]
     if idle:
         texts.append(f"No draft was ever used in {', '.join(idle)}.")
     return texts
 
 
-def _conditions(result: TreesResult) -> str:
-    options = result.options
-    short, sent = result.short_prompts, len(result.references)
+def _method(found: TreesFigures) -> str:
+    short, sent = found.short_prompts, len(found.result.taken)
     dropped = f" ({short} of {sent} dropped: they end or repeat before {MIN_CUT} tokens)" if short else ""
-    times = "once" if options.repeats == 1 else f"{options.repeats} times"
     return (
-        f"{result.measured_prompts} held-out prompts{dropped}, up to "
-        f"{options.max_tokens} tokens each, cut where the text begins to repeat 16 tokens; {times} "
-        f"through each arm; one stream; emulated round trip {options.rtt_ms:g} ms; up to {options.speculative_tokens} "
-        f"drafts verified per step. Paced by sleeping in the model forward: target {options.target_pace}, draft "
-        f"{options.draft_pace}. Everything else is real. All arms ran in one run on one target, each prompt through "
-        "all of them in changing order (what the target learns of the draft model, they share); outputs are compared "
-        f"with the target's own: {len(result.errors)} differ, {len(result.differences) - len(result.errors)} "
-        "floating-point ties."
+        f"{found.result.conditions(f'{found.measured_prompts} held-out prompts{dropped}')} R = "
+        f"{found.result.options.rtt_ms[0]:g} ms, one stream, no prompt lookup, complete rounds alone. All arms ran in "
+        "one run on one target, each prompt through all of them (what the target learns of the draft model, they "
+        "share). Intervals: 95 %, bootstrap over prompts, paired."
     )
 
 
-def _provenance(result: TreesResult) -> str:
-    packages = ", ".join(f"{name} {version}" for name, version in machine.versions().items())
-    shares = ", ".join(f"{name} {paced.share:.2%} of {paced.steps:,}" for name, paced in result.paced.items())
-    commit = git_commit() or "unknown"
-    slow = f"forwards slower than their pace: {shares}" if shares else "pacing unknown"
-    return f"{machine.describe()}; {packages}; commit {commit}; {slow}; {result.seconds:,.0f} s."
+def as_json(found: TreesFigures) -> dict[str, Any]:
+    """Return the result file's content."""
+    result, options = found.result, found.result.options
+    return {
+        **result.state_json(found.is_valid),
+        "bars": {"ratio_to_main_line": MAX_RATIO, "prompts": MIN_PROMPTS},
+        "held": found.held,
+        "rtt_ms": options.rtt_ms[0],
+        "pacing": result.pacing_json(),
+        "prompts": {
+            "sent": len(result.taken),
+            "too_short": found.short_prompts,
+            "shortest_tokens": MIN_CUT,
+            "measured": found.measured_prompts,
+        },
+        "max_tokens": options.max_tokens,
+        "repeats": options.repeats,
+        "speculative_tokens": options.speculative_tokens,
+        "seed": options.seed,
+        "baseline": found.baseline,
+        "frugal_arm": found.frugal and found.frugal.arm.name,
+        "arms": [one.as_json() for one in found.arms],
+        "ties": len(result.ties),
+        "differences": list(result.wrong),
+        **result.overruns_json(),
+        "references": [_reference_json(one) for one in result.taken],
+        "row_columns": list(ROW_COLUMNS),
+        "rows": [_row_json(batch) for batch in found.batches],
+        **result.provenance.as_json(),
+    }
 
 
-def print_report(result: TreesResult, console: Console) -> None:
-    """Print tables, remarks and warnings."""
-    grids = [
-        ("what redundancy buys", _grid(_main_columns(result.options.baseline), result.figures)),
-        ("details", _grid(DETAIL_COLUMNS, result.figures)),
-        ("share of misses caught by a branch, by entropy in nats", _caught_grid(result)),
-        (f"positions by entropy, arm {_shown_arm(result).arm.name}", _outcome_grid(_shown_arm(result))),
-    ]
-    for title, grid in grids:
-        console.print(_rich_table(title, grid))
-    console.print(_conditions(result), highlight=False)
-    for text in _remarks(result):
-        console.print(text, style="bold", highlight=False)
-    console.print(_provenance(result), style="dim", highlight=False)
-    for text in _warnings(result):
-        console.print(escape(text), style="bold red", highlight=False)
+def _reference_json(one: Reference) -> dict[str, Any]:
+    return {
+        "prompt": one.index,
+        "module": one.name,
+        "generated": one.generated,
+        "cut": len(one.expected),
+        "off_ms_per_token": rounded(Timed(one.time_ms, len(one.expected) - 1).per_token_ms),
+    }
 
 
-def _rich_table(title: str, grid: _Grid) -> Table:
-    titles, rows = grid
-    table = Table(title=title, title_justify="left")
-    for place, name in enumerate(titles):
-        table.add_column(name, justify="right" if place else "left", no_wrap=not place)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+def _row_json(batch: Batch) -> list[Any]:
+    (request,) = batch.requests
+    times = (request.time_ms, request.tokens, (request.ttft_ms + request.time_ms) / 1000.0)
+    return [request.prompt, batch.repeat, batch.cell.arm, *map(rounded, (*times, *map(batch.counters.get, COUNTERS)))]
 
 
-def _markdown_table(grid: _Grid) -> str:
-    titles, rows = grid
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-def markdown(result: TreesResult, plot: str | None) -> str:
-    """Return the Markdown page.
-
-    Args:
-        result: What was found.
-        plot: File name of the plot beside the page; None has none.
-    """
-    shown = _shown_arm(result)
-    overrides = "\n".join(f"- `{one.arm.name}`: `{one.arm.override or 'as configured'}`" for one in result.figures)
-    parts = [
-        "# What redundancy buys",
-        *(f"**{text}**" for text in _warnings(result)),
-        *_remarks(result),
-        _markdown_table(_grid(_main_columns(result.options.baseline), result.figures)),
-        "`nodes drafted`: tokens that the draft model computed. `running branches`: mean over the requests' time. "
-        "`branch hits`: commits that left the most probable path but stayed in the tree; `misses`: commits that left "
-        "it.",
-        *([f"![time per token and misses caught]({plot})"] if plot else []),
-        "## Share of misses caught by a branch, by the draft model's entropy in nats",
-        _markdown_table(_caught_grid(result)),
-        f"Arm `{shown.arm.name}`: where the target took the draft model's best token (agreed), and what became of the "
-        "other positions:",
-        _markdown_table(_outcome_grid(shown)),
-        "## Details",
-        _markdown_table(_grid(DETAIL_COLUMNS, result.figures)),
-        "`nodes sent`: alternatives included. `no draft`: commits made while an earlier one was still unknown to the "
-        "tree. `late`: positions whose drafts came after they were committed. `withheld`: steps whose drafts would "
-        "have cost more than they yield.",
-        "What the arms ask for:",
-        overrides,
-        "## How it was measured",
-        _conditions(result),
-        f"Intervals: 95 %, bootstrap over prompts, paired. `{command_line()}`; {_provenance(result)}",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def write_json(result: TreesResult, path: Path) -> None:
-    """Write the result file, each of its many rows on one line.
+def draw_figures(found: TreesFigures, path: Path) -> bool:
+    """Draw time per token against the threshold, and misses caught against entropy; whether there is a picture.
 
     Raises:
         WanspecError: The file cannot be written.
     """
-    data = result.as_json()
-    rows = ",\n  ".join(json.dumps(row) for row in data["rows"])
-    text = json.dumps(data | {"rows": []}, indent=1)
-    write_output("--json", path, text.replace('"rows": []', f'"rows": [\n  {rows}\n ]') + "\n")
+
+    def draw(times: Any, caught: Any) -> None:
+        _plot_times(times, found)
+        _plot_caught(caught, found)
+
+    return draw_panels(path, draw, size=(11.0, 4.2), widths=(1.0, 1.0))
 
 
-def write_markdown(result: TreesResult, path: Path) -> None:
-    """Write the Markdown page, and the plot beside it where matplotlib is installed.
-
-    Raises:
-        WanspecError: A file cannot be written.
-    """
-    plot = path.with_suffix(".png")
-    write_output("--markdown", path, markdown(result, plot.name if write_plot(result, plot) else None))
-
-
-def write_plot(result: TreesResult, path: Path) -> bool:
-    """Draw time per token against the threshold, and misses caught against entropy.
-
-    Returns:
-        Whether there is a plot; not without matplotlib.
-
-    Raises:
-        WanspecError: The file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    _plot_times(left, result)
-    _plot_caught(right, result)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise WanspecError(f"--markdown: cannot write {path}: {error.strerror}") from error
-    return True
-
-
-def _by_threshold(result: TreesResult) -> list[ArmFigures]:
+def _by_threshold(found: TreesFigures) -> list[ArmFigures]:
     """Arms with a threshold of their own, from none to all positions, then the other ones that draft."""
-    fixed = [one for one in result.figures if one.arm.threshold_nats is not None]
+    fixed = [one for one in found.arms if one.arm.threshold_nats is not None]
     fixed.sort(key=lambda one: -(one.arm.threshold_nats or 0.0))
-    return fixed + [one for one in result.figures if one not in fixed and one.arm.drafts]
+    return fixed + [one for one in found.arms if one not in fixed and one.arm.drafts]
 
 
 def _label(one: ArmFigures) -> str:
@@ -292,27 +251,27 @@ def _label(one: ArmFigures) -> str:
     return one.arm.name if nats is None else f"θ = {'∞' if math.isinf(nats) else f'{nats:g}'}"
 
 
-def _plot_times(axes: Any, result: TreesResult) -> None:
-    base = next(one for one in result.figures if one.arm.name == result.options.baseline).timed.per_token_ms or 0.0
-    arms = (one for one in _by_threshold(result) if one.arm.name != result.options.baseline)
+def _plot_times(axes: Any, found: TreesFigures) -> None:
+    base = next(one for one in found.arms if one.arm.name == found.baseline).row.tpot_ms or 0.0
+    arms = (one for one in _by_threshold(found) if one.arm.name != found.baseline)
     shown = [one for one in arms if one.ratio is not None]
     for place, one in enumerate(shown):
         value, low, high = one.ratio or (0.0, 0.0, 0.0)
         bars = [[(value - low) * base], [(high - value) * base]]
         colour = "C0" if one.arm.threshold_nats is not None else "C1"
         axes.errorbar([place], [value * base], yerr=bars, fmt="o", color=colour, capsize=4)
-    axes.axhline(base, color="0.5", linewidth=1, linestyle="--", label=result.options.baseline)
+    axes.axhline(base, color="0.5", linewidth=1, linestyle="--", label=found.baseline)
     axes.axhline(base * MAX_RATIO, color="C2", linewidth=1, linestyle=":", label=f"{MAX_RATIO} of it")
     axes.set_xticks(range(len(shown)), [_label(one) for one in shown], rotation=30, ha="right")
     axes.set_ylabel("time per token, ms")
-    axes.set_title(f"R = {result.options.rtt_ms:g} ms; bars: 95 % of the paired ratio", fontsize=10)
+    axes.set_title(f"R = {found.result.options.rtt_ms[0]:g} ms; bars: 95 % of the paired ratio", fontsize=10)
     axes.legend(fontsize=8)
 
 
-def _plot_caught(axes: Any, result: TreesResult) -> None:
-    ranges = _entropy_ranges(result)
-    for one in _by_threshold(result):
-        points = [(place, one.share_of_misses(entropy, "branch")) for place, entropy in enumerate(ranges)]
+def _plot_caught(axes: Any, found: TreesFigures) -> None:
+    ranges = found.entropy_ranges
+    for one in _by_threshold(found):
+        points = [(place, one.row.counters.share_of_misses(entropy, "branch")) for place, entropy in enumerate(ranges)]
         known = [(place, 100.0 * part) for place, part in points if part is not None]
         if known:
             axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=_label(one))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import aiohttp
 
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["TIE_NATS", "ClientError", "Completion", "CompletionClient", "first_difference"]
+__all__ = ["TIE_NATS", "ClientError", "Completion", "CompletionClient", "first_difference", "read_ranks"]
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 120.0
 TOP_LOGPROBS = 20
+#: How many of a model's most probable tokens `ranks` looks at.
+RANKS = 8
 TOKEN_ID_PREFIX = "token_id:"
 #: Two log-probabilities this close are a floating-point tie (design, section 2).
 TIE_NATS = 1e-3
@@ -41,6 +43,7 @@ class Completion:
         ttft_ms: Milliseconds from sending the request to the first token.
         last_ms: Milliseconds from sending the request to the last token.
         finish_reason: ``length``, ``stop``, or None if the server gave none.
+        pieces: Milliseconds from sending the request and number of tokens, of each piece that had any.
     """
 
     prompt_ids: tuple[int, ...]
@@ -49,6 +52,7 @@ class Completion:
     ttft_ms: float
     last_ms: float
     finish_reason: str | None
+    pieces: tuple[tuple[float, int], ...] = ()
 
     @property
     def tpot_ms(self) -> float | None:
@@ -56,6 +60,11 @@ class Completion:
         if len(self.token_ids) < 2:
             return None
         return (self.last_ms - self.ttft_ms) / (len(self.token_ids) - 1)
+
+    def time_ms(self, tokens: int) -> float:
+        """Return the milliseconds from the first token to the ``tokens``-th one, as the pieces came."""
+        arrivals_ms = [at_ms for at_ms, count in self.pieces for _ in range(count)][:tokens]
+        return arrivals_ms[-1] - arrivals_ms[0] if arrivals_ms else 0.0
 
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
@@ -75,6 +84,7 @@ class CompletionClient:
         model: Model name to ask for.
         timeout_s: Longest time one request may take.
         clock: Monotonic seconds.
+        fields: What every request has besides, such as ``vllm_xargs``.
     """
 
     def __init__(
@@ -84,6 +94,7 @@ class CompletionClient:
         model: str,
         timeout_s: float = REQUEST_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
         self._http = http
         self._url = base_url.rstrip("/") + "/v1/completions"
@@ -91,6 +102,7 @@ class CompletionClient:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._timeout_s = timeout_s
         self._clock = clock
+        self._fields = dict(fields or {})
 
     async def complete(
         self,
@@ -154,6 +166,25 @@ class CompletionClient:
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ClientError(f"{self._url}: the answer has no log-probabilities by token id") from error
 
+    async def ranks(self, prompt_ids: Sequence[int], following: Sequence[int]) -> tuple[int | None, ...]:
+        """Return each following token's rank after what comes before it, from 0; None outside the best eight.
+
+        Raises:
+            ClientError: The request failed.
+        """
+        body = {
+            "model": self._model,
+            "prompt": [*prompt_ids, *following],
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "prompt_logprobs": RANKS,
+        }
+        answer = await self._answer(body)
+        try:
+            return read_ranks(answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :], following)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ClientError(f"{self._url}: the answer has no ranks of the prompt's tokens") from error
+
     async def teacher_force(
         self, prompt_ids: Sequence[int], prefix_ids: Sequence[int], candidates: Sequence[int]
     ) -> list[float]:
@@ -188,7 +219,7 @@ class CompletionClient:
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the JSON objects of the server-sent events."""
         try:
-            async with self._http.post(self._url, json=body, timeout=self._timeout) as response:
+            async with self._http.post(self._url, json=self._fields | body, timeout=self._timeout) as response:
                 await self._check(response)
                 async for data in _sse_data(response):
                     if data == b"[DONE]":
@@ -200,7 +231,7 @@ class CompletionClient:
 
     async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
         try:
-            async with self._http.post(self._url, json=body, timeout=self._timeout) as response:
+            async with self._http.post(self._url, json=self._fields | body, timeout=self._timeout) as response:
                 await self._check(response)
                 return self._parse(await response.read())
         except (aiohttp.ClientError, OSError) as error:
@@ -228,6 +259,12 @@ class CompletionClient:
         return ClientError(f"{self._url}: {error or type(error).__name__}")
 
 
+def read_ranks(entries: Sequence[dict[str, Any]], tokens: Sequence[int]) -> tuple[int | None, ...]:
+    """Return each token's rank, from 0, in vLLM's ``prompt_logprobs``; None outside the most probable ones."""
+    ranks = [int(entry[str(token)]["rank"]) - 1 for entry, token in zip(entries, tokens, strict=True)]
+    return tuple(rank if rank < RANKS else None for rank in ranks)
+
+
 class _Gathered:
     """The parts of a stream so far."""
 
@@ -235,8 +272,7 @@ class _Gathered:
         self.prompt_ids: tuple[int, ...] | None = None
         self.token_ids: list[int] = []
         self.texts: list[str] = []
-        self.first_ms = math.nan
-        self.last_ms = math.nan
+        self.pieces: list[tuple[float, int]] = []
         self.finish_reason: str | None = None
 
     def add(self, event: dict[str, Any], now_ms: float) -> tuple[str, int]:
@@ -250,9 +286,7 @@ class _Gathered:
         if choice.get("prompt_token_ids") is not None:
             self.prompt_ids = tuple(choice["prompt_token_ids"])
         if ids:
-            if not self.token_ids:
-                self.first_ms = now_ms
-            self.last_ms = now_ms
+            self.pieces.append((now_ms, len(ids)))
             self.token_ids.extend(ids)
         self.texts.append(text)
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
@@ -265,9 +299,10 @@ class _Gathered:
             prompt_ids=self.prompt_ids,
             token_ids=tuple(self.token_ids),
             text="".join(self.texts),
-            ttft_ms=self.first_ms,
-            last_ms=self.last_ms,
+            ttft_ms=self.pieces[0][0],
+            last_ms=self.pieces[-1][0],
             finish_reason=self.finish_reason,
+            pieces=tuple(self.pieces),
         )
 
 

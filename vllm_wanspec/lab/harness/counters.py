@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_wanspec.core.learned.calibration import OUTCOMES
 from vllm_wanspec.lab.harness.scrape import Sample
-from vllm_wanspec.lab.stats import rounded
+from vllm_wanspec.lab.stats import divided, rounded
 
 __all__ = ["CONTROLLER_COUNTERS", "COUNTERS", "DRAFTER_COUNTERS", "Counters", "range_start"]
 
@@ -100,6 +100,22 @@ class Counters:
     def outcomes(self, entropy: str) -> dict[str, float]:
         """Return the positions of one entropy range by outcome."""
         return {outcome: self.positions.get((entropy, outcome), 0.0) for outcome in OUTCOMES}
+
+    def share(self, entropy: str, outcome: str) -> float | None:
+        """Return the share of an outcome among the positions of one entropy range."""
+        counts = self.outcomes(entropy)
+        return divided(counts[outcome], sum(counts.values()))
+
+    def share_of_misses(self, entropy: str | None, outcome: str) -> float | None:
+        """Return the share of an outcome among the positions where the draft model's best token was wrong.
+
+        Args:
+            entropy: One entropy range; None takes all.
+            outcome: One of the outcomes except ``agreed``.
+        """
+        counts = [self.outcomes(one) for one in (self.ranges() if entropy is None else [entropy])]
+        misses = sum(sum(one.values()) - one["agreed"] for one in counts)
+        return divided(sum(one[outcome] for one in counts), misses)
 
     def as_json(self) -> dict[str, Any]:
         """Return names to numbers, and under ``positions`` entropy ranges to outcomes to numbers."""

@@ -1,14 +1,12 @@
 """Command-line options that measuring commands share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
 from vllm_wanspec.errors import ConfigError
-
-__all__ = ["DraftPace", "JsonFile", "LogFolder", "MarkdownFile", "ModelsFolder", "TargetPace", "listed", "parse_widths"]
 
 ModelsFolder = Annotated[
     Path | None,
@@ -27,6 +25,8 @@ LogFolder = Annotated[
 ]
 TargetPace = Annotated[str, typer.Option(metavar="MS+MS", help="Duration of a target forward: ms + ms per token.")]
 DraftPace = Annotated[str, typer.Option(metavar="MS+MS", help="Duration of a draft forward: ms + ms per token.")]
+
+Item = TypeVar("Item")
 
 
 def listed(option: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -54,3 +54,19 @@ def parse_widths(text: str) -> tuple[int, ...]:
     if not widths or len(set(widths)) < len(widths) or not all(1 <= width <= 1024 for width in widths):
         raise ConfigError(f"--widths: {text!r} is not a list of different numbers from 1 to 1024, as in 1,8,16")
     return tuple(sorted(widths))
+
+
+def parse_list(option: str, text: str, read: Callable[[str], Item]) -> tuple[Item, ...]:
+    """Read the values of a comma-separated list, each once.
+
+    Raises:
+        ConfigError: The list is empty, or ``read`` raises ValueError for a part of it.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        values = [read(part) for part in parts]
+    except ValueError:
+        raise ConfigError(f"{option}: {text!r} is not a list of numbers, as in 0,10,20") from None
+    if not values:
+        raise ConfigError(f"{option}: the list is empty")
+    return tuple(dict.fromkeys(values))

@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_wanspec.lab.harness import machine
 
-__all__ = ["Provenance"]
+__all__ = ["Provenance", "git_commit"]
 
 GIT_TIMEOUT_S = 10.0
 
@@ -42,7 +42,7 @@ class Provenance:
             seconds: Duration of the run.
         """
         command = f"{program} {shlex.join(sys.argv[1:])}".strip()
-        return cls(machine.describe(), machine.versions(), _commit(), command, seconds)
+        return cls(machine.describe(), machine.versions(), git_commit(), command, seconds)
 
     def __str__(self) -> str:
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -59,7 +59,8 @@ class Provenance:
         }
 
 
-def _commit() -> str | None:
+def git_commit() -> str | None:
+    """Return the checkout's commit, with ``-dirty`` where files have changed; None outside a checkout."""
     argv = ["git", "-C", str(machine.checkout()), "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)

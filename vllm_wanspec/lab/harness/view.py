@@ -1,4 +1,4 @@
-"""What people see while something long runs: servers coming up, and how far it is."""
+"""What people see while something long runs: servers coming up, requests going on, and how far it is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vllm_wanspec.lab.harness.client import Completion
+from vllm_wanspec.lab.harness.models import Prompt
 from vllm_wanspec.lab.harness.servers import Server
 
-__all__ = ["StartView", "progress_bar", "starting"]
+__all__ = ["NOBODY", "Onlooker", "StartView", "progress_bar", "starting"]
 
 
 def progress_bar(console: Console, auto_refresh: bool = True) -> Progress:
@@ -55,3 +57,19 @@ def starting(console: Console, servers: Sequence[Server]) -> Iterator[StartView]
     view = StartView(console, servers)
     with view.progress:
         yield view
+
+
+class Onlooker:
+    """Is told of requests as they go on; this one shows nothing."""
+
+    def begin(self, prompt: Prompt) -> None:
+        """A prompt was sent."""
+
+    def stream(self, text: str, tokens: int) -> None:
+        """Text of some tokens arrived."""
+
+    def end(self, completion: Completion) -> None:
+        """The answer is complete."""
+
+
+NOBODY = Onlooker()

@@ -48,6 +48,11 @@ def _rich_tables(table: Table, conditions: str, width: int) -> Iterator[RichTabl
     widths = {name: max(map(len, (*name.split(), *cells))) for name, *cells in columns}
     keys, rest, title = columns[: table.keys], columns[table.keys :], table.title
     room = width - 1 - sum(widths[key[0]] + COLUMN_MARGIN for key in keys)
+    figures = [widths[name] + COLUMN_MARGIN for name, *_ in rest]
+    lack = min(sum(figures), max(width // 2, *figures)) - room
+    if lack > 0:  # the last key is a sentence, which may be broken
+        widths[keys[-1][0]] -= lack
+        room += lack
     while rest:
         count, used = 0, 0
         while count < len(rest) and (used := used + widths[rest[count][0]] + COLUMN_MARGIN) <= room:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document
 from vllm_wanspec.lab.report.markdown import markdown
 
-__all__ = ["Result", "json_text", "measured", "publish"]
+__all__ = ["Publication", "Result", "json_text", "measured", "publish"]
 
 
 class Result(Protocol):
@@ -67,6 +67,26 @@ def measured(
         publish(document(found, provenance), found.as_json() | provenance.as_json(), outputs, console)
     if check and not found.held:
         raise typer.Exit(1)
+
+
+class Publication(NamedTuple):
+    """What is published of a result: the arguments of `publish` that do not depend on who asked.
+
+    Attributes:
+        document: For people.
+        data: For programs: the result file's content.
+        flat: Lists of it that get one line for each of their many entries.
+        draw: Writes the picture of a page to a path; False where it cannot.
+    """
+
+    document: Document
+    data: dict[str, Any]
+    flat: Collection[str] = ()
+    draw: Callable[[Path], bool] = lambda path: False
+
+    def publish(self, outputs: Outputs, console: Console) -> None:
+        """Print it, and write its files; see `publish`."""
+        publish(self.document, self.data, outputs, console, draw=self.draw, flat=self.flat)
 
 
 def publish(

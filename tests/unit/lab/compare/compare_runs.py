@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_wanspec.lab.compare.measure import BenchRun
-from vllm_wanspec.lab.compare.plan import BenchOptions, cells, is_remote, uses_wan
+from vllm_wanspec.lab.compare.arms import ARMS as KNOWN
+from vllm_wanspec.lab.compare.arms import named_arms
+from vllm_wanspec.lab.compare.plan import Options, cells
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.pacing_counts import Paced
+from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.records import Batch, Cell, Reference, Request, Trial
 
 ARMS = ("none", "none_constrained", "ngram", "draft_model", "wanspec", "oracle", "wanspec_dead", "wanspec_random")
@@ -30,8 +34,8 @@ STEADY = ("none", "none_constrained", "wanspec_dead", "wanspec_random")
 TIMES_MS = {0.0: 14.5, 10.0: 15.0, 20.0: 18.0, 30.0: 19.2, 50.0: 19.8, 70.0: 21.5, 100.0: 27.0, 500.0: 35.5}
 
 
-def options(**changes: Any) -> BenchOptions:
-    """Those of ``make bench``."""
+def options(**changes: Any) -> Options:
+    """Those of ``make bench``; arms by name."""
     fields: dict[str, Any] = {
         "target": "models/target",
         "draft": "models/draft",
@@ -42,7 +46,13 @@ def options(**changes: Any) -> BenchOptions:
         "concurrent_arms": ("none", "draft_model", "wanspec", "wanspec_no_wait"),
         "concurrent_rtt_ms": (30.0,),
     }
-    return BenchOptions(**(fields | changes))
+    fields |= changes
+    return Options(**(fields | {name: named_arms(name, fields[name]) for name in ("arms", "concurrent_arms")}))
+
+
+def provenance(seconds: float = 3700.0) -> Provenance:
+    """Of nowhere."""
+    return Provenance("a machine", {"python": "3"}, "abc1234", "wanspec bench --check", seconds)
 
 
 def reference(index: int, ranks: Sequence[int | None] = (0, 0, 0, 1, 0, 0, None, 0) * 5) -> Reference:
@@ -56,10 +66,11 @@ def request(prompt: int, time_ms: float, tokens: int = TOKENS - 1, steps: int = 
 
 
 def batch(cell: Cell, requests: Sequence[Request], repeat: int = 0, **changes: Any) -> Batch:
-    """Requests one after the other, without counters."""
+    """Requests one after the other, without counters, or with some by name."""
     seconds = sum(one.ttft_ms + one.time_ms for one in requests) / 1000.0
     fields: dict[str, Any] = {"cell": cell, "repeat": repeat, "seconds": seconds, "requests": tuple(requests)}
-    return Batch(**(fields | changes))
+    fields |= changes
+    return Batch(**(fields | {"counters": Counters(fields.get("counters", {}))}))
 
 
 def counters(arm: str, requests: int) -> Mapping[str, float]:
@@ -69,9 +80,9 @@ def counters(arm: str, requests: int) -> Mapping[str, float]:
     found: dict[str, float] = {}
     if arm not in ("none", "none_constrained"):
         found |= drafts
-    if is_remote(arm):
+    if KNOWN[arm].is_remote:
         found |= local
-    if uses_wan(arm):
+    if KNOWN[arm].uses_wan:
         found |= {"drafted_tokens": 310}
     return {name: value * requests for name, value in found.items()}
 
@@ -80,7 +91,7 @@ def _pace(cell: Cell, times_ms: Mapping[float, float]) -> float:
     return LEVELS[cell.arm] if cell.rtt_ms is None else times_ms[cell.rtt_ms]
 
 
-def full_run(prompts: int = 24, times_ms: Mapping[float, float] = TIMES_MS, **changes: Any) -> BenchRun:
+def full_run(prompts: int = 24, times_ms: Mapping[float, float] = TIMES_MS, **changes: Any) -> Result:
     """A whole run of ``make bench`` in which all bars hold."""
     made = changes.pop("options", options())
     rng = random.Random(3)
@@ -92,7 +103,7 @@ def full_run(prompts: int = 24, times_ms: Mapping[float, float] = TIMES_MS, **ch
             if cell.arm not in STEADY:
                 paces = [pace * factor for pace, factor in zip(paces, hard, strict=True)]
             requests = [request(index, pace * (TOKENS - 1)) for index, pace in enumerate(paces)]
-            cpu_s = {"target": 0.4} | ({"drafter": 0.6} if uses_wan(cell.arm) else {})
+            cpu_s = {"target": 0.4} | ({"drafter": 0.6} if KNOWN[cell.arm].uses_wan else {})
             if cell.concurrency == 1:
                 batches += [batch(cell, [one], repeat, counters=counters(cell.arm, 1), cpu_s=cpu_s) for one in requests]
             else:
@@ -101,11 +112,11 @@ def full_run(prompts: int = 24, times_ms: Mapping[float, float] = TIMES_MS, **ch
                 batches.append(batch(cell, requests, repeat, seconds=seconds, counters=found, cpu_s=cpu_s))
     fields: dict[str, Any] = {
         "options": made,
-        "references": [reference(index) for index in range(prompts)],
+        "taken": [reference(index) for index in range(prompts)],
         "trials": [Trial(gamma, 22.0 + abs(gamma - GAMMA)) for gamma in made.gammas],
         "gamma": GAMMA,
         "batches": batches,
         "paced": {"none": Paced(9000, 3), "wanspec": Paced(5000, 10), "drafter": Paced(20_000, 20)},
-        "seconds": 3700.0,
+        "provenance": provenance(),
     }
-    return BenchRun(**(fields | changes))
+    return Result(**(fields | changes))

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from compare_runs import TIMES_MS, batch, full_run, options, reference, request
+from compare_runs import TIMES_MS, batch, full_run, options, provenance, reference, request
 
-from vllm_wanspec.lab.compare.figures import Bar, Figures, Row, figures
-from vllm_wanspec.lab.compare.ideal import ideal_tpot_ms
-from vllm_wanspec.lab.compare.measure import BenchRun
+from vllm_wanspec.core.analysis.ideal import ideal_decode_ms
+from vllm_wanspec.lab.compare.figures import Bar, Figures, figures
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.compare.rows import Row
+from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.records import Batch, Cell
 
@@ -21,13 +23,13 @@ DRAFT_MODEL = Cell("draft_model", None, 1)
 WANSPEC = Cell("wanspec", 30.0, 1)
 
 
-def run_of(*batches: Batch, **changes: Any) -> BenchRun:
-    fields: dict[str, Any] = {"options": options(), "references": [reference(0), reference(1)], "gamma": 3}
-    fields |= {"trials": [], "batches": batches, "paced": {}, "seconds": 9.0}
-    return BenchRun(**(fields | changes))
+def run_of(*batches: Batch, **changes: Any) -> Result:
+    fields: dict[str, Any] = {"options": options(), "taken": [reference(0), reference(1)], "gamma": 3}
+    fields |= {"trials": [], "batches": batches, "paced": {}, "provenance": provenance()}
+    return Result(**(fields | changes))
 
 
-def row_of(run: BenchRun, cell: Cell) -> Row:
+def row_of(run: Result, cell: Cell) -> Row:
     row = figures(run).row(*cell)
     assert row is not None
     return row
@@ -43,7 +45,15 @@ def test_a_row_by_hand() -> None:
     cpu_s = {"target": 0.5, "drafter": 1.0}
     row = row_of(
         run_of(
-            batch(WANSPEC, [request(0, 100.0, 10, 4, 50.0)], 0, counters=counters, cpu_s=cpu_s, seconds=0.15, ties=1),
+            batch(
+                WANSPEC,
+                [request(0, 100.0, 10, 4, 50.0)],
+                0,
+                counters=counters,
+                cpu_s=cpu_s,
+                seconds=0.15,
+                ties=("m: at 2",),
+            ),
             batch(WANSPEC, [request(1, 600.0, 30, 12, 70.0)], 0, counters=counters, cpu_s=cpu_s, seconds=0.65),
             batch(WANSPEC, [request(0, 300.0, 10, 4, 60.0)], 1, counters=counters, cpu_s=cpu_s, seconds=0.4),
         ),
@@ -138,13 +148,14 @@ def test_the_ideal_is_that_of_the_measured_prompts() -> None:
         batch(WANSPEC, [request(1, 870.0, 29)]),
         batch(Cell("wanspec", 30.0, 8), [request(0, 780.0)]),
         batch(NONE, [request(0, 780.0)]),
-        references=references,
+        taken=references,
     )
     made = run.options
     assert made.target_pace is not None and made.draft_pace is not None
-    expected = ideal_tpot_ms(references[:2], rtt_ms=30.0, target=made.target_pace, draft=made.draft_pace, limit=8)
+    times = {"target_ms": made.target_pace.step_ms, "draft_ms": made.draft_pace.step_ms}
+    expected = sum(ideal_decode_ms(one.ranks, 3, rtt_ms=30.0, limit=8, **times) for one in references[:2]) / 68
     row = row_of(run, WANSPEC)
-    assert expected is not None and row.to_ideal is not None
+    assert row.to_ideal is not None
     assert row.ideal_tpot_ms == pytest.approx(expected)
     assert row.to_ideal.value == pytest.approx(1650 / 68 / expected)
     assert row.to_ideal.low < row.to_ideal.value < row.to_ideal.high
@@ -155,7 +166,7 @@ def test_the_ideal_is_that_of_the_measured_prompts() -> None:
 
 
 def test_the_ideal_is_scaled_like_the_run() -> None:
-    plain = run_of(batch(WANSPEC, [request(0, 780.0)]), references=[reference(0, (0, None, 0, None, 1) * 6)])
+    plain = run_of(batch(WANSPEC, [request(0, 780.0)]), taken=[reference(0, (0, None, 0, None, 1) * 6)])
     ideal_ms = row_of(plain, WANSPEC).ideal_tpot_ms
     assert ideal_ms is not None
     scaled = replace(plain, options=options(time_scale=1.5))
@@ -171,7 +182,8 @@ def test_a_run_that_holds_all_bars() -> None:
     found = figures(full_run())
     assert [bar.text for bar in found.bars if not bar.held] == []
     assert len(found.bars) == 16
-    assert (found.held, found.valid, found.doubts, found.wrong) == (True, True, (), ())
+    assert (found.held, found.doubts) == (True, ())
+    assert full_run().kept_pace() and full_run().wrong == ()
     far = bar_of(found, "÷ plain, R = 500 ms")
     assert far.value == pytest.approx(35.5 / 36.6, rel=0.02)
     assert far.upper is not None and far.value is not None and far.upper > far.value
@@ -212,10 +224,13 @@ def test_the_stretch_goal_does_not_count() -> None:
     assert found.held is True
 
 
-def changed(cell: Cell, **counters: float) -> BenchRun:
+def changed(cell: Cell, **counters: float) -> Result:
     run = full_run()
-    batches = [replace(b, counters=dict(b.counters) | counters) if b.cell == cell else b for b in run.batches]
-    return replace(run, batches=batches)
+
+    def counting(one: Batch) -> Batch:
+        return replace(one, counters=Counters({**one.counters.values, **counters}))
+
+    return replace(run, batches=[counting(one) if one.cell == cell else one for one in run.batches])
 
 
 @pytest.mark.parametrize("concurrency", [1, 8])
@@ -234,7 +249,7 @@ def test_a_useless_drafter_that_costs_too_much_is_missed_twice(cell: Cell) -> No
     assert sum(bar.held is False for bar in found.bars) == 2
 
 
-def of(run: BenchRun, cell: Cell) -> Sequence[Batch]:
+def of(run: Result, cell: Cell) -> Sequence[Batch]:
     return [one for one in run.batches if one.cell == cell]
 
 
@@ -258,17 +273,18 @@ def test_a_run_that_cannot_tell_judges_nothing(changes: dict[str, Any], doubt: s
 
 
 def test_overruns_make_a_paced_run_invalid() -> None:
-    assert figures(full_run(paced={"drafter": Paced(1000, 10)})).valid
-    assert not figures(full_run(paced={"drafter": Paced(1000, 11)})).valid
-    assert not figures(full_run(paced={})).valid
-    assert figures(full_run(paced={}, options=options(target_pace=None))).valid
+    assert full_run(paced={"drafter": Paced(1000, 10)}).kept_pace()
+    assert not full_run(paced={"drafter": Paced(1000, 11)}).kept_pace()
+    assert not full_run(paced={}).kept_pace()
+    assert full_run(paced={}, options=options(target_pace=None)).kept_pace()
 
 
 def test_a_wrong_output_is_counted_and_named() -> None:
     run = full_run()
     first = replace(run.batches[0], wrong=("module0: token 3 differs",))
-    found = figures(replace(run, batches=[first, *run.batches[1:]]))
-    assert found.wrong == ("none: module0: token 3 differs",)
+    run = replace(run, batches=[first, *run.batches[1:]])
+    found = figures(run)
+    assert run.wrong == ("none: module0: token 3 differs",)
     assert found.rows[0].wrong == 1
     assert found.held is None
 
@@ -303,6 +319,6 @@ def test_throughput_is_paired_by_repeat() -> None:
 
 
 def test_a_run_without_anything_has_no_rows() -> None:
-    found = figures(run_of(references=[]))
+    found = figures(run_of(taken=[]))
     assert found.rows == ()
     assert {bar.value for bar in found.bars} == {None}

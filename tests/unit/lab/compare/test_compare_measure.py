@@ -8,6 +8,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,21 +16,25 @@ import pytest
 from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.compare.arms import named_arms
 from vllm_wanspec.lab.compare.measure import Measurement, Station, best_gamma, remaining
-from vllm_wanspec.lab.compare.plan import BenchOptions
-from vllm_wanspec.lab.compare.probes import Probe, Wan
-from vllm_wanspec.lab.compare.references import RankingClient, read_ranks, take_references
+from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.references import take_references, usable
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.models import Prompt
+from vllm_wanspec.lab.harness.probes import Probe
+from vllm_wanspec.lab.harness.wan_control import Wan
 from vllm_wanspec.lab.records import Cell, Journal, Reference, Trial
 
 EXPECTED = tuple(range(100, 125))
+NAME = attrgetter("name")
 
 
-def options_for(**changes: Any) -> BenchOptions:
+def options_for(**changes: Any) -> Options:
     settings: dict[str, Any] = {"target": "/big", "draft": "/small", "prompts": Path("/p"), "repeats": 2, "count": 3}
-    return BenchOptions(**(settings | {"arms": ("none", "wanspec"), "rtt_ms": (0.0, 20.0)} | changes))
+    settings |= {"arms": ("none", "wanspec"), "concurrent_arms": (), "rtt_ms": (0.0, 20.0)} | changes
+    return Options(**(settings | {name: named_arms(name, settings[name]) for name in ("arms", "concurrent_arms")}))
 
 
 @pytest.fixture
@@ -37,8 +42,8 @@ def journals(tmp_path: Path) -> Iterator[Any]:
     """Takes up one and the same journal, again and again."""
     with ExitStack() as stack:
 
-        def take_up() -> Journal:
-            journal = Journal(tmp_path / "journal", {})
+        def take_up(name: str = "journal") -> Journal:
+            journal = Journal(tmp_path / name, {})
             stack.callback(journal.close)
             return journal
 
@@ -60,9 +65,7 @@ class FakeClient:
         self.fail_at: int | None = None
         self.salts: list[str] = []
 
-    async def complete(
-        self, prompt: Any, max_tokens: int, *, extra: Any = None, on_text: Any = lambda text, tokens: None
-    ) -> Completion:
+    async def complete(self, prompt: Any, max_tokens: int, *, extra: Any = None, on_text: Any = None) -> Completion:
         if isinstance(prompt, str):
             self.log.append(f"{self.name} warm-up")
             return Completion((0,), (1,), "", 1.0, 1.0, "length")
@@ -75,11 +78,8 @@ class FakeClient:
         await asyncio.sleep(0)
         self.running -= 1
         ids = [token + (place == self.wrong_at) for place, token in enumerate(EXPECTED[:max_tokens])]
-        on_text("", 1)
-        for _ in range(0, max_tokens - 1, 2):
-            on_text("", 2)
-        on_text("\n", 0)  # text alone is no step
-        return Completion(tuple(prompt), tuple(ids), "", 40.0, 40.0 + 10.0 * (max_tokens - 1), "length")
+        pieces = ((40.0, 1), *((40.0 + 10.0 * place, 2) for place in range(2, max_tokens, 2)))
+        return Completion(tuple(prompt), tuple(ids), "", 40.0, 40.0 + 10.0 * (max_tokens - 1), "length", pieces)
 
     async def is_tie(self, plain: Completion, other: Completion, position: int) -> bool:
         assert plain.token_ids == EXPECTED
@@ -117,14 +117,14 @@ class FakeWan:
 class Stage:
     """A measurement over stand-ins."""
 
-    def __init__(self, options: BenchOptions, journal: Journal, near: bool = True) -> None:
+    def __init__(self, options: Options, journal: Journal, near: bool = True) -> None:
         self.log: list[str] = []
         self.screen = Console(file=io.StringIO(), width=160)
-        self.clients = {arm: FakeClient(self.log, arm) for arm in options.started}
-        self.probes = {arm: FakeProbe() for arm in options.started}
+        self.clients = {arm: FakeClient(self.log, arm) for arm in map(NAME, options.started)}
+        self.probes = {arm: FakeProbe() for arm in map(NAME, options.started)}
         stations = {
             arm: Station(cast(CompletionClient, self.clients[arm]), cast(Probe, self.probes[arm]))
-            for arm in options.started
+            for arm in map(NAME, options.started)
         }
         plain = cast(CompletionClient, self.clients["none"])
         wan = cast(Wan, FakeWan(self.log, near))
@@ -188,9 +188,9 @@ def test_a_request_is_written_down_as_the_client_saw_it(journals: Any) -> None:
     (request,) = batch.requests
     assert (request.ttft_ms, request.time_ms, request.tokens, request.steps) == (40.0, 240.0, 24, 12)
     # Two readings of the processor, five counts that only settling shows.
-    assert batch.counters == {"hits": 2.0 + 5.0}
+    assert batch.counters == Counters({"hits": 2.0 + 5.0})
     assert batch.cpu_s == {"target": 0.25}
-    assert (batch.ties, batch.wrong) == (0, ())
+    assert (batch.ties, batch.wrong) == ((), ())
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -203,8 +203,10 @@ def test_another_output_is_a_tie_or_wrong(journals: Any, tie: bool) -> None:
     batches = {batch.cell.arm: batch for batch in journal.batches}
     assert batches["none"].wrong == ()
     wrong = "m0: at generated position 7: plain token 107, here 108"
-    assert (batches["ngram"].ties, batches["ngram"].wrong) == ((1, ()) if tie else (0, (wrong,)))
-    assert ("different output" in stage.printed) is not tie
+    assert (batches["ngram"].ties, batches["ngram"].wrong) == (((wrong,), ()) if tie else ((), (wrong,)))
+    assert ("error: ngram: different output" in stage.printed) is not tie
+    assert ("floating-point tie in m0: at generated position 7" in stage.printed) is tie
+    assert ("the prompt ends with 'def'" in stage.printed) is not tie
 
 
 def test_above_concurrency_1_all_prompts_are_one_batch(journals: Any) -> None:
@@ -272,10 +274,11 @@ class TextClient:
         self.lengths = lengths
         self.asked: list[str] = []
 
-    async def complete(self, prompt: str, max_tokens: int) -> Completion:
+    async def complete(self, prompt: str, max_tokens: int, on_text: Any) -> Completion:
         self.asked.append(prompt)
         ids = tuple(range(self.lengths[int(prompt)]))
-        return Completion((int(prompt),), ids * 2, "", 1.0, 2.0, None)  # which repeats itself
+        pieces = tuple((5.0 * place, 1) for place in range(2 * len(ids)))
+        return Completion((int(prompt),), ids * 2, "", 0.0, 5.0 * (2 * len(ids) - 1), None, pieces)  # repeats itself
 
     async def ranks(self, prompt_ids: Sequence[int], following: Sequence[int]) -> tuple[int | None, ...]:
         return (0,) * len(following)
@@ -284,7 +287,7 @@ class TextClient:
 def take(journal: Journal, client: TextClient, draft: bool, **changes: Any) -> None:
     prompts = [Prompt(f"m{index}", str(index)) for index in range(len(client.lengths))]
     plain = cast(CompletionClient, client)
-    ranking = cast(RankingClient, client) if draft else None
+    ranking = cast(CompletionClient, client) if draft else None
     asyncio.run(take_references(journal, options_for(**changes), prompts, plain, ranking))
 
 
@@ -293,8 +296,10 @@ def test_prompts_are_taken_in_order_until_there_are_enough_long_texts(journals: 
     client = TextClient([30, 20, 24, 40, 50])
     take(journal, client, draft=True, count=3)
     assert client.asked == ["0", "1", "2", "3"]
-    assert [one.index for one in journal.references.values()] == [0, 2, 3]
+    assert [one.index for one in usable(journal, options_for(count=3))] == [0, 2, 3]
     first = journal.references[0]
+    assert (first.generated, first.time_ms) == (60, 5.0 * 29)  # of the part before it repeats itself
+    assert journal.references[1].ranks == (None,) * 20  # nobody asks about what is not used
     assert (first.expected, first.ranks, first.prompt_ids) == (tuple(range(30)), (0,) * 30, (0,))
 
 
@@ -305,16 +310,25 @@ def test_prompts_that_were_taken_before_are_not_asked_again(journals: Any) -> No
     assert journal.references[0].ranks == (None,) * 30
     client = TextClient([30, 20, 30, 30])
     take(journal, client, draft=False, count=3)
-    assert client.asked == ["1", "2", "3"]
+    assert client.asked == ["2", "3"]
     again = TextClient([30, 20, 30, 30])
     take(journal, again, draft=False, count=3)
     assert again.asked == []
 
 
-def test_ranks_are_counted_from_0_among_eight() -> None:
-    entries = [
-        {"5": {"logprob": -0.1, "rank": 1}},
-        {"9": {"logprob": -4.0, "rank": 8}, "5": {"logprob": -0.1, "rank": 1}},
-        {"7": {"logprob": -9.0, "rank": 9}, "5": {"logprob": -0.1, "rank": 1}},
-    ]
-    assert read_ranks(entries, [5, 9, 7]) == (0, 7, None)
+def test_all_texts_are_used_where_no_number_is_wanted(journals: Any) -> None:
+    journal = journals()
+    client = TextClient([30, 20, 24])
+    take(journal, client, draft=False, count=None)
+    assert client.asked == ["0", "1", "2"]
+    assert [one.index for one in usable(journal, options_for(count=None))] == [0, 2]
+    assert remaining(options_for(count=None), journal) == 2 * 2 * 3
+    other = journals("other")
+    with pytest.raises(ConfigError, match=r"only 0 of 1 prompts have 24 tokens .*: nothing to measure"):
+        take(other, TextClient([20]), draft=False, count=None)
+
+
+def test_whole_texts_are_used_however_short_they_are(journals: Any) -> None:
+    journal = journals()
+    take(journal, TextClient([3, 4]), draft=False, count=2, whole_texts=True)
+    assert [len(one.expected) for one in usable(journal, options_for(count=2, whole_texts=True))] == [6, 8]

@@ -13,16 +13,21 @@ import yaml
 from vllm_wanspec.config import load_settings
 from vllm_wanspec.emulate.pacing import DRAFT_PACING_ENV, PACING_ENV, Pacing
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.compare.lineup import plan_lineup, reference_arm, trial_spec
-from vllm_wanspec.lab.compare.plan import ARMS, BenchOptions, blocks, cells, orders, parse_list, uses_wan
+from vllm_wanspec.lab.compare.arms import ARMS, Arm, named_arms, tree_arms
+from vllm_wanspec.lab.compare.lineup import plan_lineup, trial_spec
+from vllm_wanspec.lab.compare.plan import DEFAULT_ARMS, Options, blocks, cells, orders
 from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness.options import parse_list
 from vllm_wanspec.lab.harness.servers import ServerSpec
 from vllm_wanspec.lab.records import Cell
 
 
-def options_for(**changes: Any) -> BenchOptions:
+def options_for(trees: tuple[Arm, ...] = (), **changes: Any) -> Options:
+    """Settings with arms by name, and tree arms."""
     settings: dict[str, Any] = {"target": "/big", "draft": "/small", "prompts": Path("/prompts.jsonl")}
-    return BenchOptions(**(settings | changes))
+    settings |= {"arms": DEFAULT_ARMS, "concurrent_arms": ()} | changes
+    settings |= {name: named_arms(f"--{name}", settings[name]) for name in ("arms", "concurrent_arms")}
+    return Options(**(settings | {"arms": (*settings["arms"], *trees)}))
 
 
 def test_only_arms_across_the_wan_are_measured_at_every_round_trip() -> None:
@@ -43,18 +48,19 @@ def test_other_arms_and_round_trips_may_run_above_concurrency_1() -> None:
         Cell("draft_model", None, 8),
         Cell("wanspec_no_wait", 30.0, 8),
     ]
-    assert options.started == ("none", "draft_model", "wanspec_no_wait")
+    assert [arm.name for arm in options.started] == ["none", "draft_model", "wanspec_no_wait"]
 
 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"arms": ("nobody",)}, "--arms: 'nobody' is not an arm; there are none, none_constrained"),
-        ({"concurrent_arms": ("x",)}, "--concurrent-arms: 'x' is not an arm"),
+        ({"concurrent_arms": ("x",)}, "--concurrent_arms: 'x' is not an arm"),
         ({"rtt_ms": (-1.0,)}, "--rtt-ms: -1 is not from 0 to 10000"),
         ({"rtt_ms": (float("nan"),)}, "--rtt-ms: nan"),
         ({"concurrency": (0,)}, "--concurrency: 0 is not from 1 to 256"),
         ({"gammas": (65,)}, "--gammas: 65 is not from 1 to 64"),
+        ({"trees": tree_arms("--trees", "wanspec=off")}, "--trees: the name 'wanspec' is that of an arm of --arms"),
         ({"arms": ("draft_model",), "gammas": ()}, "--gammas: the arm draft_model needs at least one"),
         ({"arms": (), "concurrent_arms": ()}, "--arms: nothing to measure"),
         ({"time_scale": 0.0}, "--time-scale: 0 is not from 0.1 to 20"),
@@ -135,7 +141,7 @@ def test_each_arm_gets_the_server_that_it_describes(tmp_path: Path) -> None:
     wanted = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     assert speculation(lineup.targets["ngram"]) == wanted
     oracle = lineup.targets["oracle"]
-    assert speculation(oracle)["model"] == "vllm_wanspec.lab.compare.oracle.OracleProposer"
+    assert speculation(oracle)["model"] == "vllm_wanspec.lab.harness.proposers.OracleProposer"
     assert oracle.env is not None
     assert oracle.env["WANSPEC_ORACLE"] == str(lineup.oracle_path)
     assert following(lineup.targets["wanspec"].argv, "--speculative-tokens") == "6"
@@ -223,8 +229,29 @@ def test_without_pacing_there_are_no_statistics(tmp_path: Path) -> None:
     ],
 )
 def test_texts_come_from_a_plain_target_if_there_is_one(arms: tuple[str, ...], wanted: str) -> None:
-    assert reference_arm(options_for(arms=arms)) == wanted
+    assert options_for(arms=arms).texts_from.name == wanted
 
 
 def test_the_arms_across_the_wan_are_known() -> None:
-    assert [arm for arm in ARMS if uses_wan(arm)] == ["wanspec", "wanspec_no_wait"]
+    assert [name for name, arm in ARMS.items() if arm.uses_wan] == ["wanspec", "wanspec_no_wait"]
+
+
+def test_tree_arms_share_one_target_without_prompt_lookup(tmp_path: Path) -> None:
+    trees = tree_arms("--trees", "main-line=max_branches=1; wide=running_branches=64; plain=off")
+    options = options_for(trees, arms=("none", "wanspec"), rtt_ms=(0.0, 20.0), concurrency=(1, 8))
+    lineup = plan_lineup(options, tmp_path)
+    assert set(lineup.targets) == {"none", "wanspec", "trees"}
+    assert load_settings(tmp_path / "trees.yaml").fallback == ()
+    assert load_settings(tmp_path / "wanspec.yaml").fallback == ("ngram",)
+    measured = [cell for cell in cells(options) if cell.arm == "wide"]
+    assert measured == [Cell("wide", 0.0, 1), Cell("wide", 20.0, 1)]  # at every round trip, one at a time
+    assert [arm.name for arm in options.started] == ["none", "wanspec", "main-line", "wide", "plain"]
+    assert options.as_json()["arms"] == ["none", "wanspec", *map(str, trees)]
+    assert str(trees[1]) == "wide=running_branches=64"
+
+
+def test_tree_arms_alone_take_their_texts_past_the_drafter() -> None:
+    options = options_for(tree_arms("--trees", "a=max_branches=1; b="), arms=())
+    assert options.texts_from.name == "a"
+    assert options.texts_from.plain_fields == {"vllm_xargs": {"wanspec": "off"}}
+    assert options_for(arms=("none", "wanspec")).texts_from.plain_fields == {}

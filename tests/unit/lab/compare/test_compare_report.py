@@ -16,24 +16,42 @@ from rich.console import Console
 
 import vllm_wanspec
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.compare.arms import tree_arms
 from vllm_wanspec.lab.compare.figures import figures
-from vllm_wanspec.lab.compare.measure import BenchRun
-from vllm_wanspec.lab.compare.plots import write_plot
-from vllm_wanspec.lab.compare.report import markdown, print_report, write_json, write_markdown
-from vllm_wanspec.lab.compare.result import as_json
+from vllm_wanspec.lab.compare.plots import draw_figures
+from vllm_wanspec.lab.compare.report import as_json, bench_report
+from vllm_wanspec.lab.compare.result import Result
+from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.pacing_counts import Paced
+from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.records import Batch
+from vllm_wanspec.lab.report.console import print_document
+from vllm_wanspec.lab.report.markdown import markdown
 
 PACED = "paced to 35 + 0.1 ms (target), 5 + 0.02 ms (draft)"
 RED = "\x1b[31m"
 
 
-def report(run: BenchRun, width: int = 200, colour: bool = False) -> str:
+def report(run: Result, width: int = 200, colour: bool = False) -> str:
     colours: dict[str, Any] = {"force_terminal": True, "color_system": "standard"} if colour else {}
     screen = Console(file=io.StringIO(), width=width, **colours)
-    print_report(run, screen)
+    print_document(bench_report(run).document, screen)
     assert isinstance(screen.file, io.StringIO)
     return screen.file.getvalue()
+
+
+def write(run: Result, json_path: Path | None = None, markdown_path: Path | None = None) -> None:
+    """Write files alone."""
+    made, nowhere = bench_report(run), Console(file=io.StringIO())
+    made.publish(Outputs(json_path, markdown_path), nowhere)
+
+
+def page_of(run: Result) -> str:
+    return markdown(bench_report(run).document)
+
+
+def json_of(run: Result) -> dict[str, Any]:
+    return as_json(run, figures(run))
 
 
 def words(text: str) -> str:
@@ -44,12 +62,14 @@ def lines_of(text: str, *parts: str) -> list[str]:
     return [line for line in text.splitlines() if all(part in line for part in parts)]
 
 
-def with_wrong(count: int) -> BenchRun:
+def with_wrong(count: int) -> Result:
     """The first of wanspec's requests at 30 ms has a wrong output, ``count`` times over."""
     run = full_run()
     place = next(place for place, one in enumerate(run.batches) if one.cell == ("wanspec", 30.0, 1))
     batches: list[Batch] = list(run.batches)
-    batches[place] = replace(batches[place], wrong=tuple(f"[module{n}]: token 3 differs" for n in range(count)), ties=2)
+    batches[place] = replace(
+        batches[place], wrong=tuple(f"[module{n}]: token 3 differs" for n in range(count)), ties=("", "")
+    )
     return replace(run, batches=batches)
 
 
@@ -59,7 +79,7 @@ def test_the_console_shows_all_tables() -> None:
     found = figures(run)
     row = found.row("wanspec", 30.0)
     assert row is not None and row.to_draft_model is not None and row.to_ideal is not None
-    line = lines_of(text, "wanspec ", " 30 │", f"{row.tpot_ms:.2f}")[0]
+    line = lines_of(text, "wanspec ", "│ 30 ", f"{row.tpot_ms:.2f}")[0]
     ratio = row.to_draft_model
     assert f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" in line
     assert f"{row.ideal_tpot_ms:.2f}" in line and f"{row.to_ideal.value:.3f}" in line
@@ -81,21 +101,21 @@ def test_every_title_says_the_pace() -> None:
     bare = full_run(options=options(target_pace=None, draft_pace=None), paced={})
     for title in titles:
         assert lines_of(report(bare), f"{title}; not paced")
-    page = markdown(full_run(), None)
+    page = page_of(full_run())
     headings = [line for line in page.splitlines() if line.startswith("## ") and "How" not in line]
     assert len(headings) == 6
     assert all(line.endswith(f"({PACED})") for line in headings)
-    assert "nothing is paced" in markdown(bare, None)
-    assert "paced to" not in markdown(bare, None)
+    assert "nothing is paced" in page_of(bare)
+    assert "paced to" not in page_of(bare)
 
 
 def test_every_title_says_the_time_scale() -> None:
     run = full_run(options=options(time_scale=1.5))
-    headings = [line for line in markdown(run, None).splitlines() if line.startswith("## ") and "How" not in line]
+    headings = [line for line in page_of(run).splitlines() if line.startswith("## ") and "How" not in line]
     assert all(line.endswith(f"({PACED}, these and R × 1.5)") for line in headings)
-    assert "R = 30 ms took 45 ms" in markdown(run, None)
-    assert "Times are as measured" not in markdown(full_run(), None)
-    assert (as_json(run)["time_scale"], as_json(run)["pacing"]) == (1.5, as_json(full_run())["pacing"])
+    assert "R = 30 ms took 45 ms" in page_of(run)
+    assert "Times are as measured" not in page_of(full_run())
+    assert (json_of(run)["time_scale"], json_of(run)["pacing"]) == (1.5, json_of(full_run())["pacing"])
 
 
 @pytest.mark.parametrize("width", [72, 80, 100, 132])
@@ -135,7 +155,7 @@ def test_what_makes_figures_worthless_is_said() -> None:
     assert "INVALID: more forwards than 1% took longer than their pace (2.5% of wanspec)" in text
     assert "INVALID" in report(full_run(paced={})) and "it is unknown how many" in words(report(full_run(paced={})))
     run = full_run()
-    idle = [replace(one, counters={"drafted_tokens": 0, "num_accepted_tokens": 0}) for one in run.batches]
+    idle = [replace(one, counters=Counters({"drafted_tokens": 0, "num_accepted_tokens": 0})) for one in run.batches]
     assert "Nothing was drafted in wanspec, wanspec_dead" in words(report(replace(run, batches=idle)))
 
 
@@ -150,26 +170,25 @@ def test_missed_and_open_bars_are_named() -> None:
 
 
 def test_a_run_without_any_figures_can_be_shown(tmp_path: Path) -> None:
-    run = full_run(batches=[], trials=[], gamma=None, references=[], paced={}, ended_by="a server did not start")
+    run = full_run(batches=[], trials=[], gamma=None, taken=[], paced={}, ended_by="a server did not start")
     text = report(run)
     assert "INCOMPLETE: a server did not start." in text
     assert "Single stream" not in text
-    write_json(run, tmp_path / "bench.json")
+    write(run, tmp_path / "bench.json")
     data = json.loads((tmp_path / "bench.json").read_text())
     assert data["rows"] == [] and data["held"] is None
-    write_markdown(run, tmp_path / "bench.md")
+    write(run, markdown_path=tmp_path / "bench.md")
 
 
-def test_json_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/usr/bin/wanspec", "bench", "--prompts", "my prompts.jsonl"])
+def test_json_has_everything(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bench.json"
-    write_json(full_run(references=[reference(n, (0, None, 0, 0)) for n in range(24)]), path)
+    write(full_run(taken=[reference(n, (0, None, 0, 0) * 6) for n in range(24)]), path)
     data = json.loads(path.read_text())
-    assert data["command"] == "wanspec bench --prompts 'my prompts.jsonl'"
+    assert (data["command"], data["commit"], data["seconds"]) == ("wanspec bench --check", "abc1234", 3700.0)
     assert (data["complete"], data["ended_by"], data["valid"], data["held"]) == (True, None, True, True)
     assert data["pacing"] == {"target": "35.0+0.1", "draft": "5.0+0.02"}
     assert data["overruns"] == {"none": 0.0003, "wanspec": 0.002, "drafter": 0.001}
-    assert data["references"][1] == {"index": 1, "name": "module1", "tokens": 4, "agreement": 0.75, "outside": 0.25}
+    assert data["references"][1] == {"index": 1, "name": "module1", "tokens": 24, "agreement": 0.75, "outside": 0.25}
     assert data["trials"][2] == {"gamma": 4, "tpot_ms": 22}
     assert data["gamma"] == 4
     assert data["options"]["target_pace"] == "35.0+0.1"
@@ -194,14 +213,14 @@ def test_json_has_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_paths_in_the_checkout_are_told_from_there(tmp_path: Path) -> None:
     root = Path(vllm_wanspec.__file__).resolve().parents[1]
     changes = {"target": str(root / "examples" / "target"), "draft": "/elsewhere/draft", "prompts": root / "p.jsonl"}
-    write_json(full_run(options=options(**changes)), tmp_path / "bench.json")
+    write(full_run(options=options(**changes)), tmp_path / "bench.json")
     shown = json.loads((tmp_path / "bench.json").read_text())["options"]
     assert [shown[name] for name in changes] == ["examples/target", "/elsewhere/draft", "p.jsonl"]
 
 
 def test_ranks_that_nobody_asked_for_are_no_disagreement(tmp_path: Path) -> None:
-    run = full_run(references=[reference(0, (None,) * 30)], options=options(target_pace=None), paced={})
-    write_json(run, tmp_path / "bench.json")
+    run = full_run(taken=[reference(0, (None,) * 30)], options=options(target_pace=None), paced={})
+    write(run, tmp_path / "bench.json")
     data = json.loads((tmp_path / "bench.json").read_text())
     assert data["references"][0]["agreement"] is None and data["references"][0]["outside"] is None
     assert data["pacing"] is None
@@ -209,14 +228,14 @@ def test_ranks_that_nobody_asked_for_are_no_disagreement(tmp_path: Path) -> None
 
 def test_files_that_cannot_be_written_are_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(WanspecError, match=r"^--json: cannot write .*: Is a directory$"):
-        write_json(full_run(prompts=2), tmp_path)
+        write(full_run(prompts=2), tmp_path)
     (tmp_path / "bench.md").mkdir()
     with pytest.raises(WanspecError, match="--markdown: cannot write"):
-        write_markdown(full_run(prompts=2), tmp_path / "bench.md")
+        write(full_run(prompts=2), markdown_path=tmp_path / "bench.md")
 
 
 def test_the_page_has_sound_tables_and_the_plot(tmp_path: Path) -> None:
-    write_markdown(full_run(), tmp_path / "bench.md")
+    write(full_run(), markdown_path=tmp_path / "bench.md")
     page = (tmp_path / "bench.md").read_text()
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
     assert len(tables) == 6
@@ -240,14 +259,30 @@ def test_the_page_has_sound_tables_and_the_plot(tmp_path: Path) -> None:
         full_run(2, batches=[]),
     ],
 )  # fmt: skip
-def test_plots_of_parts_of_the_bench(run: BenchRun, tmp_path: Path) -> None:
+def test_plots_of_parts_of_the_bench(run: Result, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    assert write_plot(run, tmp_path / "bench.png", "not paced")
+    assert draw_figures(figures(run), tmp_path / "bench.png", "not paced")
 
 
 def test_without_matplotlib_the_page_has_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert not write_plot(full_run(2), tmp_path / "bench.png", "")
-    write_markdown(full_run(2), tmp_path / "bench.md")
+    assert not draw_figures(figures(full_run(2)), tmp_path / "bench.png", "")
+    write(full_run(2), markdown_path=tmp_path / "bench.md")
     assert "![" not in (tmp_path / "bench.md").read_text()
     assert not (tmp_path / "bench.png").exists()
+
+
+def test_tree_arms_stand_beside_the_others(tmp_path: Path) -> None:
+    trees = tree_arms("--trees", "wide=running_branches=64; plain=off")
+    run = full_run(2, options=options(arms=("none", "wanspec"), rtt_ms=(0.0, 20.0), concurrency=(1,)))
+    remote = [one for one in run.batches if one.cell.arm == "wanspec"]
+    more = [replace(one, cell=one.cell._replace(arm=arm.name)) for arm in trees for one in remote]
+    idle = [replace(one, counters=Counters({"drafted_tokens": 0})) for one in more if one.cell.arm == "plain"]
+    batches = [*run.batches, *(one for one in more if one.cell.arm == "wide"), *idle]
+    run = replace(run, options=replace(run.options, arms=(*run.options.arms, *trees)), batches=batches)
+    page = page_of(run)
+    assert lines_of(page, "| wide | 0 |") and lines_of(page, "| wide | 20 |") and lines_of(page, "| plain | 20 |")
+    assert "- `wide`: remote drafts without prompt lookup, asking for `running_branches=64`" in page
+    assert "Nothing was drafted" not in page  # an arm that opts out of drafts has none
+    if importlib.util.find_spec("matplotlib") is not None:
+        assert draw_figures(figures(run), tmp_path / "bench.png", "")

@@ -2,66 +2,45 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from compare_stage import Stage
 from typer.testing import CliRunner
 
 from vllm_wanspec.cli.main import app
 from vllm_wanspec.errors import ConfigError, UnsupportedError
-from vllm_wanspec.lab.compare import measure, probes, run
-from vllm_wanspec.lab.compare.lineup import Lineup
-from vllm_wanspec.lab.compare.plan import BenchOptions
-from vllm_wanspec.lab.compare.run import Outputs, run_bench
+from vllm_wanspec.lab.compare import measure
+from vllm_wanspec.lab.compare.arms import named_arms
+from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.report import bench_report
+from vllm_wanspec.lab.compare.run import run_compare
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.servers import ServerError, ServerSpec, free_ports
+from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.lab.harness.running import Outputs
+from vllm_wanspec.lab.harness.servers import ServerError
+from vllm_wanspec.lab.report.writing import Publication
 
-FAKE = Path(__file__).parents[1] / "fake_trees_vllm.py"
 ARMS = ("none", "draft_model", "wanspec_dead")
 
 
-class Stage:
-    """Lays out stand-ins in place of the servers, and remembers which were asked for."""
+class BenchStage(Stage):
+    """Runs of the bench over stand-ins."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.outputs = Outputs(folder / "bench.json", None, folder / "logs")
-        self.started: list[str] = []
-        self.extra: dict[str, list[str]] = {}
-        self.screen = Console(file=io.StringIO(), width=160)
-
-    def server(self, name: str, *extra: str) -> ServerSpec:
-        (port,) = free_ports(1)
-        stats = self.folder / f"{name}.pacing.json"
-        argv = [sys.executable, str(FAKE), "--port", str(port), "--stats", str(stats)]
-        return ServerSpec(name, [*argv, *extra, *self.extra.get(name, [])], port)
-
-    def plan_lineup(self, options: BenchOptions, folder: Path) -> Lineup:
-        (port,) = free_ports(1)
-        self.started.append("lineup")
-        extra = {"wanspec_dead": ["--metrics-port", str(port)]}
-        targets = {arm: self.server(arm, *extra.get(arm, [])) for arm in options.started if arm != "draft_model"}
-        metrics = {"wanspec_dead": f"http://127.0.0.1:{port}/metrics"} if "wanspec_dead" in targets else {}
-        stats = {name: self.folder / f"{name}.pacing.json" for name in targets}
-        return Lineup((), targets, metrics, stats, None, folder / "oracle.json")
-
-    def trial_spec(self, options: BenchOptions, gamma: int, folder: Path, name: str = "draft_model") -> ServerSpec:
-        self.started.append(f"{name} {gamma}")
-        spec = self.server(name)
-        (folder / "draft_model.pacing.json").write_text('{"steps": 5, "overruns": 0}')
-        return spec
 
     def run(self, **changes: Any) -> Any:
-        return run_bench(self.options(**changes), self.outputs, self.screen)
+        options = self.options(**changes)
+        prompts = read_prompts(options.prompts, None)
+        how: dict[str, Any] = {"name": "bench", "program": "wanspec", "report": bench_report}
+        return run_compare(options, prompts, self.outputs, self.screen, **how)
 
-    def options(self, **changes: Any) -> BenchOptions:
+    def options(self, **changes: Any) -> Options:
         settings: dict[str, Any] = {
             "target": "big",
             "draft": "small",
@@ -72,12 +51,8 @@ class Stage:
             "gammas": (2, 3),
             "max_tokens": 64,
         }
-        return BenchOptions(**(settings | changes))
-
-    @property
-    def printed(self) -> str:
-        assert isinstance(self.screen.file, io.StringIO)
-        return " ".join(self.screen.file.getvalue().split())
+        settings |= changes
+        return Options(**(settings | {"arms": named_arms("--arms", settings["arms"])}))
 
     @property
     def journal(self) -> Path:
@@ -85,20 +60,14 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
-    found = Stage(tmp_path)
+def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BenchStage:
+    found = BenchStage(tmp_path)
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"def {name}("}) + "\n" for name in "abcd"))
-    monkeypatch.setattr(machine, "missing_vllm", lambda: None)
-    monkeypatch.setattr(run, "plan_lineup", found.plan_lineup)
-    monkeypatch.setattr(run, "trial_spec", found.trial_spec)
-    monkeypatch.setattr(run, "STATS_SETTLE_S", 0.0)
-    for name in ("SETTLE_MIN_S", "SETTLE_POLL_S"):
-        monkeypatch.setattr(probes, name, 0.0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    found.install(monkeypatch)
     return found
 
 
-def test_a_run_tries_every_length_measures_all_and_leaves_no_journal(stage: Stage) -> None:
+def test_a_run_tries_every_length_measures_all_and_leaves_no_journal(stage: BenchStage) -> None:
     result = stage.run()
     assert result.ended_by is None
     assert [reference.name for reference in result.references] == ["line 1", "line 2", "line 3"]
@@ -112,13 +81,13 @@ def test_a_run_tries_every_length_measures_all_and_leaves_no_journal(stage: Stag
     data = json.loads((stage.folder / "bench.json").read_text())
     assert (data["complete"], len(data["rows"])) == (True, 3)
     dead = next(batch for batch in result.batches if batch.cell.arm == "wanspec_dead")
-    assert dead.counters["steps"] == 13
+    assert dead.counters.get("steps") == 13
     assert not stage.journal.exists()
     known = json.loads((stage.folder / "logs" / "oracle.json").read_text())
     assert [len(expected) for _, expected in known] == [26, 26, 26]
 
 
-def test_a_run_whose_server_dies_keeps_what_it_has_and_goes_on(stage: Stage) -> None:
+def test_a_run_whose_server_dies_keeps_what_it_has_and_goes_on(stage: BenchStage) -> None:
     stage.extra["wanspec_dead"] = ["--fail-after", "50"]
     with pytest.raises((ServerError, ClientError)):
         stage.run()
@@ -141,13 +110,13 @@ def test_a_run_whose_server_dies_keeps_what_it_has_and_goes_on(stage: Stage) -> 
 
 
 def test_a_run_that_failed_after_its_last_request_starts_no_servers(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
+    stage: BenchStage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*unused: object) -> None:
+    def broken(*unused: object, **named: object) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "write_json", broken)
+        patch.setattr(Publication, "publish", broken)
         with pytest.raises(OSError, match="disk full"):
             stage.run()
     assert stage.journal.exists()
@@ -159,38 +128,38 @@ def test_a_run_that_failed_after_its_last_request_starts_no_servers(
     assert json.loads((stage.folder / "bench.json").read_text())["complete"] is True
 
 
-def test_a_journal_of_another_run_is_left_alone(stage: Stage) -> None:
+def test_a_journal_of_another_run_is_left_alone(stage: BenchStage) -> None:
     stage.journal.write_text('{"run": {"target": "other"}}\n')
     with pytest.raises(ConfigError, match="is the journal of a run with another target"):
         stage.run()
     assert stage.journal.read_text() == '{"run": {"target": "other"}}\n'
 
 
-def test_too_few_long_texts_are_told(stage: Stage) -> None:
+def test_too_few_long_texts_are_told(stage: BenchStage) -> None:
     with pytest.raises(ConfigError, match="--count: only 4 of 4 prompts have 24 tokens"):
         stage.run(count=5)
 
 
-def test_one_length_needs_no_pre_pass(stage: Stage) -> None:
+def test_one_length_needs_no_pre_pass(stage: BenchStage) -> None:
     result = stage.run(arms=("none", "draft_model"), gammas=(4,), repeats=1)
     assert (result.gamma, result.trials) == (4, ())
     assert stage.started == ["lineup", "draft_model 4"]
 
 
-def test_without_vllm_nothing_begins(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vllm_nothing_begins(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "missing_vllm", lambda: "vLLM is not installed")
     with pytest.raises(UnsupportedError, match="vLLM is not installed"):
         stage.run()
     assert not stage.journal.exists()
 
 
-def command(stage: Stage, *more: str) -> list[str]:
+def command(stage: BenchStage, *more: str) -> list[str]:
     arguments = ["--target", "big", "--draft", "small", "--prompts", str(stage.folder / "prompts.jsonl")]
     arguments += ["--json", str(stage.folder / "bench.json"), "--keep-log", str(stage.folder / "logs")]
     return ["bench", *arguments, "--arms", "none", "--count", "2", "--repeat", "1", *more]
 
 
-def test_the_command_measures(stage: Stage) -> None:
+def test_the_command_measures(stage: BenchStage) -> None:
     done = CliRunner().invoke(app, command(stage))
     assert done.exit_code == 0, done.output
     options = json.loads((stage.folder / "bench.json").read_text())["options"]
@@ -198,7 +167,22 @@ def test_the_command_measures(stage: Stage) -> None:
     assert CliRunner().invoke(app, command(stage, "--check")).exit_code == 1  # such a run cannot tell
 
 
-def test_wrong_outputs_fail_the_command(stage: Stage) -> None:
+def test_the_command_measures_tree_arms_beside_the_others(stage: BenchStage) -> None:
+    trees = ("--trees", "main-line=max_branches=1; plain=off", "--rtt-ms", "20")
+    done = CliRunner().invoke(app, command(stage, *trees))
+    assert done.exit_code == 0, done.output
+    result = json.loads((stage.folder / "bench.json").read_text())
+    assert [(row["arm"], row["rtt_ms"]) for row in result["rows"]] == [
+        ("none", None),
+        ("main-line", 20.0),
+        ("plain", 20.0),
+    ]
+    assert result["options"]["arms"] == ["none", "main-line=max_branches=1", "plain=off"]
+    asked = (stage.folder / "logs" / "trees.log").read_text()
+    assert asked.count("override 'max_branches=1'") == asked.count("override 'off'") == 3  # and a warm-up each
+
+
+def test_wrong_outputs_fail_the_command(stage: BenchStage) -> None:
     stage.extra["wanspec_dead"] = ["--differ-at", "5"]
     stage.extra["none"] = ["--gap", "1"]
     done = CliRunner().invoke(app, command(stage, "--arms", "none,wanspec_dead"))
@@ -206,8 +190,8 @@ def test_wrong_outputs_fail_the_command(stage: Stage) -> None:
     assert "at generated position 5" in " ".join(done.output.split())
 
 
-def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = measure.Measurement._batch
+def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measure.Measurement.take
     count = 0
 
     async def interrupted(*arguments: Any) -> Any:
@@ -217,7 +201,7 @@ def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: Stage, monkeypatch
             raise KeyboardInterrupt
         return await asked(*arguments)
 
-    monkeypatch.setattr(measure.Measurement, "_batch", interrupted)
+    monkeypatch.setattr(measure.Measurement, "take", interrupted)
     done = CliRunner().invoke(app, command(stage))
     assert done.exit_code == 130
     assert "the same command goes on from there" in " ".join(done.output.split())
@@ -228,6 +212,8 @@ def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: Stage, monkeypatch
     ("more", "problem"),
     [
         (("--arms", "x"), "wanspec bench: --arms: 'x' is not an arm"),
+        (("--trees", "a=colour=blue"), "wanspec bench: --trees: 'a=colour=blue' is not an arm"),
+        (("--trees", "none=off"), "wanspec bench: --trees: the name 'none' is that of an arm of --arms"),
         (("--rtt-ms", "fast"), "wanspec bench: --rtt-ms: 'fast' is not a list of numbers"),
         (("--gammas", "2.5"), "wanspec bench: --gammas: '2.5' is not a list of numbers"),
         (("--target-pace", "quick"), "wanspec bench: --target-pace: 'quick' is not a pace"),
@@ -235,7 +221,7 @@ def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: Stage, monkeypatch
         (("--json", "/nowhere/bench.json"), "wanspec bench: --json: cannot write /nowhere/bench.json"),
     ],
 )
-def test_a_wrong_option_is_one_line_and_exit_status_2(stage: Stage, more: tuple[str, ...], problem: str) -> None:
+def test_a_wrong_option_is_one_line_and_exit_status_2(stage: BenchStage, more: tuple[str, ...], problem: str) -> None:
     done = CliRunner().invoke(app, command(stage, *more))
     assert done.exit_code == 2
     assert done.output.startswith(problem)

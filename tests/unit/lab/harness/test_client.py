@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient, first_difference
+from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient, first_difference, read_ranks
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Use = Callable[[CompletionClient], Awaitable[Any]]
@@ -219,3 +219,18 @@ def test_an_answer_without_logprobs_is_a_client_error() -> None:
 )
 def test_the_first_difference_is_found(left: list[int], right: list[int], position: int | None) -> None:
     assert first_difference(left, right) == position
+
+
+def test_ranks_are_counted_from_0_among_eight() -> None:
+    entries = [
+        {"5": {"logprob": -0.1, "rank": 1}},
+        {"9": {"logprob": -4.0, "rank": 8}, "5": {"logprob": -0.1, "rank": 1}},
+        {"7": {"logprob": -9.0, "rank": 9}, "5": {"logprob": -0.1, "rank": 1}},
+    ]
+    assert read_ranks(entries, [5, 9, 7]) == (0, 7, None)
+
+
+def test_the_time_of_a_part_of_the_text_counts_from_the_first_token() -> None:
+    pieces = ((5.0, 2), (45.0, 1), (85.0, 3))
+    done = Completion((1,), (1, 2, 3, 4, 5, 6), "", 5.0, 85.0, None, pieces)
+    assert [done.time_ms(tokens) for tokens in (0, 1, 2, 3, 4, 6, 9)] == [0.0, 0.0, 0.0, 40.0, 80.0, 80.0, 80.0]

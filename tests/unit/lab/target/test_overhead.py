@@ -135,7 +135,7 @@ def test_what_is_started(tmp_path: Path) -> None:
     assert list(specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
     silent_port = specs[SILENT_DRAFTER].port
     assert list(specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
-    assert "oracle.EmptyProposer" in specs["empty-1"].argv[specs["empty-1"].argv.index("--speculative-config") + 1]
+    assert "proposers.EmptyProposer" in specs["empty-1"].argv[specs["empty-1"].argv.index("--speculative-config") + 1]
     assert f"ws://127.0.0.1:{silent_port}" in (tmp_path / "silent-1.yaml").read_text().replace("http:", "ws:")
     assert "127.0.0.1:9\n" in (tmp_path / "dead-1.yaml").read_text()
     assert set(metrics) == {"silent-1", "dead-1"}

@@ -7,44 +7,41 @@ else costs any time: no width, no scheduling, no messages. (Own derivation.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 
-from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.records import Reference
-
-__all__ = ["ideal_tpot_ms"]
+StepTime = Callable[[int], float]
+"""Milliseconds that a forward over so many tokens takes."""
 
 
-def ideal_tpot_ms(
-    references: Sequence[Reference], *, rtt_ms: float, target: Pacing, draft: Pacing, limit: int
-) -> float | None:
-    """Milliseconds per token after the first, over all texts; None where they have none.
-
-    Args:
-        references: The texts.
-        rtt_ms: Round trip between target and drafter.
-        target: Duration of a target forward.
-        draft: Duration of a draft forward, that of one token whatever its width.
-        limit: Most drafts per step.
-    """
-    times = [_decode_ms(reference, rtt_ms / 2.0, target, draft, limit) for reference in references]
-    tokens = sum(len(reference.expected) - 1 for reference in references)
-    return sum(times) / tokens if tokens > 0 else None
-
-
-def _decode_ms(reference: Reference, one_way_ms: float, target: Pacing, draft: Pacing, limit: int) -> float:
-    """Time from the first token to the last.
+def ideal_decode_ms(
+    ranks: Sequence[int | None],
+    prompt_tokens: int,
+    *,
+    rtt_ms: float,
+    target_ms: StepTime,
+    draft_ms: StepTime,
+    limit: int,
+) -> float:
+    """Milliseconds from a text's first token to its last.
 
     ``drafted[i]`` is when the drafter has the distribution of token i: one forward after it knows token i - 1, which it
     does as soon as that is one of those that it extends, and at the latest one way after it was committed. A step
     verifies the most probable continuation as far as it has arrived when the step begins; no step is held back.
+
+    Args:
+        ranks: For each token of the text its place among the draft model's most probable ones there, 0 for the most
+            probable one; None for a token that the drafter does not extend.
+        prompt_tokens: Length of the prompt.
+        rtt_ms: Round trip between target and drafter.
+        target_ms: Duration of a target forward.
+        draft_ms: Duration of a draft forward, that of one token whatever its width.
+        limit: Most drafts per step.
     """
-    ranks, prompt_tokens = reference.ranks, len(reference.prompt_ids)
-    forward_ms = draft.step_ms(1)
+    one_way_ms, forward_ms = rtt_ms / 2.0, draft_ms(1)
     # The drafter gets the prompt when the target begins with it, and the first token is committed at 0.
-    opened_ms = one_way_ms - target.step_ms(prompt_tokens)
-    drafted = [opened_ms + draft.step_ms(prompt_tokens)]
+    opened_ms = one_way_ms - target_ms(prompt_tokens)
+    drafted = [opened_ms + draft_ms(prompt_tokens)]
     committed = [0.0]
 
     def known_ms(index: int) -> float:
@@ -69,7 +66,7 @@ def _decode_ms(reference: Reference, one_way_ms: float, target: Pacing, draft: P
                 drafts = min(limit, drafts + int(late_ms // forward_ms)) if forward_ms > 0.0 else limit
                 break
             position += 1
-        now += target.step_ms(1 + drafts)
+        now += target_ms(1 + drafts)
         committed += [now] * min(position - begin + 1, len(ranks) - begin)
         while len(drafted) < len(committed):
             drafted.append(known_ms(len(drafted) - 1) + forward_ms)

@@ -1,0 +1,1 @@
+"""What can be worked out without running anything: bounds and closed forms."""
