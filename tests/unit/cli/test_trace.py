@@ -6,12 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+from sample import CONTROLLER_S, header, plain_request, write, write_made_up, write_pair
 
 from vllm_wanspec.cli import trace
 from vllm_wanspec.cli.main import run
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "trace"))  # as pytest does for the tests there
-from sample import CONTROLLER_S, header, plain_request, write, write_made_up, write_pair
 
 
 @pytest.fixture
