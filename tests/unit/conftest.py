@@ -1,4 +1,4 @@
-"""What the unit tests share: its folder on the path (for `toys`), captured log lines, short waits of the link."""
+"""What the unit tests share: captured log lines, short waits of the link."""
 
 import logging
 from collections.abc import Iterator

@@ -18,11 +18,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from sample import write_pair
 
 from vllm_wanspec import __version__
-
-sys.path.insert(0, str(Path(__file__).parent / "trace"))  # as pytest does for the tests there
-from sample import write_pair
 
 ROOT = Path(__file__).parents[2]
 NOT_BUILT_FROM = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.safetensors")
