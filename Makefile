@@ -44,8 +44,8 @@ bench-overhead: install  ## what remote drafting costs where nothing is paced (a
 	$(BIN)/python -m vllm_wanspec.lab.target.overhead --json docs/results/overhead.json --markdown docs/results/overhead.md
 	echo "make bench-overhead: $$SECONDS s"
 
-# What redundancy buys, live; takes about twenty minutes and two quiet cores.
-bench-trees: install  ## thresholds and main line side by side (about twenty minutes)
+# What redundancy buys, live; takes about a quarter of an hour and two quiet cores.
+bench-trees: install  ## thresholds and main line side by side (about 15 minutes)
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.lab.compare.trees --json docs/results/trees.json --markdown docs/results/trees.md
 	echo "make bench-trees: $$SECONDS s"

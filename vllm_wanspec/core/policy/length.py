@@ -40,7 +40,7 @@ class StepCost:
 
 
 class Window:
-    """Adaptive window control (AWC) of one request (DSD, arXiv 2511.21669; papers.md, section 4).
+    """Adaptive window control (AWC) of one request (DSD, arXiv 2511.21669).
 
     The paper's stabiliser: clamp to 1..12, moving average with weight 0.4, round; two rounds at the floor switch
     remote drafting off ("fused", here: no drafts). Its learned predictor is not to be had; here the raw window is the

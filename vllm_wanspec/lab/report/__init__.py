@@ -1,1 +1,1 @@
-"""How results are shown: cells of tables."""
+"""How results are shown: one document as console, Markdown, pictures, and the result file beside it."""

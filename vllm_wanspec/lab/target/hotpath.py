@@ -182,7 +182,7 @@ class _LiveRun:
 
 
 def _drafter_spec(core: int | None, running_branches: int) -> ServerSpec:
-    """The synthetic drafter, a process of its own."""
+    """The invented drafter, a process of its own."""
     (port,) = free_ports(1)
     argv = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port)]
     return ServerSpec("drafter", [*argv, "--running-branches", str(running_branches)], port, core=core)
