@@ -36,7 +36,6 @@ class Fate(StrEnum):
     """Alive when the session ended."""
 
 
-USED = frozenset({Fate.ACCEPTED, Fate.FORESEEN, Fate.CAUGHT})
 WASTED = frozenset({Fate.REJECTED, Fate.UNUSED, Fate.STALE, Fate.LEFT})
 
 
