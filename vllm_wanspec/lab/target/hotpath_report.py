@@ -53,7 +53,7 @@ class Run:
         mean_tree_nodes: Live nodes per session as `propose` finds them, mean.
         nodes_per_s: Nodes that arrived, in time or stale.
         elapsed_s: Of the steps.
-        engine: What the drafter's engine did meanwhile; see `SteppedEngine.stats`.
+        engine: What the drafter's engine did meanwhile; see `Engine.stats` of the simulator.
         gc_pauses_ms: The garbage collector's.
         others_share: Of one core, used by other programs on the two that are measured on.
     """
