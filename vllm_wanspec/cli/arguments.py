@@ -10,9 +10,18 @@ from typing import Any
 import yaml
 
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.text import printable
 
-SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
-ADDITIONAL = "--additional-config"
+SPECULATION = {
+    "--speculative-config": "--specu",
+    "--spec-method": "--spec-me",
+    "--spec-model": "--spec-mo",
+    "--spec-tokens": "--spec-t",
+    "-sc": "-sc",
+    "--sc": "--sc",  # as the key of a file
+}
+"""Flags that set speculation, and the shortest that vLLM's parser takes for each."""
+ADDITIONAL, SHORTEST_ADDITIONAL = "--additional-config", "--add"
 ELSEWHERE = (
     "speculation is set by `wanspec serve` (--speculative-tokens says how many); to set it yourself, use `vllm serve`"
 )
@@ -65,11 +74,10 @@ def refuse_speculation(arguments: Arguments) -> None:
         ConfigError: There is one.
     """
     for word in arguments.line:
-        name = _flag_name(word)
-        if name in SPECULATION or _abbreviates(name, SPECULATION[0], "--specu"):
+        if _sets_speculation(_flag_name(word)):
             raise ConfigError(f"{re.split('[=.]', word)[0]}: {ELSEWHERE}")
     for key in arguments.config:
-        if f"--{key}" in SPECULATION or key == "sc":
+        if _sets_speculation(_flag_name(f"--{key}")):
             raise ConfigError(f"--config: {key}: {ELSEWHERE}")
 
 
@@ -82,20 +90,36 @@ def take_additional(arguments: Arguments) -> tuple[Arguments, dict[str, Any]]:
     line, found = list[str](), list[Any]()
     words = iter(arguments.line)
     for word in words:
-        name = _flag_name(word)
-        if name != ADDITIONAL and not _abbreviates(name, ADDITIONAL, "--add"):
+        if not _abbreviates(_flag_name(word), ADDITIONAL, SHORTEST_ADDITIONAL):
             line.append(word)
             continue
         flag, equals, value = word.partition("=")
         found.append(_json_object(None if "." in flag else value if equals else next(words, None)))
     if len(found) > 1:
         raise ConfigError(f"{ADDITIONAL} is given twice; give one JSON object")
-    given = found[0] if found else arguments.config.get(ADDITIONAL.removeprefix("--"), {})
-    if not isinstance(given, dict):
-        given = _json_object(given)
+    given = found[0] if found else _additional_of_file(arguments.config)
     if "wanspec" in given:
         raise ConfigError(f"{ADDITIONAL}: wanspec is set by --wanspec; leave it out")
     return Arguments(tuple(line), arguments.config), given
+
+
+def _additional_of_file(config: dict[str, Any]) -> dict[str, Any]:
+    keys = [key for key in config if _abbreviates(_flag_name(f"--{key}"), ADDITIONAL, SHORTEST_ADDITIONAL)]
+    if not keys:
+        return {}
+    if len(keys) > 1 or "." in keys[0]:
+        # vLLM would have it replace what we give.
+        raise ConfigError(f"--config: {printable(keys[0])}: give one mapping additional-config instead")
+    value = config[keys[0]]
+    try:
+        text = json.dumps(value) if isinstance(value, dict) else value
+    except (TypeError, ValueError, RecursionError):  # a date, an anchor that holds itself
+        text = None
+    return _json_object(text)
+
+
+def _sets_speculation(name: str) -> bool:
+    return any(_abbreviates(name, flag, shortest) for flag, shortest in SPECULATION.items())
 
 
 def _is_flag(word: str) -> bool:
@@ -128,7 +152,7 @@ def _names_model(line: Sequence[str]) -> bool:
 def _is_plain_value(word: str) -> bool:
     try:
         json.loads(word)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -136,7 +160,7 @@ def _is_plain_value(word: str) -> bool:
 def _json_object(text: Any) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(f"{ADDITIONAL}: must be one JSON object here, such as '{{\"key\": 1}}'")
@@ -144,14 +168,22 @@ def _json_object(text: Any) -> dict[str, Any]:
 
 
 def _read_file(path: str) -> dict[str, Any]:
+    shown = printable(path, 1000)
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ConfigError(f"--config: {shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"--config: {path}: is not valid YAML{where}") from error
+        raise ConfigError(f"--config: {shown}: is not valid YAML{where}") from error
+    except (ValueError, OverflowError, RecursionError) as error:  # PyYAML's own, without a line
+        raise ConfigError(
+            f"--config: {shown}: is not valid YAML: it holds a date, a number or an escape that is none, "
+            "or is nested too deep"
+        ) from error
     if not isinstance(data, dict):
-        raise ConfigError(f"--config: {path}: must be a mapping of flags to values, as in model: NAME")
+        raise ConfigError(f"--config: {shown}: must be a mapping of flags to values, as in model: NAME")
     return {str(key).replace("_", "-"): value for key, value in data.items()}

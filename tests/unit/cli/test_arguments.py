@@ -36,6 +36,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "taken.yaml": "model: big\nadditional-config: {wanspec: other.yaml}\n",
         "list.yaml": "[1]\n",
         "broken.yaml": "a: [\n",
+        "date.yaml": "model: 2026-13-45\n",
+        "deep.yaml": "[" * 2000,
+        "escape.yaml": 'model: "\\UFFFFFFFF"\n',
+        "digits.yaml": f"port: {'1' * 5000}\n",
+        "dotted.yaml": "model: big\nspeculative_config.method: ngram\n",
+        "short.yaml": "model: big\nspec-me: ngram\n",
+        "brief.yaml": "model: big\nadditional-conf: {theirs: 1}\n",
+        "inner.yaml": "model: big\nadditional_config.wanspec: other.yaml\n",
+        "today.yaml": "model: big\nadditional-config: {day: 2026-11-12}\n",
+        "endless.yaml": "model: big\nadditional-config: &a {a: *a}\n",
     }.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     return tmp_path
@@ -151,6 +161,11 @@ def test_a_missing_model_is_one_line(
         (("--config", "none.yaml"), "none.yaml: cannot be read"),
         (("--config", "broken.yaml"), "broken.yaml: is not valid YAML at line 2"),
         (("--config", "list.yaml"), "list.yaml: must be a mapping"),
+        (("--config", "date.yaml"), "date.yaml: is not valid YAML"),
+        (("--config", "deep.yaml"), "deep.yaml: is not valid YAML"),
+        (("--config", "escape.yaml"), "escape.yaml: is not valid YAML"),
+        (("--config", "digits.yaml"), "digits.yaml: is not valid YAML"),
+        (("--config", "no\x1b[31mne.yaml"), "no\\x1b[31mne.yaml: cannot be read"),
         (("big", "--config"), "--config: names no file"),
     ],
     ids=str,
@@ -199,6 +214,11 @@ def test_a_drafter_s_scheduling_is_its_own_in_every_spelling(
         (("big", "--speculative-conf", "{}"), "--speculative-conf"),
         (("big", "--config", "speculative.yaml"), "speculative-config"),
         (("--config", "spec-tokens.yaml"), "spec-tokens"),
+        (("--config", "dotted.yaml"), "speculative-config.method"),  # would replace ours
+        (("--config", "short.yaml"), "spec-me"),
+        (("big", "--spec-me", "ngram"), "--spec-me"),
+        (("big", "--spec-mo=m"), "--spec-mo"),
+        (("big", "--spec_t", "3"), "--spec_t"),
     ],
     ids=str,
 )
@@ -239,9 +259,11 @@ def test_that_of_a_file_is_taken_in_unless_a_flag_gives_another(
 ) -> None:
     serve(monkeypatch, "--config", "additional.yaml")
     serve(monkeypatch, "--config", "additional.yaml", "--additional-config", '{"other": 2}')
+    serve(monkeypatch, "--config", "brief.yaml")
     ours = {"wanspec": str(folder / "wanspec.yaml")}
     assert theirs(executed[0])[1]["--additional-config"] == {"theirs": 1, **ours}
     assert theirs(executed[1])[1]["--additional-config"] == {"other": 2, **ours}
+    assert theirs(executed[2])[1]["--additional-config"] == {"theirs": 1, **ours}
 
 
 @pytest.mark.parametrize(
@@ -254,6 +276,10 @@ def test_that_of_a_file_is_taken_in_unless_a_flag_gives_another(
         (("big", "--additional-config.theirs", "1"), "JSON object"),
         (("big", "--additional-config", '{"wanspec": "x"}'), "--wanspec"),
         (("--config", "taken.yaml"), "--wanspec"),
+        (("--config", "inner.yaml"), "one mapping"),
+        (("--config", "today.yaml"), "JSON object"),
+        (("--config", "endless.yaml"), "JSON object"),
+        (("big", "--additional-config", "[" * 100_000), "JSON object"),
     ],
     ids=str,
 )
