@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from vllm_wanspec.errors import ConfigError
 
@@ -51,6 +51,11 @@ def proxy_setting(value: str) -> str:
     parts = _split(value)
     if parts is None or parts.scheme != "http" or parts.path not in {"", "/"} or parts.query or parts.fragment:
         raise ValueError("must be http://host:port or none")
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    if ":" in user or not all(letter < "\u0100" for letter in user + password):
+        raise ValueError(
+            "must be http://host:port or none, with a user without colon, and no characters outside of Latin-1"
+        )
     return value.rstrip("/")
 
 
@@ -86,7 +91,7 @@ def _split(value: str) -> SplitResult | None:
     """The parts of an http or https URL; None for what is none. ``urlsplit`` itself drops line ends and tabs."""
     try:
         parts = urlsplit(value)
-        good = parts.scheme in _PORTS and bool(parts.hostname) and parts.port != 0
+        good = parts.scheme in _PORTS and bool(parts.hostname) and parts.port != 0 and "\\" not in parts.netloc
     except ValueError:
         return None
     return parts if good and value.isprintable() and " " not in value else None

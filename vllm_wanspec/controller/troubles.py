@@ -93,6 +93,8 @@ def redirect_trouble(status: int, endpoint: DraftEndpoint, location: str | None)
 def connect_trouble(error: Exception, endpoint: DraftEndpoint, proxy: str | None) -> Trouble:
     """There is no connection, or nothing that speaks HTTP at its other end."""
     via = via_proxy(proxy)
+    if isinstance(error, aiohttp.InvalidURL):  # its text is the whole address, that of a proxy with its password
+        return Trouble(f"is not reached{via}: the address is none; mend the url of the drafter or of the proxy")
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return handshake_trouble(error.status, endpoint, proxy)
     if isinstance(error, aiohttp.ClientProxyConnectionError) and proxy is not None:

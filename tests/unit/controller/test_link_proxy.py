@@ -128,6 +128,20 @@ def test_a_proxy_that_does_not_serve_us(
     assert line.isprintable()
 
 
+def test_an_address_that_is_none_is_not_told(log: LogLines) -> None:
+    endpoint = DraftEndpoint(name="eu", url="http://drafter.test:8443")
+    proxied = endpoint.model_copy(update={"proxy": "http://user:pass@pro\\xy:3128"})
+    thread = LinkThread([DrafterLink(proxied, FINGERPRINT, User(), random.Random(1))])
+    thread.start()
+    try:
+        wait_until(log.warnings)
+    finally:
+        thread.stop()
+    [line] = log.warnings()
+    assert "pass@" not in line
+    assert "mend the url" in line
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_proxy_that_is_not_there(log: LogLines, scheme: str) -> None:
     with socket.socket() as taken:
