@@ -11,6 +11,8 @@ KEY = "wanspec"
 OFF = frozenset({"off", "false", "f", "no", "n", "none", "never", "disable", "disabled", "0", "0.0"})
 ON = frozenset({"on", "true", "t", "yes", "y", "enable", "enabled", "1", "1.0"})
 RIGHT = 'right is "off", "on", or keys of tree, as in "max_branches=1,branch_depth=4"'
+MAX_LENGTH = 1000
+"""Characters; to say more of one request takes time from all of them."""
 _FILLING = re.compile(r"[\s_-]")
 
 
@@ -36,6 +38,8 @@ def tree_asked(extra_args: Mapping[str, Any] | None, configured: TreeSettings) -
     if not isinstance(asked, str | int | float | list):
         raise ConfigError(f"{KEY}: {asked!r:.80} is not understood; {RIGHT}")
     text = ",".join(map(str, asked)) if isinstance(asked, list) else str(asked)
+    if len(text) > MAX_LENGTH:
+        raise ConfigError(f"{KEY}: {text!r:.80} is longer than {MAX_LENGTH} characters; {RIGHT}")
     items = [item.strip() for item in text.split(",")]
     word = items[0].lower() if len(items) == 1 else None
     if word in OFF:
