@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vllm_wanspec.config.addresses import base_url, environment_proxy, proxy_setting, same_place
 from vllm_wanspec.config.yamlfile import other_form, read_yaml
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.text import masked, printable
+from vllm_wanspec.text import masked, masked_url, printable
 
 CONFIG_ENV = "WANSPEC_CONFIG"
 EVENTS_ENV = "WANSPEC_EVENTS"
@@ -25,6 +25,8 @@ MAX_ENTROPY_NATS = 100.0
 
 MAX_TOKEN = 4096
 """Characters of a bearer token: servers bound their headers."""
+MAX_ERRORS = 10
+"""That are told of one file or request."""
 
 
 class _Section(BaseModel):
@@ -163,8 +165,7 @@ class TreeSettings(_Section):
         try:
             return TreeSettings.model_validate({**self.model_dump(), **values}, strict=False)
         except ValidationError as error:
-            explained = [_explain(item, TreeSettings) for item in _innermost(error.errors())]
-            raise ConfigError(f"wanspec: {'; '.join(explained)}") from error
+            raise ConfigError(f"wanspec: {_explained(error, TreeSettings)}") from error
 
 
 class LengthSettings(_Section):
@@ -224,8 +225,7 @@ def load_settings(path: str | Path) -> Settings:
     try:
         settings = Settings.model_validate(data)
     except ValidationError as error:
-        explained = [f"{shown}: {_explain(item)}" for item in _innermost(error.errors())]
-        raise ConfigError("; ".join(explained)) from None
+        raise ConfigError(f"{shown}: {_explained(error)}") from None
     try:
         _check_endpoints(settings.draft_endpoints)
     except ConfigError as error:
@@ -268,14 +268,17 @@ def _check_endpoints(endpoints: tuple[DraftEndpoint, ...]) -> None:
         endpoint.proxy_url()
 
 
+def _explained(error: ValidationError, model: type[_Section] | None = None) -> str:
+    """What is wrong, in one line: the first `MAX_ERRORS` of it, and how much more there is."""
+    errors = _innermost(error.errors(include_url=False))
+    more = [f"and {len(errors) - MAX_ERRORS} more"] if len(errors) > MAX_ERRORS else []
+    return "; ".join([*(_explain(item, model) for item in errors[:MAX_ERRORS]), *more])
+
+
 def _innermost(errors: list[Any]) -> list[Any]:
     """Without those of lists and sections that only follow from an error inside them."""
-    places = [tuple(error["loc"]) for error in errors]
-    return [
-        error
-        for error, place in zip(errors, places, strict=True)
-        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
-    ]
+    outer = {tuple(error["loc"][:length]) for error in errors for length in range(len(error["loc"]))}
+    return [error for error in errors if tuple(error["loc"]) not in outer]
 
 
 _BRANCHES_OF_UNIONS = {
@@ -289,7 +292,8 @@ _BRANCHES_OF_UNIONS = {
 
 def _explain(error: Any, model: type[_Section] | None = None) -> str:
     """One pydantic error as ``key: what is wrong``; of the whole file, or of one section."""
-    key = printable(".".join(str(part) for part in error["loc"] if part not in _BRANCHES_OF_UNIONS), 160)
+    parts = [masked_url(str(part)) for part in error["loc"] if part not in _BRANCHES_OF_UNIONS]
+    key = printable(".".join(parts), 160)
     value = error.get("input")
     if error["type"] == "missing":
         return f"{key}: is missing"

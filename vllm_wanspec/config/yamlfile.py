@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.text import printable
+from vllm_wanspec.text import masked_url, printable
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -83,6 +83,13 @@ class _Loader(yaml.SafeLoader):
         self.depth -= 1
         return node
 
+    def compose_scalar_node(self, anchor: Any) -> Any:
+        tagged = self.peek_event().tag is not None  # type: ignore[no-untyped-call]
+        node = super().compose_scalar_node(anchor)
+        if tagged and node.tag == f"{_TAG}str":
+            node.style = "'"  # text, as if it were in quotes
+        return node
+
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         first: dict[tuple[str, str], int] = {}
@@ -92,7 +99,7 @@ class _Loader(yaml.SafeLoader):
             same = key.tag, key.value
             if same in first:
                 raise ConfigError(
-                    f"{_line(key)}: the key {printable(key.value, 60)} is given twice "
+                    f"{_line(key)}: the key {printable(masked_url(key.value), 60)} is given twice "
                     f"(first at line {first[same]}); keep one of them"
                 )
             first[same] = key.start_mark.line + 1
@@ -203,7 +210,9 @@ def _key(node: yaml.Node) -> str:
     if not isinstance(node, yaml.ScalarNode) or not node.value:
         raise ConfigError(f"{_line(node)}: a key is not text")
     if node.tag not in {f"{_TAG}str", f"{_TAG}value"}:
-        raise ConfigError(f"{_line(node)}: the key {printable(node.value, 60)} is not text to YAML; put it in quotes")
+        raise ConfigError(
+            f"{_line(node)}: the key {printable(masked_url(node.value), 60)} is not text to YAML; put it in quotes"
+        )
     return str(node.value)
 
 

@@ -101,6 +101,9 @@ def test_an_address_with_more_behind_it(file: Path, url: str, what: str) -> None
         "draft_endpoints: [{name: eu, url: {'http://user:pass@h': 1}}]\n",
         "draft_endpoints: [{name: eu, url: 'http://h', token_env: [secret]}]\n",
         "draft_endpoints: [{name: eu, url: 'http://h'}]\ntree: 'http://user:pass@h'\n",
+        "draft_endpoints: [{name: eu, url: 'http://h'}]\n'http://user:pass@h': 1\n",
+        "draft_endpoints: [{name: eu, url: 'http://h', 'http://user:pass@h': 1}]\n",
+        "'http://user:pass@h': 1\n'http://user:pass@h': 2\n",
         "draft_endpoints: [{name: eu, url: 'http://h'}]\nlate: {policy: 'http://user:pass@h'}\n",
         "draft_endpoints: [{name: eu, url: 'http://h'}]\nmetrics: {port: 'http://user:pass@h'}\n",
     ],
@@ -150,6 +153,9 @@ def test_a_proxy_for_an_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://user:pass@proxy:3128/path",
         "http://user:pass@proxy:3128?x",
         "http://user:pass@pro xy:3128",
+        "http://user:pass@pro\\xy:3128",
+        "http://us%3Aer:pass@proxy:3128",
+        "http://user:pass€@proxy:3128",
     ],
 )
 def test_a_wrong_proxy_is_refused_and_its_password_not_told(file: Path, proxy: str) -> None:

@@ -218,6 +218,26 @@ def test_files_of_an_odd_shape(file: Path, text: str, fragments: list[str]) -> N
         assert fragment in message
 
 
+MANY = {
+    "keys": ENDPOINTS + "".join(f"k{number}: 1\n" for number in range(4000)),
+    "values": ENDPOINTS + f"vocabulary_may_differ: [{'a, ' * 9000}]\n",
+    "endpoints": f"draft_endpoints: [{'a, ' * 9000}]\n",
+}
+
+
+@pytest.mark.parametrize("text", MANY.values(), ids=MANY.keys())
+def test_very_many_faults_are_told_by_the_first_and_their_number(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"; and (3990|8990) more$") as caught:
+        load_settings(file)
+    assert len(str(caught.value)) < 2000 + len(str(file))
+
+
+def test_a_number_that_is_tagged_as_text_is_text(file: Path) -> None:
+    [endpoint] = load(file, "draft_endpoints: [{name: !!str 012, url: !!str http://h}]\n").draft_endpoints
+    assert endpoint.name == "012"
+
+
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
 def test_other_encodings(file: Path, encoding: str) -> None:
     file.write_bytes((ENDPOINTS + "# größer\n").encode(encoding))
