@@ -3,7 +3,9 @@
 vLLM's own ``/metrics`` belongs to another process than the model runner's, hence the port.
 """
 
+import errno
 import logging
+import socket
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -59,10 +61,12 @@ def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:
     registry.register(PoolCollector(pool))
     try:
         start_http_server(settings.port, addr=settings.host, registry=registry)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host name can be that
+        no_address = isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL
         logger.warning(
-            "metrics: cannot listen on %s:%d (%s); choose another metrics.port; serving without metrics",
+            "metrics: cannot listen on %s:%d (%s); choose another metrics.%s; serving without metrics",
             settings.host,
             settings.port,
-            error.strerror,
+            error.strerror if isinstance(error, OSError) else error,
+            "host" if no_address else "port",
         )

@@ -56,7 +56,8 @@ def settings_of(settings: Settings, rank: int) -> Settings:
         changes["metrics"] = settings.metrics.model_copy(update={"port": settings.metrics.port + rank})
     if settings.events is not None:
         path = Path(settings.events)
-        changes["events"] = str(path.with_name(f"{path.stem}.dp{rank}{path.suffix}"))
+        if path.name:  # else a folder, which the event log itself refuses
+            changes["events"] = str(path.with_name(f"{path.stem}.dp{rank}{path.suffix}"))
     own = settings.model_copy(update=changes)
     places = [f"metrics on port {own.metrics.port}"] if own.metrics is not None else []
     places += [f"events in {own.events}"] if own.events is not None else []

@@ -93,6 +93,15 @@ def test_they_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join(5)
 
 
+@pytest.mark.parametrize("host", ["a..b", "x" * 70, "[::1]", "192.0.2.1"])
+def test_a_host_that_is_not_ours_costs_only_the_metrics(log: LogLines, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        serve_metrics(fake_pool(), MetricsSettings(port=taken.getsockname()[1], host=host))
+    [line] = log.warnings()
+    assert f"cannot listen on {host}:" in line
+    assert "choose another metrics.host" in line
+
+
 def test_a_taken_port_costs_only_the_metrics(log: LogLines) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -11,6 +11,8 @@ from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, pool_of, running, stub_vllm, vllm_config
 from toys import DrafterServer, draft_model, wait_until
 
+from vllm_wanspec.config import Settings
+from vllm_wanspec.controller.startup import settings_of
 from vllm_wanspec.controller.v1 import hooks, proposer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -135,3 +137,10 @@ def test_ports_that_cannot_be_are_said_at_the_start(
     assert err.count("\n") == 1
     assert "metrics.port" in err
     assert "65533" in err
+
+
+@pytest.mark.parametrize("events", [".", "/"])
+def test_events_in_what_can_only_be_a_folder_are_left_as_they_are(events: str) -> None:
+    endpoints = [{"name": "eu", "url": "http://127.0.0.1:1"}]
+    settings = Settings.model_validate({"draft_endpoints": endpoints, "events": events})
+    assert settings_of(settings, 1).events == events
