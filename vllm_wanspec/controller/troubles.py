@@ -133,7 +133,11 @@ def _certificate_trouble(error: Exception, via: str) -> Trouble:
 def _cause(error: Exception) -> str:
     """What the system says, without the addresses that aiohttp puts around it."""
     cause = getattr(error, "os_error", error)
-    return printable(str(getattr(cause, "strerror", None) or cause) or type(cause).__name__)
+    said = str(getattr(cause, "strerror", None) or cause) or type(cause).__name__
+    if said.startswith("Multiple exceptions"):  # of a name's addresses, in an order that changes from try to try
+        number = getattr(cause, "errno", None)
+        said = os.strerror(number) if number else "none of its addresses answers"
+    return printable(said)
 
 
 def via_proxy(proxy: str | None) -> str:

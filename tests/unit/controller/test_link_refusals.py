@@ -1,23 +1,28 @@
 """DrafterLink and what stands before a drafter: gateways, redirects, TLS; and text from peers in log lines."""
 
+import errno
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
-from aiohttp import web
+from aiohttp import ClientConnectorError, web
+from aiohttp.client_reqrep import ConnectionKey
 from conftest import LogLines
 from links import TOY, WELCOME, answering, only_warning, running
 from tls_files import AUTHORITY, server_tls
 from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, wait_until
 
+from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
+from vllm_wanspec.controller.troubles import connect_trouble
 from vllm_wanspec.core.messages import PATH, Refuse, Welcome, encode
 from vllm_wanspec.sim.service import Handler
 
 LONGEST_WAIT_S = link_module.MAX_BACKOFF_S
 pytestmark = pytest.mark.usefixtures("short_waits")
+KEY = ConnectionKey("drafter.test", 8101, False, True, None, None, None)
 
 
 @pytest.fixture
@@ -276,6 +281,24 @@ def test_text_of_what_is_no_drafter(log: LogLines, answer: bytes) -> None:
     with speaking(answer) as url, running(url):
         wait_until(log.warnings)
     clean(log)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "told"),
+    [((errno.ECONNREFUSED, errno.ECONNREFUSED), "(Connection refused)"), ((errno.ECONNREFUSED, None), "addresses")],
+)
+def test_a_name_with_several_addresses_is_one_trouble(numbers: tuple[int, int | None], told: str) -> None:
+    # As aiohappyeyeballs raises it: in the order in which the addresses failed.
+    endpoint = DraftEndpoint(name="eu", url="http://drafter.test:8101")
+    addresses = ["Connect call failed ('::1', 8101, 0, 0)", "Connect call failed ('127.0.0.1', 8101)"]
+    number = numbers[0] if numbers[0] == numbers[1] else None
+    troubles = set()
+    for order in (addresses, addresses[::-1]):
+        text = f"Multiple exceptions: {', '.join(order)}"
+        cause = OSError(number, text) if number else OSError(text)
+        troubles.add(str(connect_trouble(ClientConnectorError(KEY, cause), endpoint, None)))
+    [line] = troubles
+    assert told in line
 
 
 # Tokens
