@@ -301,9 +301,14 @@ def _explain(error: Any, model: type[_Section] | None = None) -> str:
         return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc'], model))}"
     if error["loc"][-1] == "token_env":
         return f"{key}: {_NO_VARIABLE}"
+    if error["type"] == "model_type":
+        what = "is empty; give it a key or leave it out" if value is None else f"{masked(value)}: must be a mapping"
+        return f"{key}: {what}"
     message = str(error["msg"]).removeprefix("Value error, ")
     boolean = isinstance(value, bool) and not error["type"].startswith("bool")
     hint = " (on, off, yes and no are true and false to YAML: put text in quotes)" if boolean else ""
+    if error["type"] == "string_type" and isinstance(value, int | float) and not boolean:
+        hint = " (put it in quotes)"
     return f"{key}: {masked(value)}: {message[0].lower()}{message[1:]}{hint}"
 
 

@@ -233,6 +233,11 @@ def test_very_many_faults_are_told_by_the_first_and_their_number(file: Path, tex
     assert len(str(caught.value)) < 2000 + len(str(file))
 
 
+def test_a_number_as_a_name_is_said_to_need_quotes(file: Path) -> None:
+    message = refused(file, "draft_endpoints: [{name: 12, url: http://h}]\n")
+    assert message == "draft_endpoints.0.name: 12: input should be a valid string (put it in quotes)"
+
+
 def test_a_number_that_is_tagged_as_text_is_text(file: Path) -> None:
     [endpoint] = load(file, "draft_endpoints: [{name: !!str 012, url: !!str http://h}]\n").draft_endpoints
     assert endpoint.name == "012"
