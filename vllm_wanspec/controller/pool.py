@@ -255,6 +255,8 @@ class DraftPool:
         """End a session whose drafts cannot be used any more; another drafter may still have some that can."""
         del self._by_link[link][live.number]
         link.send(Close(live.number))
+        if isinstance(live.core, RecordedControllerSession):
+            live.core.note("leave", now)
         live.core.link_lost(now)
         live.link = None
         self._open(live, now)

@@ -226,6 +226,7 @@ _FIELDS: dict[str, dict[str, dict[str, Field]]] = {
         "draft": {"limit": _COUNT},
         "fall_back": {"limit": _COUNT},
         "wait": {"waited_s": (lambda value: _number(value) and value >= 0, "seconds from 0")},
+        "leave": {},
         "link_lost": {},
         "close": {},
     },

@@ -220,6 +220,8 @@ class TargetReplay:
                 self._ready_s = event.at_s
             case "wait":
                 self._wait(event)
+            case "leave":  # a lost link follows, as far as the session is concerned
+                self._unlink(event.at_s, "no more of its drafts can be used")
             case "link_lost":
                 self._unlink(event.at_s, "link lost")
             case "close":

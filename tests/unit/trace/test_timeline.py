@@ -68,6 +68,14 @@ def test_waits_and_links(timeline: Timeline) -> None:
     ]
 
 
+def test_a_session_that_ends_since_its_drafts_are_of_no_use_is_no_lost_link(tmp_path: Path) -> None:
+    lines = [line for line in at_controller() if line["t"] <= CONTROLLER_S + 0.215]
+    at = next(place for place, line in enumerate(lines) if line["call"] == "link_lost")
+    lines.insert(at, call(215, "req-a", "leave"))
+    timeline = load_one(write(tmp_path / "log", [header("controller", CONTROLLER_S), *lines]))
+    assert [link.ending for link in timeline.target.links] == ["no more of its drafts can be used"]
+
+
 def test_arrivals(timeline: Timeline) -> None:
     assert [(ms(a.at_s), a.nodes, a.added, a.stale, a.late, a.live_nodes) for a in timeline.target.arrivals] == [
         (25, 1, 1, 0, 0, 1),

@@ -8,7 +8,11 @@ from types import SimpleNamespace
 import pytest
 from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, Engine, pool_of, running, stub_vllm, vllm_config
-from toys import DrafterServer, draft_model, wait_until
+from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, wait_until
+
+from vllm_wanspec.config import Settings
+from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.events import Record
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -118,6 +122,25 @@ def test_a_session_ends_with_the_last_token_that_could_be_drafted(
         wait_until(lambda: server.sessions == 0)
         assert engine.step() == [[]]
         assert pool_of(engine).counters.opened_sessions == 1
+
+
+def test_the_event_log_tells_it_from_a_lost_link(server: DrafterServer) -> None:
+    records: list[Record] = []
+    settings = Settings.model_validate({"draft_endpoints": [{"name": "eu", "url": server.url}]})
+    pool = DraftPool(
+        settings, fingerprint=FINGERPRINT, vocab_size=VOCAB_SIZE, speculation_length=4, sink=records.append
+    )
+    pool.start()
+    try:
+        wait_until(lambda: pool.links[0].welcome is not None)
+        pool.begin([], [("a", [1, 2, 3])], ends=[6])
+        for token in (1, 2):  # at a length of 5 the next step gives the last token
+            pool.step([("a", [token])])
+        pool.begin(["a"], [])
+    finally:
+        pool.stop()
+    calls = [record["call"] for record in records if record["call"] != "receive"]
+    assert calls == ["begin", "link", "open", "commit", "commit", "leave", "link_lost", "close"]
 
 
 def test_a_drafter_that_comes_back_is_not_asked_for_what_cannot_be_used(
