@@ -14,6 +14,16 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(text) <= limit and len(shown) <= limit else f"{shown[: limit - 1]}…"
 
 
+def without_secret(text: str, secret: str | None) -> str:
+    """The text without a secret that somebody else has put into it, whole or cut off by `printable`."""
+    if not secret:
+        return text
+    text = text.replace(secret, "***")
+    for length in range(len(secret) - 1, 3, -1):
+        text = text.replace(f"{secret[:length]}…", "***…")
+    return text
+
+
 def masked_url(text: str) -> str:
     """An address without user, password, query and fragment; what is none keeps all but what they would hold."""
     if "@" in text:

@@ -46,7 +46,7 @@ from vllm_wanspec.core.messages import (
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
-from vllm_wanspec.text import printable
+from vllm_wanspec.text import printable, without_secret
 
 logger = logging.getLogger("vllm.wanspec.link")
 
@@ -116,6 +116,7 @@ class DrafterLink:
         self._tls: ssl.SSLContext | bool = True
         self._wake = asyncio.Event()
         self._last_trouble: Trouble | None = None
+        self._token: str | None = None
         self._asked_s = inf
         self._flushed_s = 0.0
 
@@ -186,6 +187,7 @@ class DrafterLink:
             token, proxy = self.endpoint.token(), self.endpoint.proxy_url()
         except ConfigError as error:
             raise Trouble(str(error)) from error
+        self._token = token
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
@@ -252,7 +254,7 @@ class DrafterLink:
         self.welcome = answer
         if self._last_trouble is not None and not self._last_trouble.fault:
             self._last_trouble = None
-        model = printable(answer.model)
+        model = without_secret(printable(answer.model), self._token)
         logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, model, 1000 * self.rtt_s)
         self._user.link_ready(self)
 
@@ -313,7 +315,8 @@ class DrafterLink:
     def _log(self, trouble: Trouble) -> None:
         """One line per kind of trouble, not one per attempt."""
         if str(trouble) != str(self._last_trouble):
-            logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), trouble)
+            said = without_secret(str(trouble), self._token)  # a peer can put what we have sent it into its answer
+            logger.warning("drafter %s (%s): %s; trying again, requests are served without it", *self._who(), said)
         self._last_trouble = trouble
 
     def _who(self) -> tuple[str, str]:

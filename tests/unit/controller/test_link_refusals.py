@@ -46,6 +46,33 @@ def clean(log: LogLines) -> None:
         assert record.exc_info is None
 
 
+def refusing(words: str) -> Handler:
+    """A peer that greets with a refusal."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_bytes(encode([Refuse("code", words.format(token=request.headers["Authorization"]))]))
+        await socket.receive()
+        return socket
+
+    return handler
+
+
+@pytest.mark.parametrize("words", ["you sent {token}, thank you", "x" * 180 + "{token}"], ids=["whole", "cut off"])
+def test_a_token_that_comes_back_is_not_logged(
+    server: DrafterServer, monkeypatch: pytest.MonkeyPatch, log: LogLines, words: str
+) -> None:
+    token = "0123456789abcdefghijklmnopqrstuvwxyz"
+    monkeypatch.setenv("EU_TOKEN", token)
+    server.handler = refusing(words)
+    with running(server.url, token_env="EU_TOKEN"):
+        wait_until(lambda: log.warnings())
+    assert "***" in log.warnings()[0]
+    assert token[:4] not in "".join(log.lines())
+
+
 # Gateways
 
 
