@@ -14,8 +14,8 @@ from vllm_wanspec.lab.compare.arms import DRAFTER, RANDOM, Target
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import NAMED, plain_command, vllm_spec, wan_spec, write_config
-from vllm_wanspec.lab.harness.proposers import ORACLE_ENV, OracleProposer
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, wanspec_command
+from vllm_wanspec.sim.proposers import ORACLE_ENV, OracleProposer
 
 RANDOM_MODULE = "vllm_wanspec.sim.service"
 ORACLE = f"{OracleProposer.__module__}.{OracleProposer.__qualname__}"

@@ -24,7 +24,6 @@ from vllm_wanspec.lab.harness.launch import MODEL_NAME, dying_servers_explain, s
 from vllm_wanspec.lab.harness.models import MIN_CUT, WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, paced_since, read_paced
 from vllm_wanspec.lab.harness.probes import Probe
-from vllm_wanspec.lab.harness.proposers import write_references
 from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec
 from vllm_wanspec.lab.harness.view import progress_bar
@@ -32,6 +31,7 @@ from vllm_wanspec.lab.harness.wan_control import Wan
 from vllm_wanspec.lab.records import Journal, Part, Trial
 from vllm_wanspec.lab.report.writing import Publication
 from vllm_wanspec.lab.stats import Timed, total
+from vllm_wanspec.sim.proposers import write_references
 
 
 def run_compare(

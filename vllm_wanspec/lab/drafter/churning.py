@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from vllm_wanspec.lab.drafter.loads import COMMIT_INTERVAL_S, LONGEST_LEAD, ChurningLoad, Drafter
-from vllm_wanspec.lab.drafter.streams import Tally, keep_committing, playing
 from vllm_wanspec.lab.drafter.width_figures import ChurnRow, cpu_shares
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.scrape import read_samples
+from vllm_wanspec.sim.controller import Tally, keep_committing, playing
 
 #: The text's end keeps this far from the model's longest context: a branch near it would be cut short.
 MARGIN_TOKENS = 40
@@ -76,7 +76,8 @@ class ChurningWorkload:
         """Watch for some seconds.
 
         Raises:
-            ClientError: The metrics cannot be read, or the drafter has ended a session.
+            ClientError: The metrics cannot be read.
+            DrafterError: The drafter cannot be reached or has ended a session.
         """
         async with playing(self.play(width)):
             await asyncio.sleep(self._warm_up_s)

@@ -24,7 +24,6 @@ from vllm_wanspec.lab.drafter.churning import ChurningWorkload
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter, contexts
 from vllm_wanspec.lab.drafter.profile import find_py_spy, record
 from vllm_wanspec.lab.drafter.steady import SteadyWorkload
-from vllm_wanspec.lab.drafter.streams import playing
 from vllm_wanspec.lab.drafter.width_figures import BAR_WIDTH, CHURNING, STEADY, Arm, Row, WidthOptions, WidthResult
 from vllm_wanspec.lab.drafter.width_report import width_document
 from vllm_wanspec.lab.harness import machine
@@ -36,6 +35,7 @@ from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import Server
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
+from vllm_wanspec.sim.controller import playing
 
 UNPACED = "none"
 Workload = SteadyWorkload | ChurningWorkload

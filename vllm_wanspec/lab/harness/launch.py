@@ -27,23 +27,7 @@ from vllm_wanspec.lab.harness.servers import (
     wanspec_command,
 )
 from vllm_wanspec.lab.harness.view import starting
-
-__all__ = [
-    "DRAFTER_NAME",
-    "DRAFT_PACE",
-    "MODEL_NAME",
-    "NAMED",
-    "TARGET_PACE",
-    "drafter_spec",
-    "dying_servers_explain",
-    "plain_command",
-    "serving",
-    "start",
-    "vllm_spec",
-    "wait_for_link",
-    "wan_spec",
-    "write_config",
-]
+from vllm_wanspec.sim.controller import DrafterError
 
 #: The drafter's name in targets' configurations, and the model's in requests.
 DRAFTER_NAME = "demo"
@@ -92,7 +76,7 @@ def dying_servers_explain(group: ServerGroup) -> Iterator[None]:
     """Let a dying server explain a failed request, which it does better than the request."""
     try:
         yield
-    except ClientError:
+    except (ClientError, DrafterError):
         group.check_alive(within_s=DYING_S)
         raise
     group.check_alive()

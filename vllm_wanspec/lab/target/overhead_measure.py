@@ -55,7 +55,7 @@ def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> tuple[
     specs = {SILENT_DRAFTER: ServerSpec(SILENT_DRAFTER, drafter, drafter_port, machine.server_env(), draft_core)}
     empty = {
         "method": "custom_class",
-        "model": "vllm_wanspec.lab.harness.proposers.EmptyProposer",
+        "model": "vllm_wanspec.sim.proposers.EmptyProposer",
         "num_speculative_tokens": SPECULATIVE_TOKENS,
     }
     metrics = {}
