@@ -16,8 +16,6 @@ import aiohttp
 
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["TIE_NATS", "ClientError", "Completion", "CompletionClient", "first_difference", "read_ranks"]
-
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 120.0
 TOP_LOGPROBS = 20

@@ -13,8 +13,6 @@ from vllm_wanspec.core.learned.calibration import OUTCOMES
 from vllm_wanspec.lab.harness.scrape import Sample
 from vllm_wanspec.lab.stats import divided, rounded
 
-__all__ = ["CONTROLLER_COUNTERS", "COUNTERS", "DRAFTER_COUNTERS", "Counters", "range_start"]
-
 #: Scraped as ``wanspec_<name>_total`` from the target's metrics port …
 CONTROLLER_COUNTERS = (
     "steps",

@@ -6,8 +6,6 @@ import contextlib
 import os
 from pathlib import Path
 
-__all__ = ["CORE", "CpuClock", "core_seconds", "group_processes"]
-
 CORE = "core"
 ENGINE_NAME = "EngineCor"  # the kernel keeps 15 characters
 

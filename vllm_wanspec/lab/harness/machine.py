@@ -18,19 +18,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "checkout",
-    "cores",
-    "describe",
-    "has_gpu",
-    "missing_vllm",
-    "on_core",
-    "pin_cores",
-    "server_env",
-    "server_flags",
-    "versions",
-]
-
 MAX_MODEL_LEN = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
 #: Settings of the caller's shell that would change what a started server is.

@@ -11,19 +11,6 @@ from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness import machine
 
-__all__ = [
-    "MIN_CUT",
-    "WARM_UP",
-    "WARM_UP_TOKENS",
-    "DemoModels",
-    "DraftTokenizer",
-    "Prompt",
-    "choose_prompts",
-    "find_models",
-    "read_prompts",
-    "repeat_cut",
-]
-
 REPEAT_SPAN = 16
 #: A text that repeats itself earlier than this has too few steps to say anything.
 MIN_CUT = 24

@@ -8,8 +8,6 @@ from vllm_wanspec.errors import ConfigError, UnsupportedError
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import find_models
 
-__all__ = ["check_needs"]
-
 
 def check_needs(*, instead_of_demo_models: str | None, plots: bool = False) -> None:
     """Check that vLLM, the demo models and the plots' library are there, as far as they are needed.

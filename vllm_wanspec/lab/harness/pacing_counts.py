@@ -10,8 +10,6 @@ from pathlib import Path
 from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["DRAFTS", "MAX_OVERRUN_SHARE", "STATS_SETTLE_S", "Paced", "check_paced", "paced_since", "read_paced"]
-
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
 #: What the forwards of a draft model beside the target are called; its target writes them down with its own.

@@ -10,8 +10,6 @@ from typing import Any
 
 from vllm_wanspec.lab.harness import machine
 
-__all__ = ["Provenance", "git_commit"]
-
 GIT_TIMEOUT_S = 10.0
 
 

@@ -17,16 +17,6 @@ from rich.console import Console
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 from vllm_wanspec.lab.harness import machine
 
-__all__ = [
-    "Outputs",
-    "check_outputs",
-    "console_of_this_run",
-    "log_folder",
-    "one_line_errors",
-    "require_vllm",
-    "write_output",
-]
-
 INTERRUPTED = 130
 LOG_WIDTH = 130
 

@@ -11,8 +11,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_wanspec.lab.harness.client import ClientError
 
-__all__ = ["Sample", "link_is_up", "read_samples", "wait_until_linked"]
-
 PREFIX = "wanspec_"
 TIMEOUT_S = 5.0
 LINK_POLL_S = 0.2

@@ -24,8 +24,6 @@ from typing import Any, Self
 
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["Server", "ServerError", "ServerGroup", "ServerSpec", "free_ports", "wanspec_command"]
-
 HOST = "127.0.0.1"
 POLL_S = 0.1
 PROBE_TIMEOUT_S = 1.0

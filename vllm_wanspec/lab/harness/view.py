@@ -20,8 +20,6 @@ from vllm_wanspec.lab.harness.client import Completion
 from vllm_wanspec.lab.harness.models import Prompt
 from vllm_wanspec.lab.harness.servers import Server
 
-__all__ = ["NOBODY", "Onlooker", "StartView", "progress_bar", "starting"]
-
 
 def progress_bar(console: Console, auto_refresh: bool = True) -> Progress:
     """Return a progress bar with the time that remains; gone at its end, and not there without a terminal.

@@ -23,8 +23,6 @@ from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document
 from vllm_wanspec.lab.report.markdown import markdown
 
-__all__ = ["Publication", "Result", "json_text", "measured", "publish"]
-
 
 class Result(Protocol):
     """What a bench has found."""
