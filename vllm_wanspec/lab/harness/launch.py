@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from vllm_wanspec.config import WIDTH_ENV
 from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.scrape import wait_until_linked
+from vllm_wanspec.lab.harness.scrape import link_is_up
 from vllm_wanspec.lab.harness.servers import (
     HOST,
     Server,
@@ -38,6 +40,7 @@ TARGET_PACE = Pacing(35.0, 0.1)
 DRAFT_PACE = Pacing(5.0, 0.02)
 START_DEADLINE_S = 300.0
 LINK_DEADLINE_S = 60.0
+LINK_POLL_S = 0.2
 DYING_S = 3.0
 
 
@@ -66,8 +69,8 @@ def serving(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iter
 def start(group: ServerGroup, specs: Sequence[ServerSpec], console: Console) -> dict[str, Server]:
     """Start servers of a group and wait until all are ready; by name."""
     servers = [group.start(spec) for spec in specs]
-    with starting(console, servers) as view:
-        group.wait_ready(servers, START_DEADLINE_S, on_ready=view.ready)
+    with starting(console, servers) as ready:
+        group.wait_ready(servers, START_DEADLINE_S, on_ready=ready)
     return {server.name: server for server in servers}
 
 
@@ -89,10 +92,13 @@ async def wait_for_link(http: aiohttp.ClientSession, metrics_url: str, target: S
         ServerError: It was not, within a minute.
     """
     with console.status(f"waiting for {target.name}'s link to its drafter"):
-        up = await wait_until_linked(http, metrics_url, DRAFTER_NAME, LINK_DEADLINE_S, target.check_alive)
-    if not up:
-        problem = f"{target.name}'s link to its drafter was not up after {LINK_DEADLINE_S:.0f} s"
-        raise ServerError(f"{problem}; end of {target.log_path}:\n{target.log_tail()}")
+        end_s = time.monotonic() + LINK_DEADLINE_S
+        while not await link_is_up(http, metrics_url, DRAFTER_NAME):
+            target.check_alive()
+            if time.monotonic() > end_s:
+                problem = f"{target.name}'s link to its drafter was not up after {LINK_DEADLINE_S:.0f} s"
+                raise ServerError(f"{problem}{target.log_hint()}")
+            await asyncio.sleep(LINK_POLL_S)
 
 
 def plain_command(target: str) -> list[str]:

@@ -56,16 +56,17 @@ def find_models(folder: Path | None) -> DemoModels:
     return models
 
 
-def choose_prompts(path: Path, count: int) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file, spread evenly over its modules.
+def read_prompts(path: Path, count: int | None) -> list[Prompt]:
+    """Return ``count`` prompts of a JSON-lines file, or all of them, spread evenly over its modules.
 
     The choice depends on the file alone.  Each module gives one before any gives two.
 
     Raises:
-        ConfigError: The file is malformed, or has fewer prompts than asked for.
+        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
     """
     by_module: dict[str, list[Prompt]] = {}
-    prompts = _read_prompts(path)
+    prompts = _parsed(path)
+    count = len(prompts) if count is None else count
     if count > len(prompts):
         raise ConfigError(f"--prompts: {count} is more than the {len(prompts)} prompts in {path}")
     for prompt in prompts:
@@ -78,7 +79,7 @@ def choose_prompts(path: Path, count: int) -> list[Prompt]:
     return chosen
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
+def _parsed(path: Path) -> list[Prompt]:
     prompts = []
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -93,20 +94,6 @@ def _read_prompts(path: Path) -> list[Prompt]:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ConfigError(f'prompts: {path}, line {number}: expected {{"module": …, "prompt": …}}') from None
     return prompts
-
-
-def read_prompts(path: Path, count: int | None) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file spread evenly over its modules, or all of them.
-
-    Raises:
-        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
-    """
-    if count is None:
-        try:
-            count = sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts: cannot read {path}: {error}") from error
-    return choose_prompts(path, count)
 
 
 def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:

@@ -94,9 +94,10 @@ class Server:
         self.log_path = log_path
         self.started_s = time.monotonic()
         self.ready_after_s: float | None = None
+        core = "" if spec.core is None else str(spec.core)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), _text(spec.core), *spec.argv],
+                [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), core, *spec.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -123,7 +124,7 @@ class Server:
         """Raise ServerError, with the end of its log, if the server has ended."""
         code = self._process.poll()
         if code is not None:
-            raise ServerError(f"{self.name} ended by itself ({_exit_text(code)}){self._log_hint()}")
+            raise ServerError(f"{self.name} ended by itself ({_exit_text(code)}){self.log_hint()}")
 
     def probe(self) -> bool:
         """Whether the server answers; takes at most about a second."""
@@ -141,10 +142,6 @@ class Server:
             return ""
         return "\n".join(text.rstrip().splitlines()[-lines:])
 
-    def late(self, deadline_s: float) -> ServerError:
-        """Return the error of a server that was not ready in time."""
-        return ServerError(f"{self.name} was not ready after {deadline_s:.0f} s{self._log_hint()}")
-
     def signal(self, number: int) -> None:
         """Send a signal to the server and everything it started; nothing if all of it has ended."""
         if self.is_running():
@@ -155,7 +152,8 @@ class Server:
         """Whether the server or anything in its process group still runs."""
         return self._process.poll() is None or _group_runs(self.pid)
 
-    def _log_hint(self) -> str:
+    def log_hint(self) -> str:
+        """Return the end of a message: the last lines of its output and where they stand."""
         tail = self.log_tail()
         return f"; end of {self.log_path}:\n{tail}" if tail else f"; {self.log_path} is empty"
 
@@ -220,7 +218,6 @@ class ServerGroup:
         self,
         servers: Iterable[Server],
         deadline_s: float,
-        on_tick: Callable[[], None] = lambda: None,
         on_ready: Callable[[Server], None] = lambda server: None,
     ) -> None:
         """Wait until each server answers.
@@ -228,7 +225,6 @@ class ServerGroup:
         Args:
             servers: Those to wait for.
             deadline_s: Seconds since its start after which a server is given up.
-            on_tick: Called about ten times a second.
             on_ready: Called once per server; its ``ready_after_s`` is set.
 
         Raises:
@@ -244,8 +240,7 @@ class ServerGroup:
                     waiting.remove(server)
                     on_ready(server)
                 elif age_s > deadline_s:
-                    raise server.late(deadline_s)
-            on_tick()
+                    raise ServerError(f"{server.name} was not ready after {deadline_s:.0f} s{server.log_hint()}")
             if waiting:
                 time.sleep(POLL_S)
 
@@ -295,10 +290,6 @@ def free_ports(count: int) -> list[int]:
         for held_socket in sockets:
             held_socket.bind((HOST, 0))
         return [int(held_socket.getsockname()[1]) for held_socket in sockets]
-
-
-def _text(core: int | None) -> str:
-    return "" if core is None else str(core)
 
 
 def _accepts(port: int) -> bool:

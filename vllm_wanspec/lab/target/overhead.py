@@ -18,7 +18,7 @@ from rich.console import Console
 from vllm_wanspec.lab.drafter.direct import direct_spec
 from vllm_wanspec.lab.drafter.loads import contexts
 from vllm_wanspec.lab.harness.launch import drafter_spec, serving
-from vllm_wanspec.lab.harness.models import DraftTokenizer, choose_prompts, find_models
+from vllm_wanspec.lab.harness.models import DraftTokenizer, find_models, read_prompts
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
 from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import free_ports
@@ -45,7 +45,7 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
         WanspecError: A server or a request failed, or the silent drafter was not silent.
     """
     models = find_models(options.models)
-    prompts = choose_prompts(models.prompts, options.prompts)
+    prompts = read_prompts(models.prompts, options.prompts)
     require_vllm()
     rows: list[Comparison] = []
     differences: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -176,11 +175,11 @@ def logprobs(values: dict[int, float]) -> dict[str, Any]:
     return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
 
 
-def test_teacher_forcing_asks_for_the_token_after_prompt_and_prefix() -> None:
+def test_log_probabilities_are_those_of_the_one_token_after_a_context() -> None:
     requests: list[Any] = []
     handler = answering(logprobs({5: -0.5, 6: -1.5}), requests=requests)
-    found = with_server(handler, lambda client: client.teacher_force([1, 2], [3], [6, 5, 9]))
-    assert found == [-1.5, -0.5, -math.inf]
+    found = with_server(handler, lambda client: client.next_logprobs([1, 2, 3]))
+    assert found == {5: -0.5, 6: -1.5}
     assert requests[0]["prompt"] == [1, 2, 3]
     assert requests[0]["max_tokens"] == 1
     assert not requests[0].get("stream")
