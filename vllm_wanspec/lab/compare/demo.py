@@ -23,7 +23,7 @@ from vllm_wanspec.lab.harness.models import read_prompts
 from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
 from vllm_wanspec.lab.harness.servers import ServerGroup
 from vllm_wanspec.lab.records import Batch, Journal
-from vllm_wanspec.lab.report.writing import publish
+from vllm_wanspec.lab.report.writing import Publication
 
 PLAIN = Arm("none", "plain vLLM", Target("plain", "plain"))
 
@@ -58,7 +58,7 @@ def run_demo(options: Options, outputs: Outputs, console: Console) -> DemoFigure
         finally:
             journal.close()
     found = demo_figures(Result.of(options, journal, "wanspec", None))
-    publish(document(found), as_json(found), outputs, console)
+    Publication(document(found), as_json(found)).publish(outputs, console)
     return found
 
 

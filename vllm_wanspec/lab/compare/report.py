@@ -128,7 +128,7 @@ def document(run: Result, found: Figures) -> Document:
         warnings=_warnings(run, found),
         remarks=_remarks(run, found),
         method=[arms, run.conditions(f"{len(run.references)} prompts, the same in all arms"), METHOD],
-        provenance=run.source,
+        provenance=str(run.provenance),
         plots="time per token, local draft passes, throughput",
         conditions=run.pacing,
     )

@@ -93,7 +93,8 @@ def _open_journal(options: Options, candidates: int, json_path: Path | None, def
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make {path.parent} for the journal ({error.strerror}); give --json") from error
-    return Journal.beside(path, options.as_json() | {"candidates": candidates, "versions": machine.versions()})
+    beside = path.with_name(f"{path.name}.journal")
+    return Journal(beside, options.as_json() | {"candidates": candidates, "versions": machine.versions()})
 
 
 def _close(journal: Journal, finished: bool, console: Console) -> None:
@@ -139,8 +140,7 @@ class Run:
                 self.console.print("stopping the servers", style="dim")
         finally:
             paced = paced_since(self._stats, self._paced_before)
-            counts = {name: (count.steps, count.overruns) for name, count in paced.items()}
-            self.journal.add(Part(time.monotonic() - began_s, counts))
+            self.journal.add(Part(time.monotonic() - began_s, paced))
 
     def measure_with(self, group: ServerGroup, lineup: Lineup) -> None:
         """Measure with servers of a group."""

@@ -129,7 +129,7 @@ def document(found: TreesFigures) -> Document:
         warnings=_warnings(found),
         remarks=_remarks(found),
         method=[f"What the arms ask for:\n\n{asked}", _method(found)],
-        provenance=result.source,
+        provenance=str(result.provenance),
         plots="time per token and misses caught",
         conditions=result.pacing,
     )

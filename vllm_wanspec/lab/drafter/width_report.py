@@ -43,7 +43,7 @@ def width_document(result: WidthResult, provenance: Provenance) -> Document:
         warnings=[text for title, arm in arms for text in _disturbed(title, arm)],
         remarks=[] if any(arm.profile for _, arm in arms) else [unprofiled],
         method=_method(result),
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
     )
 
 

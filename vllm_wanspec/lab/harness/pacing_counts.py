@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
 from vllm_wanspec.errors import WanspecError
@@ -18,8 +18,7 @@ DRAFTS = "draft_model drafts"
 STATS_SETTLE_S = STATS_INTERVAL_S + 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Paced:
+class Paced(NamedTuple):
     """Paced forwards of one server, and how many of them took longer than their pace."""
 
     steps: int

@@ -12,9 +12,8 @@ from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNT
 from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.scrape import read_samples
 
-VLLM_PREFIX = "vllm:spec_decode_num_"
-VLLM_COUNTERS = {f"vllm:spec_decode_{name}_total": name for name in ("num_drafts", "num_draft_tokens")}
-VLLM_COUNTERS["vllm:spec_decode_num_accepted_tokens_total"] = "num_accepted_tokens"
+VLLM_PREFIX = "vllm:spec_decode_"
+VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 REMOTE_COUNTERS = (*CONTROLLER_COUNTERS, "local_draft_passes")
 #: After a request its session ends once word has crossed the WAN; counters rise until then.
 SETTLE_MIN_S = 0.1
@@ -79,11 +78,7 @@ class Probe:
         return Counters.total([await self._vllm(), last])
 
     async def _vllm(self) -> Counters:
-        values: dict[str, float] = {}
-        for sample, _, value in await read_samples(self._http, self._target, VLLM_PREFIX):
-            if sample in VLLM_COUNTERS:
-                values[VLLM_COUNTERS[sample]] = values.get(VLLM_COUNTERS[sample], 0.0) + value
-        return Counters(values)
+        return Counters.of(await read_samples(self._http, self._target, VLLM_PREFIX), VLLM_COUNTERS, VLLM_PREFIX)
 
     async def _remotes(self) -> Counters:
         pages = await asyncio.gather(*(read_samples(self._http, url) for url, _ in self._remote))

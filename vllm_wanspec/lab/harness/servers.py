@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.harness.cpu import processes
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
@@ -283,6 +284,11 @@ def wanspec_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vllm_wanspec.cli.main", *arguments]
 
 
+def service_command(port: int, *arguments: str) -> list[str]:
+    """Return the argv that runs a drafter without a model on a device, with this Python."""
+    return [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port), *arguments]
+
+
 def free_ports(count: int) -> list[int]:
     """Return different TCP ports that were free on 127.0.0.1 a moment ago."""
     with contextlib.ExitStack() as held:
@@ -321,24 +327,8 @@ def _exit_text(code: int) -> str:
 
 def _group_runs(group: int) -> bool:
     """Whether a process of the group is alive; zombies, which nobody may ever reap, do not count."""
-    proc = Path("/proc")
-    if not (proc / "self" / "stat").exists():
-        return _group_exists(group)
-    states = (_state_in_group(entry, group) for entry in proc.iterdir() if entry.name.isdigit())
-    return any(state not in ("", "Z", "X") for state in states)
-
-
-def _state_in_group(entry: Path, group: int) -> str:
-    """Return the state letter of a /proc entry if it belongs to the group, else nothing."""
-    try:
-        # "pid (name) state ppid pgrp ...": the name may hold spaces and parentheses.
-        fields = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        return fields[0] if int(fields[2]) == group else ""
-    except (OSError, IndexError, ValueError):
-        return ""
-
-
-def _group_exists(group: int) -> bool:
+    if Path("/proc/self/stat").exists():
+        return any(state not in ("Z", "X") for _, _, state in processes(group))
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

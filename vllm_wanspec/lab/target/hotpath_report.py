@@ -173,7 +173,7 @@ def hotpath_document(result: HotpathResult, provenance: Provenance) -> Document:
             f"{figures['gc']['longest_ms']:.1f} ms; waits on purpose in {figures['waited_steps']:.0f} steps of a run, "
             "not counted",
         ],
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
     )
 
 

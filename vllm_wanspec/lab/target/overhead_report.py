@@ -155,7 +155,7 @@ def overhead_document(result: OverheadResult, provenance: Provenance) -> Documen
         warnings=_warnings(result),
         remarks=[],
         method=_method(result.options, parts),
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
         conditions="not paced",
     )
 
