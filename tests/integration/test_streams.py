@@ -14,8 +14,8 @@ import pytest
 
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
-from vllm_wanspec.lab.harness.models import DemoModels, DraftTokenizer
-from vllm_wanspec.sim.controller import DrafterClient, Stream
+from vllm_wanspec.lab.harness.models import DemoModels
+from vllm_wanspec.sim.controller import DrafterClient, DraftTokenizer, Stream
 
 from .fleet import TOKEN, Drafter
 from .scrape import Page, read_page, until

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -32,18 +33,54 @@ from vllm_wanspec.core.messages import (
     Welcome,
     decode,
     encode,
+    vocabulary_fingerprint,
 )
 from vllm_wanspec.core.tree import Node, main_line_tip
 from vllm_wanspec.core.turnaround import Turnaround
-from vllm_wanspec.errors import RemoteProtocolError, WanspecError
+from vllm_wanspec.errors import ConfigError, RemoteProtocolError, WanspecError
 
-__all__ = ["DrafterClient", "DrafterError", "Stream", "Tally", "draw_commit", "keep_committing", "playing"]
+__all__ = [
+    "DraftTokenizer",
+    "DrafterClient",
+    "DrafterError",
+    "Stream",
+    "Tally",
+    "draw_commit",
+    "keep_committing",
+    "playing",
+]
 
 GREETING_TIMEOUT_S = 20.0
 
 
 class DrafterError(WanspecError):
     """A drafter cannot be reached, refuses, or has ended a connection or a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokenizer:
+    """What a controller must know of the draft model's tokenizer."""
+
+    fingerprint: str
+    encode: Callable[[str], list[int]]
+
+    @classmethod
+    def load(cls, model: Path) -> DraftTokenizer:
+        """Read it from a model's folder.
+
+        Raises:
+            ConfigError: There is none, or the ``tokenizers`` package is missing.
+        """
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
+        path = model / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
+        tokenizer = Tokenizer.from_file(str(path))
+        fingerprint = vocabulary_fingerprint(tokenizer.get_vocab())
+        return cls(fingerprint, lambda text: list(tokenizer.encode(text).ids))
 
 
 @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -12,7 +13,15 @@ import pytest
 from toys import FINGERPRINT, DrafterServer, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.core.tree import DraftTree, NodeRecord
-from vllm_wanspec.sim.controller import DrafterClient, DrafterError, Stream, draw_commit, keep_committing
+from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.sim.controller import (
+    DrafterClient,
+    DrafterError,
+    DraftTokenizer,
+    Stream,
+    draw_commit,
+    keep_committing,
+)
 
 
 def with_client(scenario: Callable[[DrafterClient], Coroutine[Any, Any, None]], token: str | None = None) -> None:
@@ -122,3 +131,9 @@ def test_a_rejected_session_breaks_the_connection() -> None:
 
     with DrafterServer(toy(), model=draft_model(max_context=100)) as server:
         asyncio.run(run(server.url))
+
+
+def test_a_tokenizer_must_be_there(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        DraftTokenizer.load(tmp_path)

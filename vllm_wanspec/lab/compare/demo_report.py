@@ -139,7 +139,6 @@ def _table(found: DemoFigures) -> Table:
 
 
 def _warnings(found: DemoFigures) -> list[str]:
-    """Sentences on why the figures may mean nothing."""
     texts = []
     for name, paced in found.result.paced.items():
         if paced.share > MAX_OVERRUN_SHARE:

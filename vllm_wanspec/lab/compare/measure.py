@@ -44,10 +44,8 @@ def remaining(options: Options, journal: Journal) -> int:
     """Return how many requests are still to be sent to the arms, as far as is known; never 0 without any prompt."""
     measured = {reference.index for reference in usable(journal, options)}
     count = options.count or max(1, len(measured))
-    left = 0
-    for block in blocks(options):
-        left += sum(count - len(measured & journal.done(cell, block.repeat)) for cell in block.cells)
-    return left
+    pairs = [(cell, block.repeat) for block in blocks(options) for cell in block.cells]
+    return sum(count - len(measured & journal.done(cell, repeat)) for cell, repeat in pairs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from vllm_wanspec.lab.harness.launch import MODEL_NAME, dying_servers_explain, s
 from vllm_wanspec.lab.harness.models import MIN_CUT, WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, paced_since, read_paced
 from vllm_wanspec.lab.harness.probes import Probe
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, check_outputs, log_folder
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.harness.wan_control import Wan
@@ -61,7 +61,7 @@ def run_compare(
         WanspecError: A server or a request failed.
     """
     check_outputs(outputs)
-    require_vllm()
+    check_needs()
     journal = _open_journal(options, len(prompts), outputs.json_path, Path("build", f"{name}.json"))
     if journal.resumed:
         requests = sum(len(batch.requests) for batch in journal.batches)

@@ -14,8 +14,8 @@ import aiohttp
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer, read_prompts
-from vllm_wanspec.sim.controller import DrafterClient, Tally
+from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.sim.controller import DrafterClient, DraftTokenizer, Tally
 
 CONTEXT_TOKENS = 400
 MAX_NODES = 4096

@@ -112,7 +112,7 @@ def vllm_spec(
     port: int,
     core: int | None,
     pace: Pacing | None,
-    stats: Path,
+    stats: Path | None,
     env: Mapping[str, str] | None = None,
 ) -> ServerSpec:
     """Describe a vLLM server on this machine.
@@ -123,11 +123,13 @@ def vllm_spec(
         port: Where it listens.
         core: CPU number to pin it to; None does not pin.
         pace: Duration of its model's forwards; None does not pace.
-        stats: Pacing statistics file; what a former run left there is removed.
+        stats: Pacing statistics file, if there is one; what a former run left there is removed.
         env: What its environment has besides.
     """
-    stats.unlink(missing_ok=True)
-    pacing = {} if pace is None else {PACING_ENV: pace.setting, STATS_ENV: str(stats)}
+    pacing = {} if pace is None else {PACING_ENV: pace.setting}
+    if stats is not None:
+        stats.unlink(missing_ok=True)
+        pacing |= {STATS_ENV: str(stats)} if pacing else {}
     argv = [*argv, "--host", HOST, *machine.server_flags(), "--port", str(port)]
     return ServerSpec(name, argv, port, machine.server_env(core) | pacing | dict(env or {}), core)
 
@@ -152,9 +154,5 @@ def write_config(path: Path, drafter_port: int, metrics_port: int, **sections: A
 def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
     """The drafter's server, on the core that the demo's has, with ``places`` for running branches."""
     (port,) = free_ports(1)
-    core = machine.pin_cores()[1]
-    env = machine.server_env(core) | {WIDTH_ENV: str(places)}
-    if pace is not None:
-        env[PACING_ENV] = pace.setting
-    argv = [*wanspec_command("drafter", str(draft)), "--host", HOST, "--port", str(port), *machine.server_flags()]
-    return ServerSpec("drafter-paced" if pace else "drafter", argv, port, env, core)
+    name, argv = "drafter-paced" if pace else "drafter", wanspec_command("drafter", str(draft))
+    return vllm_spec(name, argv, port, machine.pin_cores()[1], pace, None, {WIDTH_ENV: str(places)})

@@ -125,10 +125,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in ("vllm-wanspec", "vllm", "torch", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

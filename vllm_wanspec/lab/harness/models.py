@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness import machine
 
@@ -108,31 +107,3 @@ def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:
             return start
         seen.add(gram)
     return len(ids)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftTokenizer:
-    """What a controller must know of the draft model's tokenizer."""
-
-    vocab_size: int
-    fingerprint: str
-    encode: Callable[[str], list[int]]
-
-    @classmethod
-    def load(cls, model: Path) -> DraftTokenizer:
-        """Read it from a model's folder.
-
-        Raises:
-            ConfigError: There is none, or the ``tokenizers`` package is missing.
-        """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
-        path = model / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
-        tokenizer = Tokenizer.from_file(str(path))
-        vocabulary = tokenizer.get_vocab()
-        fingerprint = vocabulary_fingerprint(vocabulary)
-        return cls(max(vocabulary.values()) + 1, fingerprint, lambda text: list(tokenizer.encode(text).ids))

@@ -45,11 +45,8 @@ class Probe:
     ) -> None:
         self._http = http
         self._target = target
-        self._remote = [
-            (url, names)
-            for url, names in ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
-            if url is not None
-        ]
+        remote = ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
+        self._remote = [(url, names) for url, names in remote if url is not None]
         self._clocks = {side: CpuClock(group) for side, group in groups.items()}
         self._clock = clock
 

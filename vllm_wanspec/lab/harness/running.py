@@ -102,7 +102,7 @@ def check_outputs(outputs: Outputs) -> None:
             raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
 
 
-def check_needs(*, instead_of_demo_models: str | None, plots: bool = False) -> None:
+def check_needs(*, instead_of_demo_models: str | None = None, plots: bool = False) -> None:
     """Check that vLLM, the demo models and the plots' library are there, as far as they are needed.
 
     Args:
@@ -125,13 +125,6 @@ def check_needs(*, instead_of_demo_models: str | None, plots: bool = False) -> N
         )
     if missing:
         raise UnsupportedError("; ".join(missing))
-
-
-def require_vllm() -> None:
-    """Raise UnsupportedError where vLLM's servers could not be started."""
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
 
 
 def console_of_this_run() -> Console:

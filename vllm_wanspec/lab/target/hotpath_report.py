@@ -140,7 +140,6 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median over runs of each figure."""
     return {
         name: _medians([run[name] for run in runs])
         if isinstance(value, dict)

@@ -23,11 +23,12 @@ from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.launch import MODEL_NAME, NAMED, plain_command, vllm_spec, wait_for_link, write_config
-from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, DraftTokenizer, Prompt
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, Prompt
 from vllm_wanspec.lab.harness.scrape import read_samples
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, service_command, wanspec_command
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.target.overhead_report import DRAFTER, TARGET, Comparison, OverheadOptions
+from vllm_wanspec.sim.controller import DraftTokenizer
 
 SPECULATIVE_TOKENS = 8
 EMPTY, SILENT, DEAD = "empty", "silent", "dead"
@@ -144,7 +145,6 @@ class TargetPart:
 
 
 def _kind(name: str) -> str:
-    """The kind of a target by its name."""
     return name.rpartition("-")[0]
 
 

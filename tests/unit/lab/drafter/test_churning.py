@@ -19,10 +19,9 @@ from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer
-from vllm_wanspec.sim.controller import DrafterError, Tally, playing
+from vllm_wanspec.sim.controller import DrafterError, DraftTokenizer, Tally, playing
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -16,10 +16,9 @@ from vllm_wanspec.lab.drafter.loads import MAX_NODES, STEADY_LOOKAHEAD, Drafter,
 from vllm_wanspec.lab.drafter.steady import SHORTEST_STEPS, SteadyWorkload, Trace, cpu_between, phases, summary
 from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer
-from vllm_wanspec.sim.controller import DrafterError, playing
+from vllm_wanspec.sim.controller import DrafterError, DraftTokenizer, playing
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 def nodes(*pairs: tuple[int, int]) -> Nodes:

@@ -9,7 +9,7 @@ import pytest
 
 import vllm_wanspec
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.harness.models import DraftTokenizer, find_models, read_prompts, repeat_cut
+from vllm_wanspec.lab.harness.models import find_models, read_prompts, repeat_cut
 
 
 def write_prompts(path: Path, modules: str, each: int = 2) -> Path:
@@ -85,9 +85,3 @@ def test_a_text_is_cut_where_it_begins_to_repeat() -> None:
     assert repeat_cut([*range(30), *range(15)]) == 45  # 15 tokens that recur are not 16
     assert repeat_cut([7] * 40) == 1
     assert repeat_cut([1, 2, 1, 2], span=2) == 2
-
-
-def test_a_tokenizer_must_be_there(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
-    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
-        DraftTokenizer.load(tmp_path)
