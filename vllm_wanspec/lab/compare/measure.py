@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from vllm_wanspec.lab.compare.plan import Block, Options, blocks, orders
-from vllm_wanspec.lab.compare.references import as_completion, as_request, usable
+from vllm_wanspec.lab.compare.references import as_request, usable
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.probes import Probe
@@ -59,7 +59,6 @@ class Measurement:
         stations: By arm.
         wan: Sets the round trip; None without arms that need it.
         console: Where to show progress.
-        clock: Monotonic seconds.
     """
 
     options: Options
@@ -68,7 +67,6 @@ class Measurement:
     stations: Mapping[str, Station]
     wan: Wan | None
     console: Console
-    clock: Callable[[], float] = time.monotonic
 
     async def warm_up(self) -> None:
         """Send each station a request that does not count.
@@ -158,14 +156,14 @@ class Measurement:
                 answers[one.index] = done
 
         before, cpu_before = await station.probe.read(), station.probe.cpu_s()
-        began_s = self.clock()
+        began_s = time.monotonic()
         workers = [asyncio.create_task(work()) for _ in range(min(cell.concurrency, len(queue)))]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
-        seconds = self.clock() - began_s
+        seconds = time.monotonic() - began_s
         cpu_s = {side: value - cpu_before.get(side, 0.0) for side, value in station.probe.cpu_s().items()}
         trip_ms = None if cell.rtt_ms is None else self.options.emulated_ms(cell.rtt_ms)
         counters = (await station.probe.settled(trip_ms)).since(before)
@@ -188,7 +186,7 @@ class Measurement:
             return "", False
         tokens = [ids[position] if position < len(ids) else None for ids in (reference.expected, done.token_ids)]
         line = f"{reference.name}: at generated position {position}: plain token {tokens[0]}, here {tokens[1]}"
-        tie = await self.plain.is_tie(as_completion(reference), done, position)
+        tie = await self.plain.is_tie(reference.prompt_ids, reference.expected, done.token_ids, position)
         if tie:
             self._say(f"{cell.arm}: floating-point tie in {line}")
         else:

@@ -168,19 +168,21 @@ class CompletionClient:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ClientError(f"{self._url}: the answer has no ranks of the prompt's tokens") from error
 
-    async def is_tie(self, plain: Completion, other: Completion, position: int) -> bool:
-        """Whether two completions of one prompt part at a floating-point tie.
+    async def is_tie(
+        self, prompt_ids: Sequence[int], plain_ids: Sequence[int], other_ids: Sequence[int], position: int
+    ) -> bool:
+        """Whether two texts after one prompt part at a floating-point tie.
 
         Asked of the plain target: both tokens at ``position`` must be among the 20 most probable ones and within
-        1e-3 nats there.  A completion that simply ends earlier is no tie.
+        1e-3 nats there.  A text that simply ends earlier is no tie.
 
         Raises:
             ClientError: The request failed.
         """
-        if position >= min(len(plain.token_ids), len(other.token_ids)):
+        if position >= min(len(plain_ids), len(other_ids)):
             return False
-        logprobs = await self.next_logprobs([*plain.prompt_ids, *plain.token_ids[:position]])
-        first, second = (logprobs.get(one.token_ids[position], -math.inf) for one in (plain, other))
+        logprobs = await self.next_logprobs([*prompt_ids, *plain_ids[:position]])
+        first, second = (logprobs.get(ids[position], -math.inf) for ids in (plain_ids, other_ids))
         return math.isfinite(first) and math.isfinite(second) and abs(first - second) <= TIE_NATS
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:

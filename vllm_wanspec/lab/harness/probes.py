@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import aiohttp
 
@@ -31,7 +31,6 @@ class Probe:
         controller: That of its controller; None without one.
         drafter: That of its drafter; None without one.
         groups: Process groups of the servers, by side.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -41,14 +40,12 @@ class Probe:
         controller: str | None,
         drafter: str | None,
         groups: Mapping[str, int],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._http = http
         self._target = target
         remote = ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
         self._remote = [(url, names) for url, names in remote if url is not None]
         self._clocks = {side: CpuClock(group) for side, group in groups.items()}
-        self._clock = clock
 
     def cpu_s(self) -> dict[str, float]:
         """Return the processor time of each side's processes; a side that cannot be read is absent."""
@@ -64,10 +61,10 @@ class Probe:
         if not self._remote:
             return await self.read()
         floor_s = SETTLE_MIN_S + (rtt_ms or 0.0) / 1000.0
-        end_s = self._clock() + floor_s + SETTLE_MAX_S
+        end_s = time.monotonic() + floor_s + SETTLE_MAX_S
         await asyncio.sleep(floor_s)
         last = await self._remotes()
-        while self._clock() < end_s:
+        while time.monotonic() < end_s:
             await asyncio.sleep(SETTLE_POLL_S)
             last, before = await self._remotes(), last
             if all(last.get(name) == before.get(name) for name in RISING):

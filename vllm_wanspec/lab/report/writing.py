@@ -62,8 +62,8 @@ def measured(
         check_outputs(outputs)
         found = measure(console)
         provenance = Provenance.of_this_run(program, time.monotonic() - began_s)
-        made = Publication(document(found, provenance), found.as_json() | provenance.as_json())
-        made.publish(outputs, console)
+        data = found.as_json() | provenance.as_json()
+        Publication(document(found, provenance), data).publish(outputs, console)
     if check and not found.held:
         raise typer.Exit(1)
 
