@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,13 +43,11 @@ def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
     """
     found: dict[str, Paced] = {}
     for name, path in stats.items():
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             counts = json.loads(path.read_text("utf-8"))
             found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
             if "draft_steps" in counts:
                 found[DRAFTS] = Paced(int(counts["draft_steps"]), int(counts["draft_overruns"]))
-        except (OSError, ValueError, KeyError):
-            continue
     return found
 
 
