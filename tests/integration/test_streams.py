@@ -14,8 +14,8 @@ import pytest
 
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
-from vllm_wanspec.lab.drafter.streams import DrafterClient, Stream
-from vllm_wanspec.lab.harness.models import DemoModels, DraftTokenizer
+from vllm_wanspec.lab.harness.models import DemoModels
+from vllm_wanspec.sim.controller import DrafterClient, DraftTokenizer, Stream
 
 from .fleet import TOKEN, Drafter
 from .scrape import Page, read_page, until
@@ -116,7 +116,7 @@ async def _measure(drafter: Drafter, models: DemoModels) -> tuple[Load, Watch, l
     contexts = itertools.cycle([tokenizer.encode(prompt) for prompt in prompts])
     watch = Watch()
     async with aiohttp.ClientSession() as http:
-        async with DrafterClient.connect(http, drafter.url, tokenizer, TOKEN) as client:
+        async with DrafterClient.connect(http, drafter.url, tokenizer.fingerprint, TOKEN) as client:
             load = Load(client, contexts, Random(7))
             load.places = [await load.open() for _ in range(STREAMS)]
             tasks = [asyncio.create_task(load.drive(place)) for place in range(STREAMS)]

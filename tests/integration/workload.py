@@ -138,8 +138,7 @@ class PlainTruth:
         client = client_of(http, self.target)
         expected, ties = list(plain.token_ids), 0
         while (position := first_difference(expected, got.token_ids)) is not None:
-            truth = Completion(plain.prompt_ids, tuple(expected), "", 0.0, 0.0, None)
-            assert await client.is_tie(truth, got, position), (
+            assert await client.is_tie(plain.prompt_ids, expected, got.token_ids, position), (
                 f"request {number} differs from plain vLLM at token {position}: "
                 f"{got.token_ids[position : position + 3]} for {expected[position : position + 3]}"
             )

@@ -11,9 +11,8 @@ from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.compare.arms import ARMS, named_arms, tree_arms
 from vllm_wanspec.lab.compare.plan import DEFAULT_ARMS, DEFAULT_COUNT, Options
 from vllm_wanspec.lab.harness.models import find_models, read_prompts
-from vllm_wanspec.lab.harness.needs import check_needs
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, MarkdownFile, TargetPace, parse_list
-from vllm_wanspec.lab.harness.running import Outputs, console_of_this_run, one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, console_of_this_run, one_line_errors
 
 __all__ = ["bench"]
 

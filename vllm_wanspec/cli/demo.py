@@ -8,9 +8,8 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
-from vllm_wanspec.lab.harness.needs import check_needs
 from vllm_wanspec.lab.harness.options import DraftPace, JsonFile, LogFolder, ModelsFolder, TargetPace
-from vllm_wanspec.lab.harness.running import Outputs, one_line_errors
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, one_line_errors
 
 __all__ = ["demo"]
 

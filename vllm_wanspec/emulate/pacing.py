@@ -118,6 +118,10 @@ class Pacer:
         stats_interval_s: Seconds between writes, which a thread does, never a forward.
         clock: Monotonic seconds.
         sleep: Sleeps for that many seconds.
+
+    Attributes:
+        stats: The counts.
+        draft_stats: Those of a co-located draft model, written beside them as ``draft_steps`` and ``draft_overruns``.
     """
 
     def __init__(
@@ -135,11 +139,7 @@ class Pacer:
         self._sleep = sleep
         self._stats_interval_s = stats_interval_s
         self._written_steps = 0
-        self._draft: PacingStats | None = None
-
-    def count_draft(self, stats: PacingStats) -> None:
-        """Write a co-located draft model's counts too, as ``draft_steps`` and ``draft_overruns``."""
-        self._draft = stats
+        self.draft_stats: PacingStats | None = None
 
     def run(self, forward: Callable[[], Any], tokens: int) -> Any:
         """Call ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
@@ -149,16 +149,13 @@ class Pacer:
         pace_ms = self.pacing.step_ms(tokens)
         if work_ms < pace_ms:
             self._sleep((pace_ms - work_ms) / 1000.0)
-        self._count(pace_ms, work_ms)
-        return result
-
-    def _count(self, pace_ms: float, work_ms: float) -> None:
         if self.stats.steps == 0 and self._stats_path is not None:
             self._start_writing()
         self.stats.steps += 1
         self.stats.overruns += work_ms > pace_ms
         self.stats.paced_ms_total += pace_ms
         self.stats.work_ms_total += work_ms
+        return result
 
     def _start_writing(self) -> None:
         """Write from now on; not earlier, because a fork after installation forgets threads and exit functions."""
@@ -182,8 +179,8 @@ class Pacer:
         try:
             self._written_steps = self.stats.steps
             counts = self.stats.as_json()
-            if self._draft is not None:
-                counts |= {"draft_steps": self._draft.steps, "draft_overruns": self._draft.overruns}
+            if self.draft_stats is not None:
+                counts |= {"draft_steps": self.draft_stats.steps, "draft_overruns": self.draft_stats.overruns}
             scratch.write_text(json.dumps(counts), "utf-8")
             scratch.replace(path)
         except OSError as error:
@@ -210,7 +207,7 @@ def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
     pacer = install(Pacing.parse(setting, PACING_ENV), Path(stats_path) if stats_path else None)
     draft_setting = environ.get(DRAFT_PACING_ENV, "").strip()
     if draft_setting:
-        pacer.count_draft(install_draft(Pacing.parse(draft_setting, DRAFT_PACING_ENV)).stats)
+        pacer.draft_stats = install_draft(Pacing.parse(draft_setting, DRAFT_PACING_ENV)).stats
     return pacer
 
 

@@ -63,7 +63,8 @@ class WanProxy:
     ``target``: (host, port) to forward to.  ``listen``: (host, port) to accept on; port 0 picks a free one, see
     :attr:`address`.  ``rng``: source of the jitter.  ``max_in_flight_bytes``: bound per direction and connection.
     An unreachable target drops the connection and is logged.  Use it with ``async with``, or start() and close().
-    :attr:`in_flight_bytes`: held back at present, over all connections and both directions.
+    :attr:`settings`: those in force, for :meth:`update` to change.  :attr:`in_flight_bytes`: held back at present, over
+    all connections and both directions.
     """
 
     def __init__(
@@ -80,18 +81,13 @@ class WanProxy:
         self.connections_failed = 0
         self.max_in_flight_bytes = max_in_flight_bytes
         self._listen = Address(*listen)
-        self._settings = settings or WanSettings()
+        self.settings = settings or WanSettings()
         self._rng = rng
         self._up, self._down = _Lane(), _Lane()
         self.in_flight_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
         self._started_s = 0.0
-
-    @property
-    def settings(self) -> WanSettings:
-        """The settings in force."""
-        return self._settings
 
     @property
     def address(self) -> Address:
@@ -125,8 +121,8 @@ class WanProxy:
 
         :class:`ConfigError`: as for :meth:`WanSettings.changed`; nothing is changed then.
         """
-        self._settings = self._settings.changed(**fields)
-        return self._settings
+        self.settings = self.settings.changed(**fields)
+        return self.settings
 
     def drop_connections(self) -> None:
         """Reset all connections and go on listening: whoever connects anew measures the round trip anew."""
@@ -172,7 +168,7 @@ class WanProxy:
             _abort(writer)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        set_up_s = self._settings.rtt_ms / 1e3
+        set_up_s = self.settings.rtt_ms / 1e3
         await self._wait_until(self._now_s())
         await self._wait_until(self._now_s() + set_up_s)
         try:
@@ -205,7 +201,7 @@ class WanProxy:
         return asyncio.get_running_loop().time()
 
     def _one_way_s(self) -> float:
-        return (self._settings.rtt_ms / 2 + self._rng.uniform(0.0, self._settings.jitter_ms)) / 1e3
+        return (self.settings.rtt_ms / 2 + self._rng.uniform(0.0, self.settings.jitter_ms)) / 1e3
 
     async def _wait_until(self, due_s: float) -> None:
         """Wait until this loop time, and then for the end of an outage if there is one."""
@@ -213,7 +209,7 @@ class WanProxy:
             now_s = self._now_s()
             wait_s = due_s - now_s
             if wait_s <= 0:
-                outage_end_s = self._settings.outage_end_s(now_s - self._started_s)
+                outage_end_s = self.settings.outage_end_s(now_s - self._started_s)
                 if outage_end_s is None:
                     return
                 wait_s = min(_OUTAGE_POLL_S, outage_end_s + self._started_s - now_s)

@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.harness.pacing_counts import Paced
 
 
 class Cell(NamedTuple):
@@ -108,11 +109,11 @@ class Part:
 
     Attributes:
         seconds: Its duration.
-        paced: By server, the forwards that it paced, and how many of them took longer than their pace.
+        paced: By server, the forwards that it paced.
     """
 
     seconds: float
-    paced: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    paced: Mapping[str, Paced] = field(default_factory=dict)
 
 
 class Journal:
@@ -160,11 +161,6 @@ class Journal:
             raise ConfigError(f"cannot keep the journal {path}: {error}") from error
         self.resumed = len(records) > 1
 
-    @classmethod
-    def beside(cls, result: Path, run: Mapping[str, Any]) -> Self:
-        """The journal of the run whose result will be written to ``result``."""
-        return cls(result.with_name(result.name + ".journal"), run)
-
     def add(self, record: Reference | Trial | Batch | Part) -> None:
         """Keep a record."""
         kind = type(record).__name__.lower()
@@ -201,7 +197,7 @@ class Journal:
             case {"trial": dict(fields)}:
                 self.trials.append(Trial(**fields))
             case {"part": dict(fields)}:
-                paced = {name: (steps, overruns) for name, (steps, overruns) in fields["paced"].items()}
+                paced = {name: Paced(*counts) for name, counts in fields["paced"].items()}
                 self.parts.append(Part(fields["seconds"], paced))
             case {"batch": dict(fields)}:
                 requests = tuple(Request(**request) for request in fields["requests"])

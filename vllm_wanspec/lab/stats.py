@@ -12,20 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "CONFIDENCE",
-    "Interval",
-    "Timed",
-    "divided",
-    "median",
-    "median_interval",
-    "paired_ratio",
-    "percentile",
-    "rounded",
-    "sum_by_prompt",
-    "total",
-]
-
 RESAMPLES = 4000
 CONFIDENCE = 0.95
 

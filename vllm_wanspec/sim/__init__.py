@@ -12,6 +12,9 @@ Tests, benches and simulations put it around the real sessions, hosts and codec,
 - `service`: the drafter as a process on a real socket. Its event loop owns the host and the engine.
 - `target`: the target as a thread that steps a real proposer. It owns its requests, and hands the proposer what vLLM's
   runner and scheduler would.
+- `controller`: the controller without a target: sessions at a real drafter, committed by a clock. Whoever connects
+  owns the connection; a stream's commits are drawn from its own draft.
+- `proposers`: stand-ins for a drafter in vLLM's `custom_class`: one knows all that the target will say, one nothing.
 
 Data goes one way: a language is told to engines and targets, tokens go from an engine into a host, and frames alone go
 between a drafter and a controller. Seeds and clocks come in as arguments. Nothing here needs vLLM or torch, and nothing

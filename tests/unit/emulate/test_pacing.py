@@ -181,7 +181,7 @@ def test_a_draft_model_beside_the_target_is_paced_from_its_loading_on(tmp_path: 
     assert pacer.stats.steps == 1
     assert pacer.stats.paced_ms_total == pytest.approx(0.005)
     beside = Pacer(Pacing(0.0), tmp_path / "stats.json", stats_interval_s=600.0)
-    beside.count_draft(pacer.stats)
+    beside.draft_stats = pacer.stats
     beside.run(lambda: None, tokens=1)
     beside.write_stats()
     counts = json.loads((tmp_path / "stats.json").read_text())

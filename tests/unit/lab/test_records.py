@@ -100,8 +100,8 @@ def test_another_run_is_refused_and_named(tmp_path: Path, take_up: Opening) -> N
     assert take_up(path).batches == [BATCH]
 
 
-def test_a_journal_lies_beside_the_result_until_it_is_removed(tmp_path: Path) -> None:
-    journal = Journal.beside(tmp_path / "bench.json", RUN)
+def test_a_journal_lies_in_its_file_until_it_is_removed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "bench.json.journal", RUN)
     assert journal.path == tmp_path / "bench.json.journal"
     assert json.loads(journal.path.read_text()) == {"run": RUN}
     journal.remove()

@@ -1,15 +1,13 @@
 """Arms compared in one run: remote drafting beside the alternatives, tree settings beside each other, the demo.
 
-Who owns which data, and its way through the files:
+Who owns which data, and its way through the files, in the words of `lab`:
 
-- An *arm* (`arms`) has a name, the target that serves it, and what its requests ask for in place of the target's tree
-  settings. Arms with the same target share one process: tree arms are requests with overrides at one remote target.
-- *Options* (`plan`) own what is compared, and derive from it cells (arm, round trip, concurrency) and the order in
-  which blocks of them are measured.
-- `lineup` turns options into processes; `run` starts them as they are needed, makes a *station* of each arm (a client
-  that asks as the arm asks, and a probe), and keeps every record in the journal (`lab.records`) as it is made.
-- `references` take the target's own texts, which all arms have to repeat; `measure` sends them through the stations,
-  compares outputs, and makes a *batch* of what each request took and added to the counters.
+- *Arms* (`arms`) with the same target share one process: tree arms are requests with overrides at one remote target.
+- *Options* (`plan`) own what is compared, and derive from it cells and the order in which blocks of them are measured.
+- `lineup` turns options into processes; `run` starts them as they are needed, makes a *station* of each arm, and keeps
+  every record in the journal (`lab.records`) as it is made.
+- `references` take the target's own texts; `measure` sends them through the stations, compares outputs, and makes a
+  *batch* of what each request took and added to the counters.
 - A *result* (`result`) is what a journal has, with the settings and where the figures come from, which is asked once,
   before anything is written. `rows` sums it up per cell and pairs arms by prompt.
 - Three reports read rows, and make of them a document, a result file and a picture, which `run` publishes: `figures`,

@@ -103,7 +103,6 @@ NO_WAIT = {"policy": "none"}
 
 
 def _known(name: str, text: str, method: Method, drafter: str = "", **sections: Any) -> Arm:
-    """An arm with a target of its own."""
     return Arm(name, text, Target(name, method, drafter, sections))
 
 

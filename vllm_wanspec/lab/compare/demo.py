@@ -19,11 +19,11 @@ from vllm_wanspec.lab.compare.references import take_reference, usable
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.run import Run
 from vllm_wanspec.lab.harness.answer_view import ArmView
-from vllm_wanspec.lab.harness.models import choose_prompts
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, check_outputs, log_folder
 from vllm_wanspec.lab.harness.servers import ServerGroup
 from vllm_wanspec.lab.records import Batch, Journal
-from vllm_wanspec.lab.report.writing import publish
+from vllm_wanspec.lab.report.writing import Publication
 
 PLAIN = Arm("none", "plain vLLM", Target("plain", "plain"))
 
@@ -46,9 +46,9 @@ def run_demo(options: Options, outputs: Outputs, console: Console) -> DemoFigure
         UnsupportedError: No vLLM that could be started.
         WanspecError: A server or a request failed.
     """
-    prompts = choose_prompts(options.prompts, options.count or 1)
+    prompts = read_prompts(options.prompts, options.count or 1)
     check_outputs(outputs)
-    require_vllm()
+    check_needs()
     with log_folder(outputs.log_dir, "--logs", console) as folder:
         path = folder / "demo.journal"
         path.unlink(missing_ok=True)  # a demo begins anew
@@ -58,7 +58,7 @@ def run_demo(options: Options, outputs: Outputs, console: Console) -> DemoFigure
         finally:
             journal.close()
     found = demo_figures(Result.of(options, journal, "wanspec", None))
-    publish(document(found), as_json(found), outputs, console)
+    Publication(document(found), as_json(found)).publish(outputs, console)
     return found
 
 

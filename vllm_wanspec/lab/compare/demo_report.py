@@ -9,7 +9,6 @@ from typing import Any
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.rows import Row, make_row
 from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
-from vllm_wanspec.lab.records import Batch, Cell
 from vllm_wanspec.lab.report.document import Document, Table
 from vllm_wanspec.lab.stats import divided, rounded
 
@@ -51,10 +50,7 @@ class DemoFigures:
 
 def demo_figures(result: Result) -> DemoFigures:
     """Gather the demo's figures."""
-    batches: dict[Cell, list[Batch]] = {}
-    for batch in result.batches:
-        batches.setdefault(batch.cell, []).append(batch)
-
+    batches = result.by_cell
     plain, remote = (make_row(result, cell, batches) for cell in batches)
     return DemoFigures(result, plain, remote)
 
@@ -117,7 +113,7 @@ def document(found: DemoFigures) -> Document:
             f"forward: target {options.target_pace}, draft {options.draft_pace}. Everything else is real.",
             f"{overhead}; forwards slower than their pace: {shares}.",
         ],
-        provenance=result.source,
+        provenance=str(result.provenance),
     )
 
 
@@ -143,7 +139,6 @@ def _table(found: DemoFigures) -> Table:
 
 
 def _warnings(found: DemoFigures) -> list[str]:
-    """Sentences on why the figures may mean nothing."""
     texts = []
     for name, paced in found.result.paced.items():
         if paced.share > MAX_OVERRUN_SHARE:

@@ -9,10 +9,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_wanspec.lab.compare.plan import cells
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.rows import Row, make_row
-from vllm_wanspec.lab.records import Batch, Cell
 from vllm_wanspec.lab.stats import Interval, rounded
 
 #: Single stream: time per token of wanspec ÷ draft_model's at its best γ, by round trip in ms …
@@ -91,10 +89,8 @@ class Figures:
 
 def figures(run: Result) -> Figures:
     """Gather a run's figures."""
-    batches: dict[Cell, list[Batch]] = {cell: [] for cell in cells(run.options)}
-    for batch in run.batches:
-        batches.setdefault(batch.cell, []).append(batch)
-    rows = tuple(make_row(run, cell, batches) for cell, found in batches.items() if found)
+    batches = run.by_cell
+    rows = tuple(make_row(run, cell, batches) for cell in batches)
     doubts = tuple(_doubts(run))
     remote = {arm.name for arm in run.options.started if arm.is_remote}
     return Figures(rows, tuple(_bars(Figures(rows, (), doubts), remote)), doubts)

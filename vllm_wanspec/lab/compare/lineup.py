@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from vllm_wanspec.lab.compare.arms import DRAFTER, RANDOM, Target
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import NAMED, plain_command, vllm_spec, wan_spec, write_config
-from vllm_wanspec.lab.harness.proposers import ORACLE_ENV, OracleProposer
-from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, wanspec_command
+from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, service_command, wanspec_command
+from vllm_wanspec.sim.proposers import ORACLE_ENV, OracleProposer
 
-RANDOM_MODULE = "vllm_wanspec.sim.service"
 ORACLE = f"{OracleProposer.__module__}.{OracleProposer.__qualname__}"
 #: Without a GPU ten servers share the memory; this is room for 40,000 of the demo target's tokens.
 LEAN_FLAGS = ("--kv-cache-memory-bytes", "512M")
@@ -68,7 +66,7 @@ def plan_lineup(options: Options, folder: Path) -> Lineup:
         ]
     if RANDOM in drafters:
         pace = [] if options.draft_forward is None else ["--pace", options.draft_forward.setting]
-        argv = [sys.executable, "-m", RANDOM_MODULE, "--model", options.target, "--port", str(random_port), *pace]
+        argv = service_command(random_port, "--model", options.target, *pace)
         sources.append(ServerSpec(RANDOM, argv, random_port, machine.server_env(draft_core), draft_core))
     endpoints = {DRAFTER: wan_port, RANDOM: random_port}
     oracle_path = folder / "oracle.json"

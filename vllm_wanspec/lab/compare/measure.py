@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from vllm_wanspec.lab.compare.plan import Block, Options, blocks, orders
-from vllm_wanspec.lab.compare.references import as_completion, as_request, usable
+from vllm_wanspec.lab.compare.references import as_request, usable
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.probes import Probe
@@ -44,12 +44,11 @@ def remaining(options: Options, journal: Journal) -> int:
     """Return how many requests are still to be sent to the arms, as far as is known; never 0 without any prompt."""
     measured = {reference.index for reference in usable(journal, options)}
     count = options.count or max(1, len(measured))
-    left = 0
-    for block in blocks(options):
-        left += sum(count - len(measured & journal.done(cell, block.repeat)) for cell in block.cells)
-    return left
+    pairs = [(cell, block.repeat) for block in blocks(options) for cell in block.cells]
+    return sum(count - len(measured & journal.done(cell, repeat)) for cell, repeat in pairs)
 
 
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """Sends every request that the journal lacks, and adds it there.
 
@@ -60,26 +59,14 @@ class Measurement:
         stations: By arm.
         wan: Sets the round trip; None without arms that need it.
         console: Where to show progress.
-        clock: Monotonic seconds.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        journal: Journal,
-        plain: CompletionClient,
-        stations: Mapping[str, Station],
-        wan: Wan | None,
-        console: Console,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.journal = journal
-        self.plain = plain
-        self._options = options
-        self._stations = stations
-        self._wan = wan
-        self._console = console
-        self._clock = clock
+    options: Options
+    journal: Journal
+    plain: CompletionClient
+    stations: Mapping[str, Station]
+    wan: Wan | None
+    console: Console
 
     async def warm_up(self) -> None:
         """Send each station a request that does not count.
@@ -87,7 +74,7 @@ class Measurement:
         Raises:
             ClientError: It failed.
         """
-        for station in self._stations.values():
+        for station in self.stations.values():
             await station.client.complete(WARM_UP.text, WARM_UP_TOKENS)
 
     async def run(self) -> None:
@@ -96,14 +83,14 @@ class Measurement:
         Raises:
             ClientError: A request failed, or a link did not come up.
         """
-        references = usable(self.journal, self._options)
-        with progress_bar(self._console) as progress:
-            task = progress.add_task("", total=remaining(self._options, self.journal))
+        references = usable(self.journal, self.options)
+        with progress_bar(self.console) as progress:
+            task = progress.add_task("", total=remaining(self.options, self.journal))
 
             def advance(count: int) -> None:
                 progress.advance(task, count)
 
-            for block in blocks(self._options):
+            for block in blocks(self.options):
                 if all(self._is_done(cell, block.repeat, references) for cell in block.cells):
                     continue
                 progress.update(task, description=_title(block))
@@ -114,19 +101,19 @@ class Measurement:
 
     async def set_round_trip(self, rtt_ms: float | None) -> None:
         """Set the round trip, and give estimates on both sides of the fresh links something to go by."""
-        if rtt_ms is None or self._wan is None:
+        if rtt_ms is None or self.wan is None:
             return
-        if not await self._wan.set(self._options.emulated_ms(rtt_ms)):
-            self._console.print(f"warning: the links do not measure R = {rtt_ms:g} ms", style="yellow")
-        for name, station in self._stations.items():
-            if self._options.arm(name).uses_wan:
+        if not await self.wan.set(self.options.emulated_ms(rtt_ms)):
+            self.console.print(f"warning: the links do not measure R = {rtt_ms:g} ms", style="yellow")
+        for name, station in self.stations.items():
+            if self.options.arm(name).uses_wan:
                 await station.client.complete(WARM_UP.text, WARM_UP_TOKENS)
 
     async def _take_singles(
         self, block: Block, references: Sequence[Reference], advance: Callable[[int], None]
     ) -> None:
         # Blocks are few and long where there is one round trip.
-        says_more = len(self._options.rtt_ms) == 1
+        says_more = len(self.options.rtt_ms) == 1
         for reference, cells in zip(references, orders(block, len(references)), strict=True):
             missing = [cell for cell in cells if reference.index not in self.journal.done(cell, block.repeat)]
             for cell in missing:
@@ -152,7 +139,7 @@ class Measurement:
         Raises:
             ClientError: A request failed.
         """
-        station = self._stations[cell.arm]
+        station = self.stations[cell.arm]
         queue = list(reversed(references))
         answers: dict[int, Completion] = {}
         # Not one of the target's cached prompts, which would be here in one arm and not in another.
@@ -169,16 +156,16 @@ class Measurement:
                 answers[one.index] = done
 
         before, cpu_before = await station.probe.read(), station.probe.cpu_s()
-        began_s = self._clock()
+        began_s = time.monotonic()
         workers = [asyncio.create_task(work()) for _ in range(min(cell.concurrency, len(queue)))]
         try:
             await asyncio.gather(*workers)
         finally:
             for worker in workers:
                 worker.cancel()
-        seconds = self._clock() - began_s
+        seconds = time.monotonic() - began_s
         cpu_s = {side: value - cpu_before.get(side, 0.0) for side, value in station.probe.cpu_s().items()}
-        trip_ms = None if cell.rtt_ms is None else self._options.emulated_ms(cell.rtt_ms)
+        trip_ms = None if cell.rtt_ms is None else self.options.emulated_ms(cell.rtt_ms)
         counters = (await station.probe.settled(trip_ms)).since(before)
         lines = [await self._difference(cell, one, answers[one.index]) for one in references]
         return Batch(
@@ -199,13 +186,13 @@ class Measurement:
             return "", False
         tokens = [ids[position] if position < len(ids) else None for ids in (reference.expected, done.token_ids)]
         line = f"{reference.name}: at generated position {position}: plain token {tokens[0]}, here {tokens[1]}"
-        tie = await self.plain.is_tie(as_completion(reference), done, position)
+        tie = await self.plain.is_tie(reference.prompt_ids, reference.expected, done.token_ids, position)
         if tie:
             self._say(f"{cell.arm}: floating-point tie in {line}")
         else:
-            self._console.print(f"error: {cell.arm}: different output in {line}", style="bold red", highlight=False)
+            self.console.print(f"error: {cell.arm}: different output in {line}", style="bold red", highlight=False)
             text = f"  the prompt ends with {reference.text[-100:]!r}"
-            self._console.print(text, highlight=False, markup=False)
+            self.console.print(text, highlight=False, markup=False)
         return line, tie
 
     def _is_done(self, cell: Cell, repeat: int, references: Sequence[Reference]) -> bool:
@@ -213,7 +200,7 @@ class Measurement:
 
     def _paces(self, block: Block, reference: Reference | None = None) -> str:
         """The block's mean times per token, arm by arm; of one prompt, beside that of the target alone."""
-        found: dict[str, list[Timed]] = {arm.name: [] for arm in self._options.started}
+        found: dict[str, list[Timed]] = {arm.name: [] for arm in self.options.started}
         if reference is not None:
             found = {"alone": [Timed(reference.time_ms, len(reference.expected) - 1)]} | found
         for batch in self.journal.batches:
@@ -223,7 +210,7 @@ class Measurement:
         return ", ".join(f"{name} {total(times).per_token_ms or 0.0:.1f}" for name, times in found.items() if times)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, style="dim", highlight=False)
+        self.console.print(text, style="dim", highlight=False)
 
 
 def _title(block: Block) -> str:

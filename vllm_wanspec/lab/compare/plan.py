@@ -119,12 +119,8 @@ class Options:
 
         The co-located draft model's cannot be asked before the pre-pass, which needs the texts: it comes last.
         """
-
-        def place(arm: Arm) -> int:
-            last = {"constrained": 0, "plain": 1, "draft_model": 3}
-            return last.get(arm.target.method, 2)
-
-        return min(self.started, key=place)
+        places = {"constrained": 0, "plain": 1, "draft_model": 3}
+        return min(self.started, key=lambda arm: places.get(arm.target.method, 2))
 
     @property
     def target_forward(self) -> Pacing | None:

@@ -148,9 +148,7 @@ def _plot_speeds(axes: Any, found: Figures) -> None:
         ]
         remote = arm in _remote(found) and shown_ms is not None
         name = f"{arm}, R = {shown_ms:g} ms" if remote else arm
-        axes.errorbar(
-            streams, speeds, yerr=bars, color=COLOURS.get(arm), marker="o", markersize=4, capsize=3, label=name
-        )
+        axes.errorbar(streams, speeds, yerr=bars, label=name, **_style(arm), capsize=3)
         ticks |= set(streams)
     if ticks:
         axes.set_xscale("log", base=2)

@@ -13,11 +13,6 @@ from vllm_wanspec.lab.harness.view import NOBODY, Onlooker
 from vllm_wanspec.lab.records import Journal, Reference, Request
 
 
-def as_completion(reference: Reference) -> Completion:
-    """Return a reference's text as if the target had just given it."""
-    return Completion(reference.prompt_ids, reference.expected, "", 0.0, 0.0, None)
-
-
 def is_usable(reference: Reference, options: Options) -> bool:
     """Whether there is enough of a text."""
     return options.whole_texts or len(reference.expected) >= MIN_CUT

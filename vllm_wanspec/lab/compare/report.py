@@ -128,7 +128,7 @@ def document(run: Result, found: Figures) -> Document:
         warnings=_warnings(run, found),
         remarks=_remarks(run, found),
         method=[arms, run.conditions(f"{len(run.references)} prompts, the same in all arms"), METHOD],
-        provenance=run.source,
+        provenance=str(run.provenance),
         plots="time per token, local draft passes, throughput",
         conditions=run.pacing,
     )
@@ -160,7 +160,6 @@ def _bar_rows(found: Figures) -> list[list[str]]:
 
 
 def _remarks(run: Result, found: Figures) -> list[str]:
-    """Sentences on what the tables mean."""
     texts = []
     missed = [bar.text for bar in found.bars if bar.held is False and not bar.stretch]
     unknown = sum(bar.held is None and not bar.stretch for bar in found.bars)
@@ -183,7 +182,6 @@ def _remarks(run: Result, found: Figures) -> list[str]:
 
 
 def _warnings(run: Result, found: Figures) -> list[str]:
-    """Sentences on why the figures may mean nothing."""
     remote = {arm.name for arm in run.options.started if arm.is_remote and arm.drafts}
     idle = dict.fromkeys(row.cell.arm for row in found.rows if row.cell.arm in remote and row.drafted == 0)
     return run.warnings(run.kept_pace()) + ([f"Nothing was drafted in {', '.join(idle)}."] if idle else [])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_wanspec.lab.compare.measure import best_gamma
-from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.plan import Options, cells
 from vllm_wanspec.lab.compare.references import is_usable
 from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
 from vllm_wanspec.lab.harness.provenance import Provenance
@@ -64,6 +64,12 @@ class Result:
         )
 
     @property
+    def by_cell(self) -> dict[Cell, list[Batch]]:
+        """What was measured of each cell, in the order of concurrency, arms and round trips."""
+        found = {cell: [batch for batch in self.batches if batch.cell == cell] for cell in cells(self.options)}
+        return {cell: own for cell, own in found.items() if own}
+
+    @property
     def references(self) -> list[Reference]:
         """The measured prompts, in order."""
         return [one for one in self.taken if is_usable(one, self.options)][: self.options.count]
@@ -94,11 +100,6 @@ class Result:
             return "not paced"
         scale = self.options.time_scale
         return f"paced to {', '.join(paces)}" + (f", these and R × {scale:g}" if scale != 1.0 else "")
-
-    @property
-    def source(self) -> str:
-        """Command, machine, versions and commit, in a line."""
-        return f"`{self.provenance.command}`; {self.provenance}"
 
     def conditions(self, what: str) -> str:
         """Return how it was measured, in a paragraph.
@@ -139,9 +140,8 @@ class Result:
     def pace_tables(self) -> list[Table]:
         """The table of forwards slower than their pace; none where none was paced."""
         servers = [[name, f"{one.steps:,}", f"{one.share:.2%}"] for name, one in self.paced.items()]
-        return (
-            [Table("Forwards slower than their pace", ["server", "forwards", "overruns"], servers)] if servers else []
-        )
+        table = Table("Forwards slower than their pace", ["server", "forwards", "overruns"], servers)
+        return [table] if servers else []
 
     def state_json(self, valid: bool) -> dict[str, Any]:
         """Return how result files begin."""

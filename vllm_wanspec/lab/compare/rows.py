@@ -240,7 +240,6 @@ def _ideals(result: Result, cell: Cell, prompts: Collection[int]) -> dict[int, T
 
 
 def _counted(batches: Sequence[Batch], name: str) -> float | None:
-    """A counter's increase over all batches."""
     return _sum(batch.counters.get(name) for batch in batches)
 
 

@@ -24,14 +24,14 @@ from vllm_wanspec.lab.harness.launch import MODEL_NAME, dying_servers_explain, s
 from vllm_wanspec.lab.harness.models import MIN_CUT, WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, paced_since, read_paced
 from vllm_wanspec.lab.harness.probes import Probe
-from vllm_wanspec.lab.harness.proposers import write_references
-from vllm_wanspec.lab.harness.running import Outputs, check_outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, check_outputs, log_folder
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.harness.wan_control import Wan
 from vllm_wanspec.lab.records import Journal, Part, Trial
 from vllm_wanspec.lab.report.writing import Publication
 from vllm_wanspec.lab.stats import Timed, total
+from vllm_wanspec.sim.proposers import write_references
 
 
 def run_compare(
@@ -61,7 +61,7 @@ def run_compare(
         WanspecError: A server or a request failed.
     """
     check_outputs(outputs)
-    require_vllm()
+    check_needs()
     journal = _open_journal(options, len(prompts), outputs.json_path, Path("build", f"{name}.json"))
     if journal.resumed:
         requests = sum(len(batch.requests) for batch in journal.batches)
@@ -93,7 +93,8 @@ def _open_journal(options: Options, candidates: int, json_path: Path | None, def
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot make {path.parent} for the journal ({error.strerror}); give --json") from error
-    return Journal.beside(path, options.as_json() | {"candidates": candidates, "versions": machine.versions()})
+    beside = path.with_name(f"{path.name}.journal")
+    return Journal(beside, options.as_json() | {"candidates": candidates, "versions": machine.versions()})
 
 
 def _close(journal: Journal, finished: bool, console: Console) -> None:
@@ -139,8 +140,7 @@ class Run:
                 self.console.print("stopping the servers", style="dim")
         finally:
             paced = paced_since(self._stats, self._paced_before)
-            counts = {name: (count.steps, count.overruns) for name, count in paced.items()}
-            self.journal.add(Part(time.monotonic() - began_s, counts))
+            self.journal.add(Part(time.monotonic() - began_s, paced))
 
     def measure_with(self, group: ServerGroup, lineup: Lineup) -> None:
         """Measure with servers of a group."""

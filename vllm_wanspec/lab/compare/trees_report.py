@@ -129,14 +129,13 @@ def document(found: TreesFigures) -> Document:
         warnings=_warnings(found),
         remarks=_remarks(found),
         method=[f"What the arms ask for:\n\n{asked}", _method(found)],
-        provenance=result.source,
+        provenance=str(result.provenance),
         plots="time per token and misses caught",
         conditions=result.pacing,
     )
 
 
 def _remarks(found: TreesFigures) -> list[str]:
-    """Sentences on what the tables mean."""
     texts = []
     shown = found.shown
     if found.held is not None and shown.ratio is not None:
@@ -151,7 +150,6 @@ def _remarks(found: TreesFigures) -> list[str]:
 
 
 def _warnings(found: TreesFigures) -> list[str]:
-    """Sentences on why the figures may mean nothing."""
     texts = found.result.warnings(found.is_valid)
     if found.result.ended_by is not None:
         texts.insert(1, f"Complete rounds: {len(found.batches) // len(found.arms)}.")

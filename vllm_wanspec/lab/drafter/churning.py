@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from vllm_wanspec.lab.drafter.loads import COMMIT_INTERVAL_S, LONGEST_LEAD, ChurningLoad, Drafter
-from vllm_wanspec.lab.drafter.streams import Tally, keep_committing, playing
 from vllm_wanspec.lab.drafter.width_figures import ChurnRow, cpu_shares
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.scrape import read_samples
+from vllm_wanspec.lab.stats import divided
+from vllm_wanspec.sim.controller import Tally, keep_committing, playing
 
 #: The text's end keeps this far from the model's longest context: a branch near it would be cut short.
 MARGIN_TOKENS = 40
@@ -44,19 +45,15 @@ def churn_row(width: int, before: Reading, after: Reading) -> ChurnRow:
     return ChurnRow(
         width=width,
         running=running_s / seconds,
-        step_ms=_per(1e3 * running_s, drafted),
-        gap_ms=_per(1e3 * gap_s, drafted - firsts),
-        first_ms=_per(1e3 * first_s, firsts),
+        step_ms=divided(1e3 * running_s, drafted) or 0.0,
+        gap_ms=divided(1e3 * gap_s, drafted - firsts) or 0.0,
+        first_ms=divided(1e3 * first_s, firsts) or 0.0,
         events_per_s=drafted / seconds,
         starts_per_s=started / seconds,
         bytes_per_s=(after.tally.received_bytes - before.tally.received_bytes) / seconds,
         committed_per_s=(after.tally.committed - before.tally.committed) / seconds,
         **cpu_shares(used_s, seconds),
     )
-
-
-def _per(total: float, count: float) -> float:
-    return total / count if count else 0.0
 
 
 class ChurningWorkload:
@@ -76,7 +73,8 @@ class ChurningWorkload:
         """Watch for some seconds.
 
         Raises:
-            ClientError: The metrics cannot be read, or the drafter has ended a session.
+            ClientError: The metrics cannot be read.
+            DrafterError: The drafter cannot be reached or has ended a session.
         """
         async with playing(self.play(width)):
             await asyncio.sleep(self._warm_up_s)

@@ -28,8 +28,8 @@ from vllm_wanspec.lab.drafter.width_figures import SteadyRow
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec
+from vllm_wanspec.sim.controller import DraftTokenizer
 
 ROUND_PATH = "/round"
 ROUND_TIMEOUT_S = 60.0

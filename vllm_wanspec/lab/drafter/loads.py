@@ -13,9 +13,9 @@ import aiohttp
 
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.streams import DrafterClient, Tally
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer, read_prompts
+from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.sim.controller import DrafterClient, DraftTokenizer, Tally
 
 CONTEXT_TOKENS = 400
 MAX_NODES = 4096
@@ -84,7 +84,7 @@ class Drafter:
 
     def connect(self, tally: Tally | None = None) -> AbstractAsyncContextManager[DrafterClient]:
         """Connect to it; see `DrafterClient.connect`."""
-        return DrafterClient.connect(self.http, self.url, self.tokenizer, tally=tally)
+        return DrafterClient.connect(self.http, self.url, self.tokenizer.fingerprint, tally=tally)
 
 
 def contexts(prompts: Path, tokenizer: DraftTokenizer, tokens: int = CONTEXT_TOKENS) -> list[list[int]]:

@@ -20,10 +20,9 @@ import numpy as np
 
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.lab.drafter.loads import STEADY_LOOKAHEAD, Drafter, SteadyLoad
-from vllm_wanspec.lab.drafter.streams import DrafterClient, playing
 from vllm_wanspec.lab.drafter.width_figures import NEAR, SteadyRow, cpu_shares
-from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CORE, CpuClock
+from vllm_wanspec.sim.controller import DrafterClient, playing
 
 POLL_S = 0.02
 #: Phases of fewer steps would be all edges.
@@ -188,7 +187,7 @@ class SteadyWorkload:
         """Play rounds for some seconds and measure them.
 
         Raises:
-            ClientError: The drafter cannot be reached or has ended a session.
+            DrafterError: The drafter cannot be reached or has ended a session.
         """
         async with self._drafter.connect() as client:
             return await measured_rounds(lambda: self._round(client, width), self._drafter.cpu, width, seconds)
@@ -205,8 +204,7 @@ class SteadyWorkload:
         while lull_s < LULL_S and silence_s < SILENCE_S:
             await asyncio.sleep(POLL_S)
             now = time.monotonic()
-            if client.broken is not None:
-                raise ClientError(f"the drafter's connection broke: {client.broken}") from client.broken
+            client.check_alive()
             lull_s = 0.0 if trace.enough_s is None else now - trace.enough_s
             silence_s = now - trace.last_s
         await stream.close()

@@ -24,18 +24,18 @@ from vllm_wanspec.lab.drafter.churning import ChurningWorkload
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter, contexts
 from vllm_wanspec.lab.drafter.profile import find_py_spy, record
 from vllm_wanspec.lab.drafter.steady import SteadyWorkload
-from vllm_wanspec.lab.drafter.streams import playing
 from vllm_wanspec.lab.drafter.width_figures import BAR_WIDTH, CHURNING, STEADY, Arm, Row, WidthOptions, WidthResult
 from vllm_wanspec.lab.drafter.width_report import width_document
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.cpu import CpuClock, group_processes
 from vllm_wanspec.lab.harness.launch import drafter_spec, serving
-from vllm_wanspec.lab.harness.models import DraftTokenizer, find_models
+from vllm_wanspec.lab.harness.models import find_models
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
-from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, log_folder
 from vllm_wanspec.lab.harness.servers import Server
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
+from vllm_wanspec.sim.controller import DraftTokenizer, playing
 
 UNPACED = "none"
 Workload = SteadyWorkload | ChurningWorkload
@@ -60,7 +60,7 @@ def run_width(options: WidthOptions, console: Console, log_dir: Path | None = No
         WanspecError: The drafter failed.
     """
     models = find_models(options.models)
-    require_vllm()
+    check_needs()
     tokenizer = DraftTokenizer.load(models.draft)
     texts = contexts(models.prompts, tokenizer)
     arms: dict[str, list[Arm]] = {STEADY: [], CHURNING: []}

@@ -43,12 +43,11 @@ def width_document(result: WidthResult, provenance: Provenance) -> Document:
         warnings=[text for title, arm in arms for text in _disturbed(title, arm)],
         remarks=[] if any(arm.profile for _, arm in arms) else [unprofiled],
         method=_method(result),
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
     )
 
 
 def _tables(title: str, arm: Arm) -> Iterator[Table]:
-    """An arm's figures, and where its drafter spent its time."""
     figures = [asdict(row) | {"ratio": arm.ratio(row), "few": "" if row.is_near else " (!)"} for row in arm.rows]
     shown = [column for name, column in COLUMNS.items() if name in figures[0]]
     rows = [[form.format_map(found) for _, form in shown] for found in figures]
@@ -61,7 +60,6 @@ def _tables(title: str, arm: Arm) -> Iterator[Table]:
 
 
 def _verdict(arm: Arm) -> list[str]:
-    """Whether a steady arm keeps the bar."""
     row = arm.at_bar
     if row is None:
         return []

@@ -5,6 +5,8 @@ Works against any vLLM server, with or without WANSpec.  Every wait is bounded.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import math
 import time
@@ -15,8 +17,6 @@ from typing import Any
 import aiohttp
 
 from vllm_wanspec.errors import WanspecError
-
-__all__ = ["TIE_NATS", "ClientError", "Completion", "CompletionClient", "first_difference", "read_ranks"]
 
 CONNECT_TIMEOUT_S = 5.0
 REQUEST_TIMEOUT_S = 120.0
@@ -69,10 +69,8 @@ class Completion:
 
 def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """Return the first position at which two token lists differ (the shorter's end counts), or None."""
-    for position, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return position
-    return None if len(left) == len(right) else min(len(left), len(right))
+    pairs = itertools.zip_longest(left, right)
+    return next((position for position, (a, b) in enumerate(pairs) if a != b), None)
 
 
 class CompletionClient:
@@ -151,15 +149,7 @@ class CompletionClient:
         Raises:
             ClientError: The request failed.
         """
-        body = {
-            "model": self._model,
-            "prompt": list(context_ids),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logprobs": TOP_LOGPROBS,
-            "return_tokens_as_token_ids": True,
-        }
-        answer = await self._answer(body)
+        answer = await self._answer(context_ids, logprobs=TOP_LOGPROBS, return_tokens_as_token_ids=True)
         try:
             top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
             return {int(key.removeprefix(TOKEN_ID_PREFIX)): float(value) for key, value in top.items()}
@@ -172,75 +162,56 @@ class CompletionClient:
         Raises:
             ClientError: The request failed.
         """
-        body = {
-            "model": self._model,
-            "prompt": [*prompt_ids, *following],
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "prompt_logprobs": RANKS,
-        }
-        answer = await self._answer(body)
+        answer = await self._answer([*prompt_ids, *following], prompt_logprobs=RANKS)
         try:
             return read_ranks(answer["choices"][0]["prompt_logprobs"][len(prompt_ids) :], following)
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ClientError(f"{self._url}: the answer has no ranks of the prompt's tokens") from error
 
-    async def teacher_force(
-        self, prompt_ids: Sequence[int], prefix_ids: Sequence[int], candidates: Sequence[int]
-    ) -> list[float]:
-        """Return the log-probabilities (nats) of candidate tokens after prompt and prefix.
+    async def is_tie(
+        self, prompt_ids: Sequence[int], plain_ids: Sequence[int], other_ids: Sequence[int], position: int
+    ) -> bool:
+        """Whether two texts after one prompt part at a floating-point tie.
 
-        Args:
-            prompt_ids: The prompt.
-            prefix_ids: Generated tokens before the position in question.
-            candidates: Token ids; one outside the 20 most probable ones gets minus infinity.
+        Asked of the plain target: both tokens at ``position`` must be among the 20 most probable ones and within
+        1e-3 nats there.  A text that simply ends earlier is no tie.
 
         Raises:
             ClientError: The request failed.
         """
-        logprobs = await self.next_logprobs([*prompt_ids, *prefix_ids])
-        return [logprobs.get(token, -math.inf) for token in candidates]
-
-    async def is_tie(self, plain: Completion, other: Completion, position: int) -> bool:
-        """Whether two completions of one prompt part at a floating-point tie.
-
-        Asked of the plain target: both tokens at ``position`` must be within 1e-3 nats there.  A
-        completion that simply ends earlier is no tie.
-
-        Raises:
-            ClientError: The request failed.
-        """
-        if position >= min(len(plain.token_ids), len(other.token_ids)):
+        if position >= min(len(plain_ids), len(other_ids)):
             return False
-        pair = (plain.token_ids[position], other.token_ids[position])
-        first, second = await self.teacher_force(plain.prompt_ids, plain.token_ids[:position], pair)
+        logprobs = await self.next_logprobs([*prompt_ids, *plain_ids[:position]])
+        first, second = (logprobs.get(ids[position], -math.inf) for ids in (plain_ids, other_ids))
         return math.isfinite(first) and math.isfinite(second) and abs(first - second) <= TIE_NATS
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the JSON objects of the server-sent events."""
-        try:
-            async with self._http.post(self._url, json=self._fields | body, timeout=self._timeout) as response:
-                await self._check(response)
-                async for data in _sse_data(response):
-                    if data == b"[DONE]":
-                        return
-                    yield self._parse(data)
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(error) from error
+        async with self._posted(body) as response:
+            async for data in _sse_data(response):
+                if data == b"[DONE]":
+                    return
+                yield self._parse(data)
         raise ClientError(f"{self._url}: the stream broke off before [DONE]")
 
-    async def _answer(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _answer(self, prompt_ids: Sequence[int], **asked: Any) -> dict[str, Any]:
+        """Ask for one token after a prompt, and for what else is to be told of it."""
+        body = {"model": self._model, "prompt": list(prompt_ids), "max_tokens": 1, "temperature": 0.0}
+        async with self._posted(body | asked) as response:
+            return self._parse(await response.read())
+
+    @contextlib.asynccontextmanager
+    async def _posted(self, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
         try:
             async with self._http.post(self._url, json=self._fields | body, timeout=self._timeout) as response:
-                await self._check(response)
-                return self._parse(await response.read())
+                if response.status != 200:
+                    text = (await response.text())[:500].strip()
+                    raise ClientError(f"{self._url} answered {response.status}: {_error_message(text)}")
+                yield response
         except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(error) from error
-
-    async def _check(self, response: aiohttp.ClientResponse) -> None:
-        if response.status != 200:
-            text = (await response.text())[:500].strip()
-            raise ClientError(f"{self._url} answered {response.status}: {_error_message(text)}")
+            is_late = type(error) is TimeoutError  # other kinds of it say themselves what took too long
+            problem = f"no complete answer within {self._timeout_s:g} s" if is_late else error or type(error).__name__
+            raise ClientError(f"{self._url}: {problem}") from error
 
     def _parse(self, data: bytes) -> dict[str, Any]:
         try:
@@ -252,11 +223,6 @@ class CompletionClient:
         if "error" in event:
             raise ClientError(f"{self._url}: {_error_message(json.dumps(event))}")
         return event
-
-    def _failure(self, error: Exception) -> ClientError:
-        if type(error) is TimeoutError:
-            return ClientError(f"{self._url}: no complete answer within {self._timeout_s:g} s")
-        return ClientError(f"{self._url}: {error or type(error).__name__}")
 
 
 def read_ranks(entries: Sequence[dict[str, Any]], tokens: Sequence[int]) -> tuple[int | None, ...]:

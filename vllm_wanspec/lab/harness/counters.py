@@ -5,15 +5,13 @@ Plain values and sums: no servers, no files, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from vllm_wanspec.core.learned.calibration import OUTCOMES
-from vllm_wanspec.lab.harness.scrape import Sample
+from vllm_wanspec.lab.harness.scrape import PREFIX, Sample
 from vllm_wanspec.lab.stats import divided, rounded
-
-__all__ = ["CONTROLLER_COUNTERS", "COUNTERS", "DRAFTER_COUNTERS", "Counters", "range_start"]
 
 #: Scraped as ``wanspec_<name>_total`` from the target's metrics port …
 CONTROLLER_COUNTERS = (
@@ -41,6 +39,9 @@ CONTROLLER_COUNTERS = (
 DRAFTER_COUNTERS = ("drafted_tokens", "branches_started", "branch_seconds")
 COUNTERS = (*CONTROLLER_COUNTERS, *DRAFTER_COUNTERS)
 POSITIONS = "wanspec_positions_total"
+LABELS = {"entropy", "outcome"}
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +52,21 @@ class Counters:
     positions: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, samples: Iterable[Sample], names: Iterable[str]) -> Counters:
+    def of(cls, samples: Sequence[Sample], names: Iterable[str], prefix: str = PREFIX) -> Counters:
         """Gather some counters (summed over their labels), and the positions."""
-        wanted = {f"wanspec_{name}_total": name for name in names}
-        values: dict[str, float] = {}
-        positions: dict[tuple[str, str], float] = {}
-        for sample, labels, value in samples:
-            if sample in wanted:
-                values[wanted[sample]] = values.get(wanted[sample], 0.0) + value
-            elif sample == POSITIONS and {"entropy", "outcome"} <= labels.keys():
-                key = labels["entropy"], labels["outcome"]
-                positions[key] = positions.get(key, 0.0) + value
-        return cls(values, positions)
+        wanted = {f"{prefix}{name}_total": name for name in names}
+        placed = [(labels, value) for name, labels, value in samples if name == POSITIONS and labels.keys() >= LABELS]
+        return cls(
+            _summed((wanted[name], value) for name, _, value in samples if name in wanted),
+            _summed(((labels["entropy"], labels["outcome"]), value) for labels, value in placed),
+        )
 
     @classmethod
     def total(cls, parts: Iterable[Counters]) -> Counters:
         """Add up; what only some parts have counts from those."""
-        values: dict[str, float] = {}
-        positions: dict[tuple[str, str], float] = {}
-        for part in parts:
-            for name, value in part.values.items():
-                values[name] = values.get(name, 0.0) + value
-            for key, value in part.positions.items():
-                positions[key] = positions.get(key, 0.0) + value
-        return cls(values, positions)
+        known = list(parts)
+        values = _summed(pair for part in known for pair in part.values.items())
+        return cls(values, _summed(pair for part in known for pair in part.positions.items()))
 
     def since(self, earlier: Counters) -> Counters:
         """Return the increase.
@@ -129,3 +121,10 @@ def range_start(entropy: str) -> float:
         return float(entropy.partition("-")[0])
     except ValueError:
         return float("inf")
+
+
+def _summed(pairs: Iterable[tuple[Key, float]]) -> dict[Key, float]:
+    sums: dict[Key, float] = {}
+    for key, value in pairs:
+        sums[key] = sums.get(key, 0.0) + value
+    return sums

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-
-__all__ = ["CORE", "CpuClock", "core_seconds", "group_processes"]
 
 CORE = "core"
 ENGINE_NAME = "EngineCor"  # the kernel keeps 15 characters
@@ -26,19 +25,24 @@ class CpuClock:
         return cpu_s if self._core is None else cpu_s | {CORE: core_seconds(self._core)}
 
 
+def processes(group: int) -> Iterator[tuple[int, str, str]]:
+    """Id, name and state letter of each process in a group; only where there is /proc."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                # "pid (name) state ppid pgrp ...": the name may hold spaces and parentheses.
+                head, _, tail = (entry / "stat").read_text("utf-8", "replace").rpartition(")")
+                fields = tail.split()
+                if int(fields[2]) == group:
+                    yield int(entry.name), head.partition("(")[2], fields[0]
+
+
 def group_processes(group: int) -> dict[str, int]:
     """Process ids of a vLLM server: ``api``, which leads the process group, and ``engine``; none without /proc."""
     if not Path(f"/proc/{group}/stat").exists():
         return {}
-    found = {"api": group}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            head, _, tail = (entry / "stat").read_text("utf-8", "replace").rpartition(")")
-            if int(tail.split()[2]) == group and ENGINE_NAME in head:
-                found["engine"] = int(entry.name)
-    return found
+    engines = [pid for pid, name, _ in processes(group) if ENGINE_NAME in name]
+    return {"api": group} | ({"engine": engines[-1]} if engines else {})
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from vllm_wanspec.config import WIDTH_ENV
 from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.scrape import wait_until_linked
+from vllm_wanspec.lab.harness.scrape import link_is_up
 from vllm_wanspec.lab.harness.servers import (
     HOST,
     Server,
@@ -27,23 +29,7 @@ from vllm_wanspec.lab.harness.servers import (
     wanspec_command,
 )
 from vllm_wanspec.lab.harness.view import starting
-
-__all__ = [
-    "DRAFTER_NAME",
-    "DRAFT_PACE",
-    "MODEL_NAME",
-    "NAMED",
-    "TARGET_PACE",
-    "drafter_spec",
-    "dying_servers_explain",
-    "plain_command",
-    "serving",
-    "start",
-    "vllm_spec",
-    "wait_for_link",
-    "wan_spec",
-    "write_config",
-]
+from vllm_wanspec.sim.controller import DrafterError
 
 #: The drafter's name in targets' configurations, and the model's in requests.
 DRAFTER_NAME = "demo"
@@ -54,6 +40,7 @@ TARGET_PACE = Pacing(35.0, 0.1)
 DRAFT_PACE = Pacing(5.0, 0.02)
 START_DEADLINE_S = 300.0
 LINK_DEADLINE_S = 60.0
+LINK_POLL_S = 0.2
 DYING_S = 3.0
 
 
@@ -82,8 +69,8 @@ def serving(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iter
 def start(group: ServerGroup, specs: Sequence[ServerSpec], console: Console) -> dict[str, Server]:
     """Start servers of a group and wait until all are ready; by name."""
     servers = [group.start(spec) for spec in specs]
-    with starting(console, servers) as view:
-        group.wait_ready(servers, START_DEADLINE_S, on_ready=view.ready)
+    with starting(console, servers) as ready:
+        group.wait_ready(servers, START_DEADLINE_S, on_ready=ready)
     return {server.name: server for server in servers}
 
 
@@ -92,7 +79,7 @@ def dying_servers_explain(group: ServerGroup) -> Iterator[None]:
     """Let a dying server explain a failed request, which it does better than the request."""
     try:
         yield
-    except ClientError:
+    except (ClientError, DrafterError):
         group.check_alive(within_s=DYING_S)
         raise
     group.check_alive()
@@ -105,10 +92,13 @@ async def wait_for_link(http: aiohttp.ClientSession, metrics_url: str, target: S
         ServerError: It was not, within a minute.
     """
     with console.status(f"waiting for {target.name}'s link to its drafter"):
-        up = await wait_until_linked(http, metrics_url, DRAFTER_NAME, LINK_DEADLINE_S, target.check_alive)
-    if not up:
-        problem = f"{target.name}'s link to its drafter was not up after {LINK_DEADLINE_S:.0f} s"
-        raise ServerError(f"{problem}; end of {target.log_path}:\n{target.log_tail()}")
+        end_s = time.monotonic() + LINK_DEADLINE_S
+        while not await link_is_up(http, metrics_url, DRAFTER_NAME):
+            target.check_alive()
+            if time.monotonic() > end_s:
+                problem = f"{target.name}'s link to its drafter was not up after {LINK_DEADLINE_S:.0f} s"
+                raise ServerError(f"{problem}{target.log_hint()}")
+            await asyncio.sleep(LINK_POLL_S)
 
 
 def plain_command(target: str) -> list[str]:
@@ -122,7 +112,7 @@ def vllm_spec(
     port: int,
     core: int | None,
     pace: Pacing | None,
-    stats: Path,
+    stats: Path | None,
     env: Mapping[str, str] | None = None,
 ) -> ServerSpec:
     """Describe a vLLM server on this machine.
@@ -133,11 +123,13 @@ def vllm_spec(
         port: Where it listens.
         core: CPU number to pin it to; None does not pin.
         pace: Duration of its model's forwards; None does not pace.
-        stats: Pacing statistics file; what a former run left there is removed.
+        stats: Pacing statistics file, if there is one; what a former run left there is removed.
         env: What its environment has besides.
     """
-    stats.unlink(missing_ok=True)
-    pacing = {} if pace is None else {PACING_ENV: pace.setting, STATS_ENV: str(stats)}
+    pacing = {} if pace is None else {PACING_ENV: pace.setting}
+    if stats is not None:
+        stats.unlink(missing_ok=True)
+        pacing |= {STATS_ENV: str(stats)} if pacing else {}
     argv = [*argv, "--host", HOST, *machine.server_flags(), "--port", str(port)]
     return ServerSpec(name, argv, port, machine.server_env(core) | pacing | dict(env or {}), core)
 
@@ -162,9 +154,5 @@ def write_config(path: Path, drafter_port: int, metrics_port: int, **sections: A
 def drafter_spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
     """The drafter's server, on the core that the demo's has, with ``places`` for running branches."""
     (port,) = free_ports(1)
-    core = machine.pin_cores()[1]
-    env = machine.server_env(core) | {WIDTH_ENV: str(places)}
-    if pace is not None:
-        env[PACING_ENV] = pace.setting
-    argv = [*wanspec_command("drafter", str(draft)), "--host", HOST, "--port", str(port), *machine.server_flags()]
-    return ServerSpec("drafter-paced" if pace else "drafter", argv, port, env, core)
+    name, argv = "drafter-paced" if pace else "drafter", wanspec_command("drafter", str(draft))
+    return vllm_spec(name, argv, port, machine.pin_cores()[1], pace, None, {WIDTH_ENV: str(places)})

@@ -18,19 +18,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "checkout",
-    "cores",
-    "describe",
-    "has_gpu",
-    "missing_vllm",
-    "on_core",
-    "pin_cores",
-    "server_env",
-    "server_flags",
-    "versions",
-]
-
 MAX_MODEL_LEN = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
 #: Settings of the caller's shell that would change what a started server is.
@@ -95,25 +82,23 @@ def on_core(core: int | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def server_flags(gpu: bool | None = None) -> list[str]:
+def server_flags() -> list[str]:
     """Return the ``vllm serve`` flags for a small model in float32 on this machine."""
     common = ["--max-model-len", str(MAX_MODEL_LEN), "--dtype", "float32"]
-    if has_gpu() if gpu is None else gpu:
+    if has_gpu():
         # Three servers share the GPU; vLLM's default share of 0.92 leaves no room for the second.
         return [*common, "--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", "1G"]
     return [*common, "--distributed-executor-backend", "uni", "--enforce-eager", "--block-size", "32"]
 
 
-def server_env(core: int | None = None, gpu: bool | None = None) -> dict[str, str]:
+def server_env(core: int | None = None) -> dict[str, str]:
     """Return the whole environment of a server: this process's, without foreign settings, with ours.
 
-    Args:
-        core: CPU number that the server is pinned to; None pins nothing.
-        gpu: Whether there is a GPU; None looks.
+    ``core`` is the CPU number that it is pinned to; None pins nothing.
     """
     env = {name: value for name, value in os.environ.items() if name not in FOREIGN_ENV}
     env |= {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    if has_gpu() if gpu is None else gpu:
+    if has_gpu():
         # Wrapped forwards exist in the V1 runner alone; vLLM picks it by itself where drafts come from a class.
         return env | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -138,10 +123,8 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in ("vllm-wanspec", "vllm", "torch", "transformers"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 

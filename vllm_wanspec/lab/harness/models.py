@@ -3,26 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness import machine
-
-__all__ = [
-    "MIN_CUT",
-    "WARM_UP",
-    "WARM_UP_TOKENS",
-    "DemoModels",
-    "DraftTokenizer",
-    "Prompt",
-    "choose_prompts",
-    "find_models",
-    "read_prompts",
-    "repeat_cut",
-]
 
 REPEAT_SPAN = 16
 #: A text that repeats itself earlier than this has too few steps to say anything.
@@ -69,16 +55,17 @@ def find_models(folder: Path | None) -> DemoModels:
     return models
 
 
-def choose_prompts(path: Path, count: int) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file, spread evenly over its modules.
+def read_prompts(path: Path, count: int | None) -> list[Prompt]:
+    """Return ``count`` prompts of a JSON-lines file, or all of them, spread evenly over its modules.
 
     The choice depends on the file alone.  Each module gives one before any gives two.
 
     Raises:
-        ConfigError: The file is malformed, or has fewer prompts than asked for.
+        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
     """
     by_module: dict[str, list[Prompt]] = {}
-    prompts = _read_prompts(path)
+    prompts = _parsed(path)
+    count = len(prompts) if count is None else count
     if count > len(prompts):
         raise ConfigError(f"--prompts: {count} is more than the {len(prompts)} prompts in {path}")
     for prompt in prompts:
@@ -91,7 +78,7 @@ def choose_prompts(path: Path, count: int) -> list[Prompt]:
     return chosen
 
 
-def _read_prompts(path: Path) -> list[Prompt]:
+def _parsed(path: Path) -> list[Prompt]:
     prompts = []
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -108,20 +95,6 @@ def _read_prompts(path: Path) -> list[Prompt]:
     return prompts
 
 
-def read_prompts(path: Path, count: int | None) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file spread evenly over its modules, or all of them.
-
-    Raises:
-        ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
-    """
-    if count is None:
-        try:
-            count = sum(bool(line.strip()) for line in path.read_text("utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"prompts: cannot read {path}: {error}") from error
-    return choose_prompts(path, count)
-
-
 def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:
     """Return how many tokens come before the second occurrence of any ``span`` consecutive ones; all if none recurs.
 
@@ -134,31 +107,3 @@ def repeat_cut(ids: Sequence[int], span: int = REPEAT_SPAN) -> int:
             return start
         seen.add(gram)
     return len(ids)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftTokenizer:
-    """What a controller must know of the draft model's tokenizer."""
-
-    vocab_size: int
-    fingerprint: str
-    encode: Callable[[str], list[int]]
-
-    @classmethod
-    def load(cls, model: Path) -> DraftTokenizer:
-        """Read it from a model's folder.
-
-        Raises:
-            ConfigError: There is none, or the ``tokenizers`` package is missing.
-        """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
-        path = model / "tokenizer.json"
-        if not path.is_file():
-            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
-        tokenizer = Tokenizer.from_file(str(path))
-        vocabulary = tokenizer.get_vocab()
-        fingerprint = vocabulary_fingerprint(vocabulary)
-        return cls(max(vocabulary.values()) + 1, fingerprint, lambda text: list(tokenizer.encode(text).ids))

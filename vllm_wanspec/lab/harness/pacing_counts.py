@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
 from vllm_wanspec.errors import WanspecError
-
-__all__ = ["DRAFTS", "MAX_OVERRUN_SHARE", "STATS_SETTLE_S", "Paced", "check_paced", "paced_since", "read_paced"]
 
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
@@ -20,8 +19,7 @@ DRAFTS = "draft_model drafts"
 STATS_SETTLE_S = STATS_INTERVAL_S + 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Paced:
+class Paced(NamedTuple):
     """Paced forwards of one server, and how many of them took longer than their pace."""
 
     steps: int
@@ -45,13 +43,11 @@ def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
     """
     found: dict[str, Paced] = {}
     for name, path in stats.items():
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError):
             counts = json.loads(path.read_text("utf-8"))
             found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
             if "draft_steps" in counts:
                 found[DRAFTS] = Paced(int(counts["draft_steps"]), int(counts["draft_overruns"]))
-        except (OSError, ValueError, KeyError):
-            continue
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import aiohttp
 
@@ -12,9 +12,8 @@ from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNT
 from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.scrape import read_samples
 
-VLLM_PREFIX = "vllm:spec_decode_num_"
-VLLM_COUNTERS = {f"vllm:spec_decode_{name}_total": name for name in ("num_drafts", "num_draft_tokens")}
-VLLM_COUNTERS["vllm:spec_decode_num_accepted_tokens_total"] = "num_accepted_tokens"
+VLLM_PREFIX = "vllm:spec_decode_"
+VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 REMOTE_COUNTERS = (*CONTROLLER_COUNTERS, "local_draft_passes")
 #: After a request its session ends once word has crossed the WAN; counters rise until then.
 SETTLE_MIN_S = 0.1
@@ -32,7 +31,6 @@ class Probe:
         controller: That of its controller; None without one.
         drafter: That of its drafter; None without one.
         groups: Process groups of the servers, by side.
-        clock: Monotonic seconds.
     """
 
     def __init__(
@@ -42,17 +40,12 @@ class Probe:
         controller: str | None,
         drafter: str | None,
         groups: Mapping[str, int],
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._http = http
         self._target = target
-        self._remote = [
-            (url, names)
-            for url, names in ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
-            if url is not None
-        ]
+        remote = ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
+        self._remote = [(url, names) for url, names in remote if url is not None]
         self._clocks = {side: CpuClock(group) for side, group in groups.items()}
-        self._clock = clock
 
     def cpu_s(self) -> dict[str, float]:
         """Return the processor time of each side's processes; a side that cannot be read is absent."""
@@ -68,10 +61,10 @@ class Probe:
         if not self._remote:
             return await self.read()
         floor_s = SETTLE_MIN_S + (rtt_ms or 0.0) / 1000.0
-        end_s = self._clock() + floor_s + SETTLE_MAX_S
+        end_s = time.monotonic() + floor_s + SETTLE_MAX_S
         await asyncio.sleep(floor_s)
         last = await self._remotes()
-        while self._clock() < end_s:
+        while time.monotonic() < end_s:
             await asyncio.sleep(SETTLE_POLL_S)
             last, before = await self._remotes(), last
             if all(last.get(name) == before.get(name) for name in RISING):
@@ -79,11 +72,7 @@ class Probe:
         return Counters.total([await self._vllm(), last])
 
     async def _vllm(self) -> Counters:
-        values: dict[str, float] = {}
-        for sample, _, value in await read_samples(self._http, self._target, VLLM_PREFIX):
-            if sample in VLLM_COUNTERS:
-                values[VLLM_COUNTERS[sample]] = values.get(VLLM_COUNTERS[sample], 0.0) + value
-        return Counters(values)
+        return Counters.of(await read_samples(self._http, self._target, VLLM_PREFIX), VLLM_COUNTERS, VLLM_PREFIX)
 
     async def _remotes(self) -> Counters:
         pages = await asyncio.gather(*(read_samples(self._http, url) for url, _ in self._remote))

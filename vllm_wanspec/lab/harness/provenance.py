@@ -10,8 +10,6 @@ from typing import Any
 
 from vllm_wanspec.lab.harness import machine
 
-__all__ = ["Provenance", "git_commit"]
-
 GIT_TIMEOUT_S = 10.0
 
 
@@ -46,7 +44,8 @@ class Provenance:
 
     def __str__(self) -> str:
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return f"{self.machine}; {packages}; commit {self.commit or 'unknown'}; {self.seconds:,.0f} s."
+        commit = self.commit or "unknown"
+        return f"`{self.command}`; {self.machine}; {packages}; commit {commit}; {self.seconds:,.0f} s."
 
     def as_json(self) -> dict[str, Any]:
         """Return the end of every result file."""

@@ -1,4 +1,4 @@
-"""What every long measuring command needs around it: errors in one line, a folder for logs, outputs checked early."""
+"""What every long measuring command needs around it: needs and outputs checked early, errors in one line, logs kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import typer
@@ -16,16 +17,7 @@ from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError, UnsupportedError, WanspecError
 from vllm_wanspec.lab.harness import machine
-
-__all__ = [
-    "Outputs",
-    "check_outputs",
-    "console_of_this_run",
-    "log_folder",
-    "one_line_errors",
-    "require_vllm",
-    "write_output",
-]
+from vllm_wanspec.lab.harness.models import find_models
 
 INTERRUPTED = 130
 LOG_WIDTH = 130
@@ -110,11 +102,29 @@ def check_outputs(outputs: Outputs) -> None:
             raise ConfigError(f"{option}: cannot write {path}: it is a folder, or its folder does not exist")
 
 
-def require_vllm() -> None:
-    """Raise UnsupportedError where vLLM's servers could not be started."""
-    problem = machine.missing_vllm()
-    if problem:
-        raise UnsupportedError(problem)
+def check_needs(*, instead_of_demo_models: str | None = None, plots: bool = False) -> None:
+    """Check that vLLM, the demo models and the plots' library are there, as far as they are needed.
+
+    Args:
+        instead_of_demo_models: What to give where there is no checkout; None where the demo models are not needed.
+        plots: Whether plots are to be drawn.
+
+    Raises:
+        UnsupportedError: Something is missing; one line names all of it, each with its remedy.
+    """
+    missing = [problem] if (problem := machine.missing_vllm()) else []
+    if instead_of_demo_models is not None:
+        try:
+            find_models(None)
+        except ConfigError:
+            where = "a checkout has them in examples/demo_models"
+            missing.append(f"the demo models are not here: give {instead_of_demo_models} ({where})")
+    if plots and find_spec("matplotlib") is None:
+        missing.append(
+            "matplotlib is not installed, which --markdown draws its plots with: pip install 'vllm-wanspec[lab]'"
+        )
+    if missing:
+        raise UnsupportedError("; ".join(missing))
 
 
 def console_of_this_run() -> Console:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable
-
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_wanspec.lab.harness.client import ClientError
 
-__all__ = ["Sample", "link_is_up", "read_samples", "wait_until_linked"]
-
 PREFIX = "wanspec_"
 TIMEOUT_S = 5.0
-LINK_POLL_S = 0.2
 
 #: Name, labels and value of one sample.
 Sample = tuple[str, dict[str, str], float]
@@ -50,31 +43,3 @@ async def link_is_up(http: aiohttp.ClientSession, url: str, drafter: str) -> boo
         name == "wanspec_drafter_up" and labels.get("drafter") == drafter and value == 1.0
         for name, labels, value in samples
     )
-
-
-async def wait_until_linked(
-    http: aiohttp.ClientSession,
-    url: str,
-    drafter: str,
-    deadline_s: float,
-    check_alive: Callable[[], None] = lambda: None,
-) -> bool:
-    """Wait until a target's link to a drafter is up.
-
-    Args:
-        http: Open aiohttp session.
-        url: The target's metrics endpoint.
-        drafter: The drafter's name in the target's configuration.
-        deadline_s: Seconds to wait at most.
-        check_alive: Called at every look; raises when waiting has become pointless.
-
-    Returns:
-        Whether it came up in time.
-    """
-    end_s = time.monotonic() + deadline_s
-    while not await link_is_up(http, url, drafter):
-        check_alive()
-        if time.monotonic() > end_s:
-            return False
-        await asyncio.sleep(LINK_POLL_S)
-    return True

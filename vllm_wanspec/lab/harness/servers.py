@@ -23,8 +23,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from vllm_wanspec.errors import WanspecError
-
-__all__ = ["Server", "ServerError", "ServerGroup", "ServerSpec", "free_ports", "wanspec_command"]
+from vllm_wanspec.lab.harness.cpu import processes
 
 HOST = "127.0.0.1"
 POLL_S = 0.1
@@ -96,9 +95,10 @@ class Server:
         self.log_path = log_path
         self.started_s = time.monotonic()
         self.ready_after_s: float | None = None
+        core = "" if spec.core is None else str(spec.core)
         with log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), _text(spec.core), *spec.argv],
+                [sys.executable, "-I", "-S", "-c", LAUNCHER, str(os.getpid()), core, *spec.argv],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -125,7 +125,7 @@ class Server:
         """Raise ServerError, with the end of its log, if the server has ended."""
         code = self._process.poll()
         if code is not None:
-            raise ServerError(f"{self.name} ended by itself ({_exit_text(code)}){self._log_hint()}")
+            raise ServerError(f"{self.name} ended by itself ({_exit_text(code)}){self.log_hint()}")
 
     def probe(self) -> bool:
         """Whether the server answers; takes at most about a second."""
@@ -143,10 +143,6 @@ class Server:
             return ""
         return "\n".join(text.rstrip().splitlines()[-lines:])
 
-    def late(self, deadline_s: float) -> ServerError:
-        """Return the error of a server that was not ready in time."""
-        return ServerError(f"{self.name} was not ready after {deadline_s:.0f} s{self._log_hint()}")
-
     def signal(self, number: int) -> None:
         """Send a signal to the server and everything it started; nothing if all of it has ended."""
         if self.is_running():
@@ -157,7 +153,8 @@ class Server:
         """Whether the server or anything in its process group still runs."""
         return self._process.poll() is None or _group_runs(self.pid)
 
-    def _log_hint(self) -> str:
+    def log_hint(self) -> str:
+        """Return the end of a message: the last lines of its output and where they stand."""
         tail = self.log_tail()
         return f"; end of {self.log_path}:\n{tail}" if tail else f"; {self.log_path} is empty"
 
@@ -222,7 +219,6 @@ class ServerGroup:
         self,
         servers: Iterable[Server],
         deadline_s: float,
-        on_tick: Callable[[], None] = lambda: None,
         on_ready: Callable[[Server], None] = lambda server: None,
     ) -> None:
         """Wait until each server answers.
@@ -230,7 +226,6 @@ class ServerGroup:
         Args:
             servers: Those to wait for.
             deadline_s: Seconds since its start after which a server is given up.
-            on_tick: Called about ten times a second.
             on_ready: Called once per server; its ``ready_after_s`` is set.
 
         Raises:
@@ -246,8 +241,7 @@ class ServerGroup:
                     waiting.remove(server)
                     on_ready(server)
                 elif age_s > deadline_s:
-                    raise server.late(deadline_s)
-            on_tick()
+                    raise ServerError(f"{server.name} was not ready after {deadline_s:.0f} s{server.log_hint()}")
             if waiting:
                 time.sleep(POLL_S)
 
@@ -290,6 +284,11 @@ def wanspec_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "vllm_wanspec.cli.main", *arguments]
 
 
+def service_command(port: int, *arguments: str) -> list[str]:
+    """Return the argv that runs a drafter without a model on a device, with this Python."""
+    return [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port), *arguments]
+
+
 def free_ports(count: int) -> list[int]:
     """Return different TCP ports that were free on 127.0.0.1 a moment ago."""
     with contextlib.ExitStack() as held:
@@ -297,10 +296,6 @@ def free_ports(count: int) -> list[int]:
         for held_socket in sockets:
             held_socket.bind((HOST, 0))
         return [int(held_socket.getsockname()[1]) for held_socket in sockets]
-
-
-def _text(core: int | None) -> str:
-    return "" if core is None else str(core)
 
 
 def _accepts(port: int) -> bool:
@@ -332,24 +327,8 @@ def _exit_text(code: int) -> str:
 
 def _group_runs(group: int) -> bool:
     """Whether a process of the group is alive; zombies, which nobody may ever reap, do not count."""
-    proc = Path("/proc")
-    if not (proc / "self" / "stat").exists():
-        return _group_exists(group)
-    states = (_state_in_group(entry, group) for entry in proc.iterdir() if entry.name.isdigit())
-    return any(state not in ("", "Z", "X") for state in states)
-
-
-def _state_in_group(entry: Path, group: int) -> str:
-    """Return the state letter of a /proc entry if it belongs to the group, else nothing."""
-    try:
-        # "pid (name) state ppid pgrp ...": the name may hold spaces and parentheses.
-        fields = (entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-        return fields[0] if int(fields[2]) == group else ""
-    except (OSError, IndexError, ValueError):
-        return ""
-
-
-def _group_exists(group: int) -> bool:
+    if Path("/proc/self/stat").exists():
+        return any(state not in ("Z", "X") for _, _, state in processes(group))
     try:
         os.killpg(group, 0)
     except ProcessLookupError:

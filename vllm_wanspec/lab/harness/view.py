@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import (
@@ -20,8 +20,6 @@ from vllm_wanspec.lab.harness.client import Completion
 from vllm_wanspec.lab.harness.models import Prompt
 from vllm_wanspec.lab.harness.servers import Server
 
-__all__ = ["NOBODY", "Onlooker", "StartView", "progress_bar", "starting"]
-
 
 def progress_bar(console: Console, auto_refresh: bool = True) -> Progress:
     """Return a progress bar with the time that remains; gone at its end, and not there without a terminal.
@@ -34,29 +32,20 @@ def progress_bar(console: Console, auto_refresh: bool = True) -> Progress:
     return Progress(*shown, console=console, transient=True, disable=hidden, auto_refresh=auto_refresh)
 
 
-class StartView:
-    """A line per server: a spinner with seconds until it is ready."""
-
-    def __init__(self, console: Console, servers: Sequence[Server]) -> None:
-        self._console = console
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        # Only a terminal can redraw lines; elsewhere the lines of `ready` have to do.
-        self.progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks = {server.name: self.progress.add_task(f"starting {server.name}", total=1) for server in servers}
-
-    def ready(self, server: Server) -> None:
-        """Note that a server answers."""
-        self.progress.update(self._tasks[server.name], visible=False, completed=1)
-        seconds = server.ready_after_s or 0.0
-        self.progress.console.print(f"{server.name} is ready after {seconds:.0f} s", highlight=False)
-
-
 @contextlib.contextmanager
-def starting(console: Console, servers: Sequence[Server]) -> Iterator[StartView]:
-    """Show servers that are starting, until the block ends."""
-    view = StartView(console, servers)
-    with view.progress:
-        yield view
+def starting(console: Console, servers: Sequence[Server]) -> Iterator[Callable[[Server], None]]:
+    """Show a line per server, a spinner with seconds; what is yielded is called with each server that answers."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    # Only a terminal can redraw lines; elsewhere the lines of `ready` have to do.
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    tasks = {server.name: progress.add_task(f"starting {server.name}", total=1) for server in servers}
+
+    def ready(server: Server) -> None:
+        progress.update(tasks[server.name], visible=False, completed=1)
+        console.print(f"{server.name} is ready after {server.ready_after_s or 0.0:.0f} s", highlight=False)
+
+    with progress:
+        yield ready
 
 
 class Onlooker:

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from vllm_wanspec.lab.stats import Interval
 
-__all__ = ["MARKS", "UNKNOWN", "interval", "number", "share", "spread"]
-
 UNKNOWN = "–"
 #: Whether a bar holds; None: this run cannot tell.
 MARKS = {True: "✓", False: "✗", None: UNKNOWN}

@@ -11,8 +11,6 @@ from rich.table import Table as RichTable
 from vllm_wanspec.lab.report.cells import MARKS
 from vllm_wanspec.lab.report.document import Document, Table
 
-__all__ = ["print_document"]
-
 #: What a column takes beside its text.
 COLUMN_MARGIN = 3
 MARK_STYLES = {MARKS[True]: "green", MARKS[False]: "bold red"}

@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Column", "Document", "Table", "table_of"]
-
 Item = TypeVar("Item")
 Column = tuple[str, Callable[[Item], str]]
 """A column's title, and what stands in it for one row."""

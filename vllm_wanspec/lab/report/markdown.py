@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from vllm_wanspec.lab.report.document import Document
 
-__all__ = ["markdown", "markdown_table"]
-
 
 def markdown(document: Document, picture: str | None = None) -> str:
     """Return the page; ``picture`` is the file name of the plots beside it, if there are any."""

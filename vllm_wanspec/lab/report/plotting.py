@@ -8,8 +8,6 @@ from typing import Any
 
 from vllm_wanspec.errors import WanspecError
 
-__all__ = ["draw_panels"]
-
 
 def draw_panels(
     path: Path, draw: Callable[..., None], *, size: tuple[float, float], widths: tuple[float, ...], title: str = ""

@@ -23,8 +23,6 @@ from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document
 from vllm_wanspec.lab.report.markdown import markdown
 
-__all__ = ["Publication", "Result", "json_text", "measured", "publish"]
-
 
 class Result(Protocol):
     """What a bench has found."""
@@ -64,19 +62,20 @@ def measured(
         check_outputs(outputs)
         found = measure(console)
         provenance = Provenance.of_this_run(program, time.monotonic() - began_s)
-        publish(document(found, provenance), found.as_json() | provenance.as_json(), outputs, console)
+        data = found.as_json() | provenance.as_json()
+        Publication(document(found, provenance), data).publish(outputs, console)
     if check and not found.held:
         raise typer.Exit(1)
 
 
 class Publication(NamedTuple):
-    """What is published of a result: the arguments of `publish` that do not depend on who asked.
+    """What is published of a result.
 
     Attributes:
         document: For people.
         data: For programs: the result file's content.
         flat: Lists of it that get one line for each of their many entries.
-        draw: Writes the picture of a page to a path; False where it cannot.
+        draw: Writes the picture of a page to a path; False where it cannot (no matplotlib) or has nothing to draw.
     """
 
     document: Document
@@ -85,39 +84,18 @@ class Publication(NamedTuple):
     draw: Callable[[Path], bool] = lambda path: False
 
     def publish(self, outputs: Outputs, console: Console) -> None:
-        """Print it, and write its files; see `publish`."""
-        publish(self.document, self.data, outputs, console, draw=self.draw, flat=self.flat)
+        """Print it, and write the files that ``outputs`` names.
 
-
-def publish(
-    document: Document,
-    data: Mapping[str, Any],
-    outputs: Outputs,
-    console: Console,
-    *,
-    draw: Callable[[Path], bool] = lambda path: False,
-    flat: Collection[str] = (),
-) -> None:
-    """Print a result, and write its files.
-
-    Args:
-        document: For people.
-        data: For programs: the result file's content.
-        outputs: Where to write; nothing where they name nothing.
-        console: Where to print.
-        draw: Writes the picture of a page to a path; False where it cannot (no matplotlib) or has nothing to draw.
-        flat: Lists of ``data`` that get one line for each of their many entries.
-
-    Raises:
-        WanspecError: A file cannot be written.
-    """
-    print_document(document, console)
-    if outputs.json_path is not None:
-        write_output("--json", outputs.json_path, json_text(data, flat))
-    if outputs.markdown_path is not None:
-        picture = outputs.markdown_path.with_suffix(".png")
-        drawn = bool(document.plots) and draw(picture)
-        write_output("--markdown", outputs.markdown_path, markdown(document, picture.name if drawn else None))
+        Raises:
+            WanspecError: A file cannot be written.
+        """
+        print_document(self.document, console)
+        if outputs.json_path is not None:
+            write_output("--json", outputs.json_path, json_text(self.data, self.flat))
+        if outputs.markdown_path is not None:
+            picture = outputs.markdown_path.with_suffix(".png")
+            drawn = bool(self.document.plots) and self.draw(picture)
+            write_output("--markdown", outputs.markdown_path, markdown(self.document, picture.name if drawn else None))
 
 
 def json_text(data: Mapping[str, Any], flat: Collection[str] = ()) -> str:

@@ -31,7 +31,7 @@ from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.cpu import core_seconds
 from vllm_wanspec.lab.harness.launch import serving
 from vllm_wanspec.lab.harness.running import Outputs, log_folder
-from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports
+from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, service_command
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
 from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
@@ -184,8 +184,8 @@ class _LiveRun:
 def _drafter_spec(core: int | None, running_branches: int) -> ServerSpec:
     """The invented drafter, a process of its own."""
     (port,) = free_ports(1)
-    argv = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(port)]
-    return ServerSpec("drafter", [*argv, "--running-branches", str(running_branches)], port, core=core)
+    argv = service_command(port, "--running-branches", str(running_branches))
+    return ServerSpec("drafter", argv, port, core=core)
 
 
 @contextmanager

@@ -140,7 +140,6 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The median over runs of each figure."""
     return {
         name: _medians([run[name] for run in runs])
         if isinstance(value, dict)
@@ -173,7 +172,7 @@ def hotpath_document(result: HotpathResult, provenance: Provenance) -> Document:
             f"{figures['gc']['longest_ms']:.1f} ms; waits on purpose in {figures['waited_steps']:.0f} steps of a run, "
             "not counted",
         ],
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
     )
 
 

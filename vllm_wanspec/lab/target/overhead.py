@@ -18,9 +18,9 @@ from rich.console import Console
 from vllm_wanspec.lab.drafter.direct import direct_spec
 from vllm_wanspec.lab.drafter.loads import contexts
 from vllm_wanspec.lab.harness.launch import drafter_spec, serving
-from vllm_wanspec.lab.harness.models import DraftTokenizer, choose_prompts, find_models
+from vllm_wanspec.lab.harness.models import find_models, read_prompts
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_widths
-from vllm_wanspec.lab.harness.running import Outputs, log_folder, require_vllm
+from vllm_wanspec.lab.harness.running import Outputs, check_needs, log_folder
 from vllm_wanspec.lab.harness.servers import free_ports
 from vllm_wanspec.lab.report.writing import measured
 from vllm_wanspec.lab.target.overhead_measure import TargetPart, compare_routes, plan_targets
@@ -34,6 +34,7 @@ from vllm_wanspec.lab.target.overhead_report import (
     OverheadResult,
     overhead_document,
 )
+from vllm_wanspec.sim.controller import DraftTokenizer
 
 
 def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | None = None) -> OverheadResult:
@@ -45,8 +46,8 @@ def run_overhead(options: OverheadOptions, console: Console, log_dir: Path | Non
         WanspecError: A server or a request failed, or the silent drafter was not silent.
     """
     models = find_models(options.models)
-    prompts = choose_prompts(models.prompts, options.prompts)
-    require_vllm()
+    prompts = read_prompts(models.prompts, options.prompts)
+    check_needs()
     rows: list[Comparison] = []
     differences: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:

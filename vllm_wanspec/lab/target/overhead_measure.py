@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -24,11 +23,12 @@ from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.launch import MODEL_NAME, NAMED, plain_command, vllm_spec, wait_for_link, write_config
-from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, DraftTokenizer, Prompt
+from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, DemoModels, Prompt
 from vllm_wanspec.lab.harness.scrape import read_samples
-from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, wanspec_command
+from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, service_command, wanspec_command
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.target.overhead_report import DRAFTER, TARGET, Comparison, OverheadOptions
+from vllm_wanspec.sim.controller import DraftTokenizer
 
 SPECULATIVE_TOKENS = 8
 EMPTY, SILENT, DEAD = "empty", "silent", "dead"
@@ -50,12 +50,11 @@ def plan_targets(models: DemoModels, folder: Path, instances: int = 1) -> tuple[
     drafter_port, *ports = free_ports(1 + 5 * instances)
     target_core, draft_core = machine.pin_cores()
     # Its steps take a minute, and give tokens to what was there at their beginning: no request lives that long.
-    drafter = [sys.executable, "-m", "vllm_wanspec.sim.service", "--port", str(drafter_port)]
-    drafter += ["--model", str(models.target), "--pace", f"{MAX_BASE_MS:g}"]
+    drafter = service_command(drafter_port, "--model", str(models.target), "--pace", f"{MAX_BASE_MS:g}")
     specs = {SILENT_DRAFTER: ServerSpec(SILENT_DRAFTER, drafter, drafter_port, machine.server_env(), draft_core)}
     empty = {
         "method": "custom_class",
-        "model": "vllm_wanspec.lab.harness.proposers.EmptyProposer",
+        "model": "vllm_wanspec.sim.proposers.EmptyProposer",
         "num_speculative_tokens": SPECULATIVE_TOKENS,
     }
     metrics = {}
@@ -146,7 +145,6 @@ class TargetPart:
 
 
 def _kind(name: str) -> str:
-    """The kind of a target by its name."""
     return name.rpartition("-")[0]
 
 

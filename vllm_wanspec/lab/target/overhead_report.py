@@ -155,7 +155,7 @@ def overhead_document(result: OverheadResult, provenance: Provenance) -> Documen
         warnings=_warnings(result),
         remarks=[],
         method=_method(result.options, parts),
-        provenance=f"`{provenance.command}`; {provenance}",
+        provenance=str(provenance),
         conditions="not paced",
     )
 
@@ -179,7 +179,6 @@ def _figure(value: float) -> str:
 
 
 def _warnings(result: OverheadResult) -> list[str]:
-    """What spoils the figures."""
     texts = [f"Different output: {line}" for line in result.differences]
     sides = ("others_cpu", "others_cpu_base")
     busy = max((row.details.get(name, 0.0) for row in result.rows for name in sides), default=0.0)

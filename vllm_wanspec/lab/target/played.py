@@ -6,8 +6,6 @@ from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.sim.models import Language
 
-__all__ = ["make_pool", "make_settings"]
-
 LOOKAHEAD_TOKENS = 64
 """So far ahead that the drafter's pace, not this, ends a tree: the largest trees that there are."""
 

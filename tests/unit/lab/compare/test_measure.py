@@ -81,8 +81,8 @@ class FakeClient:
         pieces = ((40.0, 1), *((40.0 + 10.0 * place, 2) for place in range(2, max_tokens, 2)))
         return Completion(tuple(prompt), tuple(ids), "", 40.0, 40.0 + 10.0 * (max_tokens - 1), "length", pieces)
 
-    async def is_tie(self, plain: Completion, other: Completion, position: int) -> bool:
-        assert plain.token_ids == EXPECTED
+    async def is_tie(self, prompt_ids: object, plain_ids: object, other_ids: object, position: int) -> bool:
+        assert plain_ids == EXPECTED
         return self.tie
 
 

@@ -141,7 +141,7 @@ def test_each_arm_gets_the_server_that_it_describes(tmp_path: Path) -> None:
     wanted = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     assert speculation(lineup.targets["ngram"]) == wanted
     oracle = lineup.targets["oracle"]
-    assert speculation(oracle)["model"] == "vllm_wanspec.lab.harness.proposers.OracleProposer"
+    assert speculation(oracle)["model"] == "vllm_wanspec.sim.proposers.OracleProposer"
     assert oracle.env is not None
     assert oracle.env["WANSPEC_ORACLE"] == str(lineup.oracle_path)
     assert following(lineup.targets["wanspec"].argv, "--speculative-tokens") == "6"

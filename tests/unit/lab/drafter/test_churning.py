@@ -16,13 +16,12 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, toy
 
 from vllm_wanspec.lab.drafter.churning import ChurningWorkload, Reading, churn_row
 from vllm_wanspec.lab.drafter.loads import ChurningLoad, Drafter
-from vllm_wanspec.lab.drafter.streams import Tally, playing
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer
+from vllm_wanspec.sim.controller import DrafterError, DraftTokenizer, Tally, playing
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -127,5 +126,5 @@ def test_a_failing_workload_is_told() -> None:
             async with playing(workload(http, "http://127.0.0.1:9").play(8)):
                 await asyncio.sleep(0.2)
 
-    with pytest.raises(ClientError, match="no drafter there"):
+    with pytest.raises(DrafterError, match="no drafter there"):
         asyncio.run(run())

@@ -9,9 +9,9 @@ from toys import FINGERPRINT, VOCAB_SIZE
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.drafter.loads import contexts
-from vllm_wanspec.lab.harness.models import DraftTokenizer
+from vllm_wanspec.sim.controller import DraftTokenizer
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 def test_contexts_are_of_equal_length(tmp_path: Path) -> None:

@@ -14,13 +14,11 @@ from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.drafter.loads import MAX_NODES, STEADY_LOOKAHEAD, Drafter, SteadyLoad
 from vllm_wanspec.lab.drafter.steady import SHORTEST_STEPS, SteadyWorkload, Trace, cpu_between, phases, summary
-from vllm_wanspec.lab.drafter.streams import playing
 from vllm_wanspec.lab.drafter.width_figures import SteadyRow
-from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.models import DraftTokenizer
+from vllm_wanspec.sim.controller import DrafterError, DraftTokenizer, playing
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 def nodes(*pairs: tuple[int, int]) -> Nodes:
@@ -144,7 +142,7 @@ def test_a_lost_drafter_is_told() -> None:
             while not server.sessions:
                 await asyncio.sleep(0.001)
             await asyncio.to_thread(server.stop)
-            with pytest.raises(ClientError, match="broke"):
+            with pytest.raises(DrafterError, match="broke"):
                 await task
 
     with DrafterServer(toy()) as server:

@@ -22,11 +22,11 @@ from vllm_wanspec.lab.drafter.width import parse_paces, run_width
 from vllm_wanspec.lab.drafter.width_figures import WidthOptions
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import drafter_spec
-from vllm_wanspec.lab.harness.models import DraftTokenizer
 from vllm_wanspec.lab.harness.options import listed, parse_widths
 from vllm_wanspec.lab.harness.servers import ServerSpec
+from vllm_wanspec.sim.controller import DraftTokenizer
 
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 
 
 def test_settings_are_read() -> None:

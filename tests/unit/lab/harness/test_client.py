@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -176,11 +175,11 @@ def logprobs(values: dict[int, float]) -> dict[str, Any]:
     return {"choices": [{"logprobs": {"top_logprobs": [top]}}]}
 
 
-def test_teacher_forcing_asks_for_the_token_after_prompt_and_prefix() -> None:
+def test_log_probabilities_are_those_of_the_one_token_after_a_context() -> None:
     requests: list[Any] = []
     handler = answering(logprobs({5: -0.5, 6: -1.5}), requests=requests)
-    found = with_server(handler, lambda client: client.teacher_force([1, 2], [3], [6, 5, 9]))
-    assert found == [-1.5, -0.5, -math.inf]
+    found = with_server(handler, lambda client: client.next_logprobs([1, 2, 3]))
+    assert found == {5: -0.5, 6: -1.5}
     assert requests[0]["prompt"] == [1, 2, 3]
     assert requests[0]["max_tokens"] == 1
     assert not requests[0].get("stream")
@@ -198,14 +197,14 @@ def test_teacher_forcing_asks_for_the_token_after_prompt_and_prefix() -> None:
 def test_a_tie_is_two_tokens_within_a_thousandth_of_a_nat(values: dict[int, float], tie: bool) -> None:
     requests: list[Any] = []
     handler = answering(logprobs(values), requests=requests)
-    found = with_server(handler, lambda client: client.is_tie(completion([4, 5, 8]), completion([4, 6]), 1))
+    found = with_server(handler, lambda client: client.is_tie([1, 2], [4, 5, 8], [4, 6], 1))
     assert found is tie
     assert requests[0]["prompt"] == [1, 2, 4]
 
 
 def test_ending_early_is_no_tie() -> None:
     handler = answering({}, status=500)  # not even asked
-    assert with_server(handler, lambda client: client.is_tie(completion([4]), completion([4, 6]), 1)) is False
+    assert with_server(handler, lambda client: client.is_tie([1, 2], [4], [4, 6], 1)) is False
 
 
 def test_an_answer_without_logprobs_is_a_client_error() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 import vllm_wanspec
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.harness.models import choose_prompts, find_models, read_prompts, repeat_cut
+from vllm_wanspec.lab.harness.models import find_models, read_prompts, repeat_cut
 
 
 def write_prompts(path: Path, modules: str, each: int = 2) -> Path:
@@ -54,13 +54,13 @@ def test_models_are_sought_beside_the_package() -> None:
 
 def test_prompts_are_spread_over_modules(tmp_path: Path) -> None:
     path = write_prompts(tmp_path / "prompts.jsonl", "abcdef")
-    assert [prompt.module for prompt in choose_prompts(path, 3)] == ["a", "c", "e"]
-    assert [prompt.module for prompt in choose_prompts(path, 6)] == list("abcdef")
-    assert [prompt.module for prompt in choose_prompts(path, 8)] == [*"abcdef", "a", "d"]
-    assert len({prompt.text for prompt in choose_prompts(path, 12)}) == 12
-    assert choose_prompts(path, 5) == choose_prompts(path, 5)
+    assert [prompt.module for prompt in read_prompts(path, 3)] == ["a", "c", "e"]
+    assert [prompt.module for prompt in read_prompts(path, 6)] == list("abcdef")
+    assert [prompt.module for prompt in read_prompts(path, 8)] == [*"abcdef", "a", "d"]
+    assert len({prompt.text for prompt in read_prompts(path, 12)}) == 12
+    assert read_prompts(path, 5) == read_prompts(path, 5)
     with pytest.raises(ConfigError, match="--prompts: 13 is more than the 12"):
-        choose_prompts(path, 13)
+        read_prompts(path, 13)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"module": "a"}', "3"])
@@ -68,7 +68,7 @@ def test_a_wrong_prompt_file_names_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"module": "a", "prompt": "b"}\n\n' + line + "\n")
     with pytest.raises(ConfigError, match="line 3"):
-        choose_prompts(path, 1)
+        read_prompts(path, 1)
 
 
 def test_all_prompts_are_the_default(models: Path, tmp_path: Path) -> None:

@@ -56,4 +56,4 @@ def test_a_run_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_it_is_one_line() -> None:
     found = Provenance("AMD, 2 cores", {"python": "3.11", "vllm": "0.32"}, "abc-dirty", "wanspec bench", 3600.4)
-    assert str(found) == "AMD, 2 cores; python 3.11, vllm 0.32; commit abc-dirty; 3,600 s."
+    assert str(found) == "`wanspec bench`; AMD, 2 cores; python 3.11, vllm 0.32; commit abc-dirty; 3,600 s."

@@ -14,7 +14,7 @@ from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.document import Document, Table, table_of
 from vllm_wanspec.lab.report.markdown import markdown
-from vllm_wanspec.lab.report.writing import json_text, publish
+from vllm_wanspec.lab.report.writing import Publication, json_text
 
 WIDE = Table("Wide", ["case", *(f"figure number {index}" for index in range(6))], [["a", *("12345",) * 6]])
 SPEEDS = table_of(
@@ -83,14 +83,15 @@ def test_what_is_published(tmp_path: Path) -> None:
         return True
 
     outputs = Outputs(tmp_path / "new" / "o.json", tmp_path / "o.md")
-    publish(document(SPEEDS, plots="Curves."), {"a": "µ", "many": [[1, 2], [3]]}, outputs, console, draw=draw)
+    made = Publication(document(SPEEDS, plots="Curves."), {"a": "µ", "many": [[1, 2], [3]]}, draw=draw)
+    made.publish(outputs, console)
     assert json.loads((tmp_path / "new" / "o.json").read_text("utf-8")) == {"a": "µ", "many": [[1, 2], [3]]}
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["o.json"]
     assert "![Curves.](o.png)" in (tmp_path / "o.md").read_text("utf-8")
-    publish(document(SPEEDS), {}, Outputs(markdown_path=tmp_path / "o.md"), console, draw=draw)
+    Publication(document(SPEEDS), {}, draw=draw).publish(Outputs(markdown_path=tmp_path / "o.md"), console)
     assert drawn == [tmp_path / "o.png"]  # a page without plots draws nothing
     with pytest.raises(WanspecError, match="--json: cannot write"):
-        publish(document(SPEEDS), {}, Outputs(tmp_path / "new"), console)
+        Publication(document(SPEEDS), {}).publish(Outputs(tmp_path / "new"), console)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["new", "o.md"]
 
 

@@ -22,7 +22,7 @@ from vllm_wanspec.errors import UnsupportedError
 from vllm_wanspec.lab.drafter.direct import direct_spec
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import drafter_spec
-from vllm_wanspec.lab.harness.models import DemoModels, DraftTokenizer
+from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.servers import ServerSpec
 from vllm_wanspec.lab.report.console import print_document
@@ -37,9 +37,10 @@ from vllm_wanspec.lab.target.overhead_report import (
     OverheadResult,
     overhead_document,
 )
+from vllm_wanspec.sim.controller import DraftTokenizer
 
 FAKES = Path(__file__).parents[1]
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+TOKENIZER = DraftTokenizer(FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
 HERE = Provenance("a machine", {"python": "3.11"}, "abc", "python -m overhead", 99.0)
 FAKE_DIRECT = """
 import asyncio, sys

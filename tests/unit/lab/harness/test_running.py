@@ -7,7 +7,7 @@ import pytest
 
 from vllm_wanspec.errors import UnsupportedError
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.needs import check_needs
+from vllm_wanspec.lab.harness.running import check_needs
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Load for a real drafter: a controller's connection whose sessions are committed by a clock, without any target.
+"""The controller without a target: a connection to a drafter, whose sessions are committed by a clock.
 
 The sessions are the real ones over a real WebSocket.  What they commit is drawn from the draft itself, with the draft
 model's own probabilities, so that the drafter's tree lives on and its calibration stays true.
@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -32,14 +33,54 @@ from vllm_wanspec.core.messages import (
     Welcome,
     decode,
     encode,
+    vocabulary_fingerprint,
 )
 from vllm_wanspec.core.tree import Node, main_line_tip
 from vllm_wanspec.core.turnaround import Turnaround
-from vllm_wanspec.errors import RemoteProtocolError
-from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.models import DraftTokenizer
+from vllm_wanspec.errors import ConfigError, RemoteProtocolError, WanspecError
+
+__all__ = [
+    "DraftTokenizer",
+    "DrafterClient",
+    "DrafterError",
+    "Stream",
+    "Tally",
+    "draw_commit",
+    "keep_committing",
+    "playing",
+]
 
 GREETING_TIMEOUT_S = 20.0
+
+
+class DrafterError(WanspecError):
+    """A drafter cannot be reached, refuses, or has ended a connection or a session."""
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokenizer:
+    """What a controller must know of the draft model's tokenizer."""
+
+    fingerprint: str
+    encode: Callable[[str], list[int]]
+
+    @classmethod
+    def load(cls, model: Path) -> DraftTokenizer:
+        """Read it from a model's folder.
+
+        Raises:
+            ConfigError: There is none, or the ``tokenizers`` package is missing.
+        """
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ConfigError("the package tokenizers is missing; it comes with vLLM") from None
+        path = model / "tokenizer.json"
+        if not path.is_file():
+            raise ConfigError(f"{path} is missing: not a model's folder with a tokenizer")
+        tokenizer = Tokenizer.from_file(str(path))
+        fingerprint = vocabulary_fingerprint(tokenizer.get_vocab())
+        return cls(fingerprint, lambda text: list(tokenizer.encode(text).ids))
 
 
 @contextlib.asynccontextmanager
@@ -87,26 +128,26 @@ class DrafterClient:
         cls,
         http: aiohttp.ClientSession,
         url: str,
-        tokenizer: DraftTokenizer,
+        fingerprint: str,
         token: str | None = None,
         tally: Tally | None = None,
     ) -> AsyncIterator[DrafterClient]:
-        """Connect to the drafter at a base URL, and read from it until the block ends.
+        """Connect to the drafter at a base URL, and read from it until the block ends; see `Hello` for the fingerprint.
 
         Raises:
-            ClientError: It cannot be reached or refuses.
+            DrafterError: It cannot be reached or refuses.
         """
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
                 socket = await http.ws_connect(url + PATH, headers=headers, max_msg_size=MAX_FRAME_BYTES, compress=0)
-                await socket.send_bytes(encode([Hello(PROTOCOL_VERSION, tokenizer.fingerprint, "wanspec-bench")]))
+                await socket.send_bytes(encode([Hello(PROTOCOL_VERSION, fingerprint, "wanspec-bench")]))
                 [answer] = decode(await socket.receive_bytes())
         except (aiohttp.ClientError, OSError, TimeoutError, TypeError, ValueError, RemoteProtocolError) as error:
-            raise ClientError(f"{url}: no drafter there: {error or type(error).__name__}") from error
+            raise DrafterError(f"{url}: no drafter there: {error or type(error).__name__}") from error
         if not isinstance(answer, Welcome):
             await socket.close()
-            raise ClientError(f"{url}: refused: {answer.reason if isinstance(answer, Refuse) else answer}")
+            raise DrafterError(f"{url}: refused: {answer.reason if isinstance(answer, Refuse) else answer}")
         client = cls(socket, answer, tally or Tally())
         try:
             async with playing(client._read()):
@@ -132,11 +173,15 @@ class DrafterClient:
         """Send messages in one frame.
 
         Raises:
-            ClientError: The connection is broken.
+            DrafterError: The connection is broken.
         """
-        if self.broken is not None:
-            raise ClientError(f"the drafter's connection broke: {self.broken}") from self.broken
+        self.check_alive()
         await self._socket.send_bytes(encode(messages))
+
+    def check_alive(self) -> None:
+        """Raise DrafterError if the connection is broken."""
+        if self.broken is not None:
+            raise DrafterError(f"the drafter's connection broke: {self.broken}") from self.broken
 
     def forget(self, number: int) -> None:
         """A session was closed: what still arrives for it is nobody's."""
@@ -152,8 +197,8 @@ class DrafterClient:
                 for message in decode(frame.data):
                     if isinstance(message, Nodes | Reject) and message.session in self._streams:
                         self._streams[message.session].receive(message, now)
-            self.broken = ClientError("closed by the drafter")
-        except (aiohttp.ClientError, OSError, RemoteProtocolError, ClientError) as error:
+            self.broken = DrafterError("closed by the drafter")
+        except (aiohttp.ClientError, OSError, RemoteProtocolError, DrafterError) as error:
             self.broken = error
 
 
@@ -202,14 +247,14 @@ class Stream:
         """Take what the drafter sent.
 
         Raises:
-            ClientError: It has rejected the session.
+            DrafterError: It has rejected the session.
             RemoteProtocolError: No correct drafter sends that.
         """
         if self._watch is not None and isinstance(message, Nodes):
             self._watch(message, now)
         self._session.receive(message, now)
         if isinstance(message, Reject):
-            raise ClientError(f"session {self._number} rejected: {message.code}")
+            raise DrafterError(f"session {self._number} rejected: {message.code}")
 
     async def commit(self, most: int) -> int:
         """Commit up to ``most`` tokens of the draft; returns how many."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import aiohttp
 import pytest
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, limits, toy, wait_until
+from toys import FINGERPRINT, DrafterServer, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.core.tree import DraftTree, NodeRecord
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.drafter.streams import DrafterClient, Stream, draw_commit, keep_committing
-from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.models import DraftTokenizer
-
-TOKENIZER = DraftTokenizer(VOCAB_SIZE, FINGERPRINT, lambda text: [ord(letter) % VOCAB_SIZE for letter in text])
+from vllm_wanspec.sim.controller import (
+    DrafterClient,
+    DrafterError,
+    DraftTokenizer,
+    Stream,
+    draw_commit,
+    keep_committing,
+)
 
 
 def with_client(scenario: Callable[[DrafterClient], Coroutine[Any, Any, None]], token: str | None = None) -> None:
@@ -27,7 +29,7 @@ def with_client(scenario: Callable[[DrafterClient], Coroutine[Any, Any, None]], 
 
     async def run(url: str) -> None:
         async with asyncio.timeout(20.0), aiohttp.ClientSession() as http:
-            async with DrafterClient.connect(http, url, TOKENIZER, token) as client:
+            async with DrafterClient.connect(http, url, FINGERPRINT, token) as client:
                 await scenario(client)
 
     with DrafterServer(toy(), token=token) as server:
@@ -107,11 +109,11 @@ def test_only_extended_tokens_are_drawn() -> None:
 def test_another_vocabulary_is_refused() -> None:
     async def run(url: str) -> None:
         async with aiohttp.ClientSession() as http:
-            with pytest.raises(ClientError, match="maps ids to other tokens"):
-                async with DrafterClient.connect(http, url, replace(TOKENIZER, fingerprint="0" * 64)):
+            with pytest.raises(DrafterError, match="maps ids to other tokens"):
+                async with DrafterClient.connect(http, url, "0" * 64):
                     raise AssertionError("was welcomed")
-            with pytest.raises(ClientError, match="no drafter there"):
-                async with DrafterClient.connect(http, url + "/nothing", TOKENIZER):
+            with pytest.raises(DrafterError, match="no drafter there"):
+                async with DrafterClient.connect(http, url + "/nothing", FINGERPRINT):
                     raise AssertionError("was welcomed")
 
     with DrafterServer(toy()) as server:
@@ -121,10 +123,10 @@ def test_another_vocabulary_is_refused() -> None:
 def test_a_rejected_session_breaks_the_connection() -> None:
     async def run(url: str) -> None:
         async with asyncio.timeout(20.0), aiohttp.ClientSession() as http:
-            async with DrafterClient.connect(http, url, TOKENIZER) as client:
+            async with DrafterClient.connect(http, url, FINGERPRINT) as client:
                 await client.open([1] * 200, limits(), Random(0))
                 await until(lambda: client.broken)
-                with pytest.raises(ClientError, match="session 1 rejected: too_long"):
+                with pytest.raises(DrafterError, match="session 1 rejected: too_long"):
                     await client.send()
 
     with DrafterServer(toy(), model=draft_model(max_context=100)) as server:

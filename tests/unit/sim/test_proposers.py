@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from vllm_wanspec.lab.harness.proposers import EmptyProposer, OracleProposer, write_references
+from vllm_wanspec.sim.proposers import EmptyProposer, OracleProposer, write_references
 
 
 def oracle(path: Path, tokens: int = 3) -> OracleProposer:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+__all__ = ["ORACLE_ENV", "EmptyProposer", "OracleProposer", "write_references"]
+
 #: Names the file with the known texts.
 ORACLE_ENV = "WANSPEC_ORACLE"
 
