@@ -1,0 +1,36 @@
+"""What a dying server explains."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_wanspec.errors import WanspecError
+from vllm_wanspec.lab.harness.client import ClientError
+from vllm_wanspec.lab.harness.launch import dying_servers_explain
+from vllm_wanspec.lab.harness.servers import ServerError, ServerGroup
+from vllm_wanspec.sim.controller import DrafterError
+
+
+class DyingGroup(ServerGroup):
+    """Its server dies while somebody waits for that."""
+
+    def __init__(self) -> None:
+        self.waited_s: list[float] = []
+
+    def check_alive(self, within_s: float = 0.0) -> None:
+        self.waited_s.append(within_s)
+        if within_s:
+            raise ServerError("drafter ended by itself")
+
+
+@pytest.mark.parametrize("error", [ClientError("no answer"), DrafterError("the connection broke")])
+def test_a_dying_server_explains_what_failed_at_it(error: WanspecError) -> None:
+    with pytest.raises(ServerError, match="ended by itself"), dying_servers_explain(DyingGroup()):
+        raise error
+
+
+def test_other_errors_do_not_wait_for_a_death() -> None:
+    group = DyingGroup()
+    with pytest.raises(WanspecError, match="no hits"), dying_servers_explain(group):
+        raise WanspecError("no hits")
+    assert group.waited_s == []
