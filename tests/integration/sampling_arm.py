@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-TOKENS = 8
+TOKENS = 9
+"""One more than are compared: a request's last token is decided by no draft, since it would need none."""
 SPECULATIVE_TOKENS = 4
 #: Enough for a whole batch behind its cached prefixes: vLLM's CPU build ends where a seeded request's prefill is cut.
 BATCHED_TOKENS = 8192

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
-from vllm_wanspec.core.messages import PROTOCOL_VERSION, Nodes, Welcome, decode, encode
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, PROTOCOL_VERSION, Nodes, Welcome, decode, encode
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.lab.target.hotpath_report import quantiles
 from vllm_wanspec.lab.target.played import make_pool, make_settings
@@ -37,7 +37,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
     pool = make_pool(make_settings("http://127.0.0.1:9"), language, limit=8)
     link, model = pool.links[0], draft_model(language)
     what_it_serves = (model.name, model.vocab_size, model.fingerprint)
-    link.welcome = Welcome(PROTOCOL_VERSION, *what_it_serves, model.max_sessions, model.max_nodes, model.max_context)
+    link.welcome = Welcome(PROTOCOL_VERSION, *what_it_serves, model.max_sessions, model.max_nodes, MAX_CONTEXT_TOKENS)
     writers, lines = [], deque[list[list[int]]]()
     for index in range(sessions):
         context = language.prompt(index, 300)
@@ -57,6 +57,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
             if number >= deep - 1:
                 pool.step([(f"request-{index}", line) for index, line in enumerate(lines.popleft())])
             on_frame()
+    assert pool.counters.received_nodes == FRAME_NODES * (count + deep), "sessions ended before the last frame"
     times_us = quantiles([time_ns / 1e3 for time_ns in times_ns[deep:]])
     return {"us": times_us, "bytes": round(sum(sizes[deep:]) / count), "count": count}
 

@@ -12,3 +12,8 @@ def test_frames_are_decoded_and_applied(sessions: int) -> None:
     assert frames["count"] == 40 < len(done)
     assert 0.0 < frames["us"]["p50"] <= frames["us"]["p99"] < 1e6
     assert 64 * 12 < frames["bytes"] < 64 * 40
+
+
+def test_no_frame_is_measured_that_nobody_takes() -> None:
+    """Their tokens are more than an invented draft model's context holds."""
+    assert measure_frames(600)["count"] == 600
