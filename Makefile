@@ -66,8 +66,8 @@ docs: install  ## the generated parts of docs/
 	@$(BIN)/python -c "from pathlib import Path; from vllm_wanspec.core.states import states_markdown; \
 	Path('docs/states.md').write_text(states_markdown(), encoding='utf-8')"
 
-# No server is started; about two minutes on two cores.
-unit: install  ## unit tests alone (about two minutes)
+# No server is started; about three minutes on two cores.
+unit: install  ## unit tests alone (about three minutes)
 	@$(BIN)/pytest tests/unit -m "not slow and not gpu"
 
 test: install  ## static checks, unit tests, integration tests with one real vLLM pair
