@@ -1,26 +1,26 @@
-"""Step pacing: give a tiny model the step time of a large one.
+"""Step pacing: give a tiny model the step time of a large one, and count forwards.
 
 The model forward alone is stretched, by sleeping, to ``base + per_token * tokens`` milliseconds;
 scheduling, drafting and transport come on top and stay visible.  vLLM is imported only when pacing
 is installed.  A real forward that takes longer than its pace is counted as an overrun: a run with
 more than 1 % of them says nothing about the paced hardware.
 
+Forwards of the target and of a draft model beside it are counted where they run, and the counts
+stand in a file as soon as a forward's work is done.  A pace of 0 counts and does nothing else.
+
 This module must not change what a forward computes.
 """
 
 from __future__ import annotations
 
-import atexit
 import functools
 import importlib
 import json
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from multiprocessing import util as multiprocessing_util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from vllm_wanspec.errors import ConfigError, UnsupportedError
 PACING_ENV = "WANSPEC_PACING"
 DRAFT_PACING_ENV = "WANSPEC_DRAFT_PACING"
 STATS_ENV = "WANSPEC_PACING_STATS"
-STATS_INTERVAL_S = 1.0
+#: Characters of the statistics file, more than its counts ever need: a new text covers all of the one before.
+STATS_WIDTH = 512
 MAX_BASE_MS = 60_000.0
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,11 @@ class Pacing:
         """Return the milliseconds that a forward of ``tokens`` rows takes."""
         return self.base_ms + self.per_token_ms * tokens
 
+    @property
+    def counts_only(self) -> bool:
+        """Whether forwards are counted and not stretched: there is no pace to overrun."""
+        return not (self.base_ms or self.per_token_ms)
+
     def scaled(self, factor: float) -> Pacing:
         """Return the pace of forwards that take ``factor`` times as long.
 
@@ -95,127 +101,163 @@ class Pacing:
         return f"{self.base_ms!r}+{self.per_token_ms!r}"
 
 
+#: The pace of forwards that are counted and not stretched.
+COUNT_ONLY = Pacing(0.0)
+
+
 @dataclass(slots=True)
 class PacingStats:
-    """What was paced so far: forwards, those whose real work exceeded the pace, and both sums."""
+    """What one kind of forward has done so far.
+
+    Attributes:
+        steps: Forwards.
+        overruns: Those whose real work exceeded their pace; none where they are only counted.
+        paced_ms_total: Sum of their paces, milliseconds.
+        work_ms_total: Sum of their real work, milliseconds; where forwards are only counted, that of a GPU is not
+            waited for, and this is the time to queue it.
+    """
 
     steps: int = 0
     overruns: int = 0
     paced_ms_total: float = 0.0
     work_ms_total: float = 0.0
 
-    def as_json(self) -> dict[str, float]:
-        """Return the fields of the statistics file."""
-        return {name: round(value, 3) for name, value in asdict(self).items()}
+    def add(self, work_ms: float, pace_ms: float, overrun: bool) -> None:
+        """Count a forward."""
+        self.steps += 1
+        self.overruns += overrun
+        self.paced_ms_total += pace_ms
+        self.work_ms_total += work_ms
+
+    def as_json(self, prefix: str = "") -> dict[str, float]:
+        """Return the fields of the statistics file; ``prefix`` comes before their names."""
+        return {
+            f"{prefix}steps": self.steps,
+            f"{prefix}overruns": self.overruns,
+            f"{prefix}paced_ms_total": round(self.paced_ms_total, 3),
+            f"{prefix}work_ms_total": round(self.work_ms_total, 3),
+        }
+
+
+class StatsFile:
+    """A small JSON object in a file, rewritten in place at a cost of microseconds.
+
+    Opened at the first write, and so in the process that has something to write, whatever forks come before.  A reader
+    may find the file empty or a text half written, and reads again.  A file that cannot be written is warned of once.
+
+    Args:
+        path: Where it lies, in an existing folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path: Path | None = path
+        self._descriptor: int | None = None
+
+    def write(self, values: Mapping[str, object]) -> None:
+        """Replace what stands there."""
+        if self._path is None:
+            return
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            os.pwrite(self._descriptor, json.dumps(values).ljust(STATS_WIDTH).encode(), 0)
+        except OSError as error:
+            logger.warning("cannot write pacing statistics to %s (%s); giving up on them", self._path, error)
+            self._path = None
 
 
 class Pacer:
-    """Runs forwards no faster than a pace, and keeps count.
+    """Runs the forwards of a target, and of a draft model beside it, no faster than their paces, and counts them.
 
     Args:
-        pacing: The pace.
-        stats_path: File that receives the counts as JSON; None writes nothing.
-        stats_interval_s: Seconds between writes, which a thread does, never a forward.
+        pacing: The target's pace.
+        draft_pacing: The draft model's.
+        stats_path: File that holds the counts as JSON, rewritten within each forward's time; None writes nothing.
         clock: Monotonic seconds.
         sleep: Sleeps for that many seconds.
 
     Attributes:
-        stats: The counts.
-        draft_stats: Those of a co-located draft model, written beside them as ``draft_steps`` and ``draft_overruns``.
+        stats: The target's counts.
+        draft_stats: The draft model's, all 0 where vLLM loads none.
+        async_scheduling: Whether the runner in effect schedules ahead; None before its first forward.
+        num_spec_tokens: Draft tokens per step that the runner in effect is made for; None before its first forward.
     """
 
     def __init__(
         self,
         pacing: Pacing,
+        draft_pacing: Pacing = COUNT_ONLY,
         stats_path: Path | None = None,
-        stats_interval_s: float = STATS_INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.pacing = pacing
+        self.draft_pacing = draft_pacing
         self.stats = PacingStats()
-        self._stats_path = stats_path
+        self.draft_stats = PacingStats()
+        self.async_scheduling: bool | None = None
+        self.num_spec_tokens: int | None = None
+        self._file = None if stats_path is None else StatsFile(stats_path)
         self._clock = clock
         self._sleep = sleep
-        self._stats_interval_s = stats_interval_s
-        self._written_steps = 0
-        self.draft_stats: PacingStats | None = None
 
     def run(self, forward: Callable[[], Any], tokens: int) -> Any:
-        """Call ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
+        """Call the target's ``forward`` and return its result, not before the pace of ``tokens`` rows has passed."""
+        return self._run(forward, self.pacing.step_ms(tokens), self.pacing, self.stats)
+
+    def run_draft(self, forward: Callable[[], Any], tokens: int) -> Any:
+        """Do the same for the draft model's ``forward``."""
+        return self._run(forward, self.draft_pacing.step_ms(tokens), self.draft_pacing, self.draft_stats)
+
+    def counts(self) -> dict[str, object]:
+        """Return the fields of the statistics file."""
+        settings = {"async_scheduling": self.async_scheduling, "num_spec_tokens": self.num_spec_tokens}
+        return {**self.stats.as_json(), **self.draft_stats.as_json("draft_"), **settings}
+
+    def _run(self, forward: Callable[[], Any], pace_ms: float, pacing: Pacing, stats: PacingStats) -> Any:
         started_s = self._clock()
         result = forward()
         work_ms = (self._clock() - started_s) * 1000.0
-        pace_ms = self.pacing.step_ms(tokens)
-        if work_ms < pace_ms:
-            self._sleep((pace_ms - work_ms) / 1000.0)
-        if self.stats.steps == 0 and self._stats_path is not None:
-            self._start_writing()
-        self.stats.steps += 1
-        self.stats.overruns += work_ms > pace_ms
-        self.stats.paced_ms_total += pace_ms
-        self.stats.work_ms_total += work_ms
+        stats.add(work_ms, pace_ms, overrun=work_ms > pace_ms and not pacing.counts_only)
+        if self._file is not None:
+            self._file.write(self.counts())
+        left_s = started_s + pace_ms / 1000.0 - self._clock()
+        if left_s > 0.0:
+            self._sleep(left_s)
         return result
-
-    def _start_writing(self) -> None:
-        """Write from now on; not earlier, because a fork after installation forgets threads and exit functions."""
-        threading.Thread(target=self._keep_writing, name="wanspec-pacing-stats", daemon=True).start()
-        atexit.register(self.write_stats)
-        # vLLM's engine process is a multiprocessing child, where atexit functions may not run.
-        multiprocessing_util.Finalize(None, self.write_stats, exitpriority=10)
-
-    def _keep_writing(self) -> None:
-        while self._stats_path is not None:
-            time.sleep(self._stats_interval_s)
-            if self.stats.steps != self._written_steps:
-                self.write_stats()
-
-    def write_stats(self) -> None:
-        """Write the counts atomically; a process that paced nothing leaves the file alone."""
-        path = self._stats_path
-        if path is None or not self.stats.steps:
-            return
-        scratch = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            self._written_steps = self.stats.steps
-            counts = self.stats.as_json()
-            if self.draft_stats is not None:
-                counts |= {"draft_steps": self.draft_stats.steps, "draft_overruns": self.draft_stats.overruns}
-            scratch.write_text(json.dumps(counts), "utf-8")
-            scratch.replace(path)
-        except OSError as error:
-            logger.warning("cannot write pacing statistics to %s (%s); giving up on them", path, error)
-            self._stats_path = None
 
 
 def install_from_env(environ: Mapping[str, str] = os.environ) -> Pacer | None:
-    """Pace this process's forwards if ``WANSPEC_PACING`` asks for it, and a co-located draft model's.
+    """Pace and count this process's forwards if ``WANSPEC_PACING`` asks for it, and a co-located draft model's.
 
-    ``WANSPEC_DRAFT_PACING`` is for the latter; it needs the former.
+    ``WANSPEC_DRAFT_PACING`` is the latter's pace, which needs the former; without it they are counted all the same.
 
     Returns:
         The pacer in use, or None when the variable is unset or empty.
 
     Raises:
-        ConfigError: The variable is not a pace.
+        ConfigError: A variable is not a pace.
         UnsupportedError: The installed vLLM has no forward to wrap.
     """
     setting = environ.get(PACING_ENV, "").strip()
     if not setting:
         return None
-    stats_path = environ.get(STATS_ENV, "").strip()
-    pacer = install(Pacing.parse(setting, PACING_ENV), Path(stats_path) if stats_path else None)
     draft_setting = environ.get(DRAFT_PACING_ENV, "").strip()
-    if draft_setting:
-        pacer.draft_stats = install_draft(Pacing.parse(draft_setting, DRAFT_PACING_ENV)).stats
+    stats_path = environ.get(STATS_ENV, "").strip()
+    pacer = Pacer(
+        Pacing.parse(setting, PACING_ENV),
+        Pacing.parse(draft_setting, DRAFT_PACING_ENV) if draft_setting else COUNT_ONLY,
+        Path(stats_path) if stats_path else None,
+    )
+    pacer = install(pacer)
+    install_draft(pacer)
     return pacer
 
 
-def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = None) -> Pacer:
+def install(pacer: Pacer, runner_class: Any = None) -> Pacer:
     """Wrap the model forward of vLLM's model runner, or of another class; return the pacer in use, the first one.
 
-    Only ``execute_model`` calls the wrapped method, so vLLM's profile and dummy runs are not paced.  The counts go to
-    the file at ``stats_path``.
+    Only ``execute_model`` calls the wrapped method, so vLLM's profile and dummy runs are neither paced nor counted.
 
     Raises:
         UnsupportedError: The class has no ``_model_forward``.
@@ -227,47 +269,78 @@ def install(pacing: Pacing, stats_path: Path | None = None, runner_class: Any = 
         raise UnsupportedError("pacing: this vLLM's GPUModelRunner has no _model_forward to stretch")
     if isinstance(installed := getattr(original, "wanspec_pacer", None), Pacer):
         return installed
-    pacer = Pacer(pacing, stats_path)
 
     def paced_forward(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(pacer, functools.partial(original, runner), args, kwargs)
+        pacer.async_scheduling = getattr(runner, "use_async_scheduling", None)
+        pacer.num_spec_tokens = getattr(runner, "num_spec_tokens", None)
+        return _run(pacer.run, pacer.pacing, functools.partial(original, runner), args, kwargs)
 
     paced_forward.wanspec_pacer = pacer  # type: ignore[attr-defined]
     runner_class._model_forward = paced_forward
-    logger.info("pacing: every model forward takes at least %s", pacing)
+    logger.info("pacing: every model forward is %s", _described(pacer.pacing))
     return pacer
 
 
-def install_draft(pacing: Pacing, proposer_class: Any = None) -> Pacer:
-    """Wrap the forward of the draft model that vLLM's or another class loads beside the target; else as `install`."""
+def install_draft(pacer: Pacer, proposer_class: Any = None) -> None:
+    """Wrap the forward of the draft model that vLLM loads beside the target, once.
+
+    The wrap is set where ``load_model`` lies, at the base of vLLM's proposers: draft models, EAGLE, MTP and DFlash have
+    it in common.  Medusa and custom classes load in other ways and are not seen.  What a draft model runs before the
+    target's first forward is vLLM's profiling and warming up, which is neither paced nor counted.
+
+    Args:
+        pacer: What runs the forwards.
+        proposer_class: Another class whose ``load_model``, or that of a base, sets ``model``.
+
+    Raises:
+        UnsupportedError: The class has no ``load_model``.
+    """
     if proposer_class is None:
         proposer_class = importlib.import_module("vllm.v1.spec_decode.draft_model").DraftModelProposer
-    load_model = proposer_class.load_model
-    if isinstance(installed := getattr(load_model, "wanspec_pacer", None), Pacer):
-        return installed
-    pacer = Pacer(pacing)
+    base = next((known for known in proposer_class.__mro__ if "load_model" in vars(known)), None)
+    if base is None:
+        raise UnsupportedError("pacing: this vLLM's DraftModelProposer has no load_model to wrap")
+    load_model = base.load_model
+    if hasattr(load_model, "wanspec_pacer"):
+        return
 
     def paced_load_model(proposer: Any, *args: Any, **kwargs: Any) -> None:
         load_model(proposer, *args, **kwargs)
         original = proposer.model.forward
-        proposer.model.forward = lambda *inputs, **named: _run(pacer, original, inputs, named)
+
+        def paced_forward(*inputs: Any, **named: Any) -> Any:
+            if not pacer.stats.steps:
+                return original(*inputs, **named)
+            return _run(pacer.run_draft, pacer.draft_pacing, original, inputs, named)
+
+        proposer.model.forward = paced_forward
 
     paced_load_model.wanspec_pacer = pacer  # type: ignore[attr-defined]
-    proposer_class.load_model = paced_load_model
-    logger.info("pacing: every forward of the draft model beside the target takes at least %s", pacing)
-    return pacer
+    base.load_model = paced_load_model
+    logger.info("pacing: every forward of a draft model beside the target is %s", _described(pacer.draft_pacing))
 
 
-def _run(pacer: Pacer, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a model's forward at the pace of the rows in its arguments."""
+def _described(pacing: Pacing) -> str:
+    return "counted" if pacing.counts_only else f"counted, and takes at least {pacing}"
+
+
+def _run(
+    run: Callable[[Callable[[], Any], int], Any],
+    pacing: Pacing,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a model's forward by one of a pacer's methods, which paces by the rows in its arguments."""
     rows = _input_rows(args, kwargs)
 
     def forward() -> Any:
         result = original(*args, **kwargs)
-        _wait_for_device(rows)
+        if not pacing.counts_only:
+            _wait_for_device(rows)
         return result
 
-    return pacer.run(forward, 0 if rows is None else int(rows.shape[-1]))
+    return run(forward, 0 if rows is None else int(rows.shape[-1]))
 
 
 def _input_rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -45,8 +45,10 @@ def generate(ids: list[int], count: int, differ_at: int | None) -> Iterator[int]
 
 def write_stats(path: str, steps: int) -> None:
     """Write a pacing statistics file atomically."""
+    counts = {"steps": steps, "overruns": 0, "paced_ms_total": 0.0, "work_ms_total": 0.0}
+    settings = {"async_scheduling": False, "num_spec_tokens": 0}
     scratch = Path(path + ".tmp")
-    scratch.write_text(json.dumps({"steps": steps, "overruns": 0}))
+    scratch.write_text(json.dumps(counts | {f"draft_{name}": 0 for name in counts} | settings))
     scratch.replace(path)
 
 

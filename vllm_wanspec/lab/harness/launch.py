@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from vllm_wanspec.config import WIDTH_ENV
-from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
+from vllm_wanspec.emulate.pacing import COUNT_ONLY, PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.scrape import link_is_up
@@ -123,13 +123,14 @@ def vllm_spec(
         port: Where it listens.
         core: CPU number to pin it to; None does not pin.
         pace: Duration of its model's forwards; None does not pace.
-        stats: Pacing statistics file, if there is one; what a former run left there is removed.
+        stats: File for the counts of its forwards, paced or not; what a former run left there is removed.  None counts
+            nothing.
         env: What its environment has besides.
     """
     pacing = {} if pace is None else {PACING_ENV: pace.setting}
     if stats is not None:
         stats.unlink(missing_ok=True)
-        pacing |= {STATS_ENV: str(stats)} if pacing else {}
+        pacing = {PACING_ENV: (pace or COUNT_ONLY).setting, STATS_ENV: str(stats)}
     argv = [*argv, "--host", HOST, *machine.server_flags(), "--port", str(port)]
     return ServerSpec(name, argv, port, machine.server_env(core) | pacing | dict(env or {}), core)
 

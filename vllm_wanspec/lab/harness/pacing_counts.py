@@ -1,22 +1,116 @@
-"""How well servers kept their pace: forwards that took longer than they were stretched to."""
+"""What servers ran and how well they kept their pace, as the processes that run the forwards count it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_wanspec.emulate.pacing import STATS_INTERVAL_S
+from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import WanspecError
 
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
 #: What the forwards of a draft model beside the target are called; its target writes them down with its own.
 DRAFTS = "draft_model drafts"
-#: After a forward the counts of it stand in the file.
-STATS_SETTLE_S = STATS_INTERVAL_S + 0.25
+#: After a forward the counts of it stand in the file; they do when its work is done.
+STATS_SETTLE_S = 0.0
+#: A text that is just being written is read again this often, and after this long.
+READ_ATTEMPTS = 20
+READ_PAUSE_S = 0.001
+#: By which sums, and differences of sums, may be off for their being rounded.
+ROUNDING_MS = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class PacingCounts:
+    """Forwards of one process so far, or between two counts of it.
+
+    Attributes:
+        steps: Forwards of its model; at a target that speculates, one per step.
+        overruns: Those whose work took longer than their pace; none where nothing is paced.
+        paced_ms_total: Sum of their paces, milliseconds; 0 where nothing is paced.
+        work_ms_total: Sum of their real work, milliseconds.
+        draft_steps: Forwards of a draft model that vLLM loads beside the model; 0 where it loads none.
+        draft_overruns: Overruns among those.
+        draft_paced_ms_total: Sum of their paces, milliseconds; 0 where they are only counted.
+        draft_work_ms_total: Sum of their real work, milliseconds.
+        async_scheduling: Whether the model's runner schedules ahead.
+        num_spec_tokens: Draft tokens per step that the runner is made for; 0 without speculation.
+    """
+
+    steps: int
+    overruns: int
+    paced_ms_total: float
+    work_ms_total: float
+    draft_steps: int
+    draft_overruns: int
+    draft_paced_ms_total: float
+    draft_work_ms_total: float
+    async_scheduling: bool | None
+    num_spec_tokens: int | None
+
+    @classmethod
+    def of(cls, text: str) -> PacingCounts:
+        """Read the text of a statistics file.
+
+        Raises:
+            ValueError: It is not JSON, or lacks a count.
+        """
+        values = json.loads(text)
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, dict) or not values.keys() >= set(names):
+            raise ValueError(f"not the counts of a pacer: {text[:80]!r}")
+        return cls(**{name: values[name] for name in names})
+
+    def since(self, earlier: PacingCounts) -> PacingCounts:
+        """Return what came after an earlier count, with the settings of the later one."""
+        return PacingCounts(
+            self.steps - earlier.steps,
+            self.overruns - earlier.overruns,
+            self.paced_ms_total - earlier.paced_ms_total,
+            self.work_ms_total - earlier.work_ms_total,
+            self.draft_steps - earlier.draft_steps,
+            self.draft_overruns - earlier.draft_overruns,
+            self.draft_paced_ms_total - earlier.draft_paced_ms_total,
+            self.draft_work_ms_total - earlier.draft_work_ms_total,
+            self.async_scheduling,
+            self.num_spec_tokens,
+        )
+
+    def kept(self, pace: Pacing) -> bool:
+        """Whether there were forwards, and together they were stretched to at least that pace of one row each."""
+        return _kept(self.steps, self.paced_ms_total, pace)
+
+    def drafts_kept(self, pace: Pacing) -> bool:
+        """Whether the same is true of the draft model's beside it; False where it runs unpaced, or not at all."""
+        return _kept(self.draft_steps, self.draft_paced_ms_total, pace)
+
+
+def _kept(steps: int, paced_ms: float, pace: Pacing) -> bool:
+    return steps > 0 and paced_ms >= steps * pace.step_ms(1) - ROUNDING_MS
+
+
+def read_counts(path: Path) -> PacingCounts | None:
+    """Return the counts in a statistics file now; None where there is no file, or not one that counts.
+
+    Its process may write while it is read, so two equal texts in a row are waited for, some 20 ms at most.
+    """
+    for _ in range(READ_ATTEMPTS):
+        try:
+            text, again = path.read_text("utf-8", "replace"), path.read_text("utf-8", "replace")
+        except OSError:
+            return None
+        if text == again:
+            with contextlib.suppress(ValueError):
+                return PacingCounts.of(text)
+        time.sleep(READ_PAUSE_S)
+    return None
 
 
 class Paced(NamedTuple):
@@ -43,11 +137,11 @@ def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
     """
     found: dict[str, Paced] = {}
     for name, path in stats.items():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            counts = json.loads(path.read_text("utf-8"))
-            found[name] = Paced(int(counts["steps"]), int(counts["overruns"]))
-            if "draft_steps" in counts:
-                found[DRAFTS] = Paced(int(counts["draft_steps"]), int(counts["draft_overruns"]))
+        counts = read_counts(path)
+        if counts is not None:
+            found[name] = Paced(counts.steps, counts.overruns)
+            if counts.draft_steps:
+                found[DRAFTS] = Paced(counts.draft_steps, counts.draft_overruns)
     return found
 
 

@@ -1,15 +1,17 @@
-"""What is read around requests: counters and processor time."""
+"""What is read around requests: counters, forwards and processor time."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import aiohttp
 
 from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
+from vllm_wanspec.lab.harness.pacing_counts import read_counts
 from vllm_wanspec.lab.harness.scrape import read_samples
 
 VLLM_PREFIX = "vllm:spec_decode_"
@@ -19,7 +21,14 @@ REMOTE_COUNTERS = (*CONTROLLER_COUNTERS, "local_draft_passes")
 SETTLE_MIN_S = 0.1
 SETTLE_MAX_S = 1.0
 SETTLE_POLL_S = 0.05
-RISING = ("branch_seconds", "drafted_tokens", "received_nodes")
+RISING = (
+    "branch_seconds",
+    "drafted_tokens",
+    "received_nodes",
+    "target_forwards",
+    "local_draft_passes",
+    "drafter_forwards",
+)
 
 
 class Probe:
@@ -31,6 +40,7 @@ class Probe:
         controller: That of its controller; None without one.
         drafter: That of its drafter; None without one.
         groups: Process groups of the servers, by side.
+        paced: Pacing statistics files of the servers, by side: "target" and "drafter"; what has none is not counted.
     """
 
     def __init__(
@@ -40,11 +50,13 @@ class Probe:
         controller: str | None,
         drafter: str | None,
         groups: Mapping[str, int],
+        paced: Mapping[str, Path] | None = None,
     ) -> None:
         self._http = http
         self._target = target
         remote = ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
         self._remote = [(url, names) for url, names in remote if url is not None]
+        self._paced = dict(paced or {})
         self._clocks = {side: CpuClock(group) for side, group in groups.items()}
 
     def cpu_s(self) -> dict[str, float]:
@@ -54,19 +66,19 @@ class Probe:
 
     async def read(self) -> Counters:
         """Return the counters now."""
-        return Counters.total([await self._vllm(), await self._remotes()])
+        return Counters.total([await self._vllm(), await self._rising()])
 
     async def settled(self, rtt_ms: float | None) -> Counters:
         """Return the counters once what has just ended adds nothing more, or after a bounded time."""
-        if not self._remote:
+        if not self._remote and not self._paced:
             return await self.read()
-        floor_s = SETTLE_MIN_S + (rtt_ms or 0.0) / 1000.0
+        floor_s = SETTLE_MIN_S + (rtt_ms or 0.0) / 1000.0 if self._remote else 0.0
         end_s = time.monotonic() + floor_s + SETTLE_MAX_S
         await asyncio.sleep(floor_s)
-        last = await self._remotes()
+        last = await self._rising()
         while time.monotonic() < end_s:
             await asyncio.sleep(SETTLE_POLL_S)
-            last, before = await self._remotes(), last
+            last, before = await self._rising(), last
             if all(last.get(name) == before.get(name) for name in RISING):
                 break
         return Counters.total([await self._vllm(), last])
@@ -74,6 +86,20 @@ class Probe:
     async def _vllm(self) -> Counters:
         return Counters.of(await read_samples(self._http, self._target, VLLM_PREFIX), VLLM_COUNTERS, VLLM_PREFIX)
 
-    async def _remotes(self) -> Counters:
+    async def _rising(self) -> Counters:
+        """What may still rise when a request has ended: that of controller and drafter, and all forwards."""
         pages = await asyncio.gather(*(read_samples(self._http, url) for url, _ in self._remote))
-        return Counters.total(Counters.of(page, names) for page, (_, names) in zip(pages, self._remote, strict=True))
+        read = [Counters.of(page, names) for page, (_, names) in zip(pages, self._remote, strict=True)]
+        remotes, forwards = Counters.total(read), self._forwards()
+        return Counters({**remotes.values, **forwards}, remotes.positions)
+
+    def _forwards(self) -> dict[str, float]:
+        """Forwards as the processes count them that run them, which prevails over what a controller says of them."""
+        found: dict[str, float] = {}
+        for side, path in self._paced.items():
+            counts = read_counts(path)
+            if counts is not None:
+                found |= {f"{side}_forwards": counts.steps, f"{side}_overruns": counts.overruns}
+                if side == "target":
+                    found |= {"local_draft_passes": counts.draft_steps, "local_draft_overruns": counts.draft_overruns}
+        return found

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from fake_vllm import write_stats
 from rich.console import Console
 
 from vllm_wanspec.lab.compare import run
@@ -73,7 +74,7 @@ class Stage:
         """The co-located draft model's target."""
         self.started.append(f"{name} {gamma}")
         spec = self.server(name)
-        (folder / "draft_model.pacing.json").write_text('{"steps": 5, "overruns": 0}')
+        write_stats(str(folder / "draft_model.pacing.json"), 5)
         return spec
 
     @property

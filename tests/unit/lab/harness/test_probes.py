@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from metrics_pages import served
 
+from vllm_wanspec.emulate.pacing import COUNT_ONLY, Pacer, Pacing
+from vllm_wanspec.lab.harness import probes
 from vllm_wanspec.lab.harness.probes import Probe
 
 
@@ -39,5 +44,92 @@ def test_counters_are_read_from_target_controller_and_drafter_once_they_rest() -
             plain = Probe(http, f"{url}/target", None, None, {})
             assert set((await plain.settled(None)).values) == {"num_drafts", "num_draft_tokens", "num_accepted_tokens"}
             assert plain.cpu_s() == {}
+
+    asyncio.run(main())
+
+
+def stats_files(folder: Path) -> tuple[dict[str, Path], dict[str, Pacer]]:
+    """A target's and a drafter's statistics files, and what counts into them."""
+    paths = {side: folder / f"{side}.json" for side in ("target", "drafter")}
+    return paths, {side: Pacer(COUNT_ONLY, COUNT_ONLY, path) for side, path in paths.items()}
+
+
+def test_forwards_are_those_that_their_processes_have_counted(tmp_path: Path) -> None:
+    paths, pacers = stats_files(tmp_path)
+    pages = {"/target": lambda: "", "/controller": lambda: "wanspec_local_draft_passes_total 0\nwanspec_hits_total 4\n"}
+
+    async def main() -> None:
+        async with served(pages) as (http, url):
+            probe = Probe(http, f"{url}/target", f"{url}/controller", None, {}, paths)
+            assert (await probe.read()).values == {"hits": 4.0, "local_draft_passes": 0.0}  # as long as nothing has run
+            pacers["target"].run(lambda: None, 1)
+            before = await probe.read()
+            pacers["target"].pacing = Pacing(0.0, 1e-9)  # which no work can keep
+            for _ in range(2):
+                pacers["target"].run(lambda: None, 1)
+            for _ in range(6):
+                pacers["target"].run_draft(lambda: None, 1)
+            pacers["drafter"].run(lambda: None, 1)
+            assert (await probe.read()).since(before).values == {
+                "hits": 0.0,
+                "target_forwards": 2,
+                "target_overruns": 2,
+                "local_draft_passes": 6,
+                "local_draft_overruns": 0,
+                "drafter_forwards": 1,
+                "drafter_overruns": 0,
+            }
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("side", "counter"),
+    [("target", "target_forwards"), ("target", "local_draft_passes"), ("drafter", "drafter_forwards")],
+)
+def test_settled_counters_have_waited_for_the_last_forward(
+    side: str, counter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, pacers = stats_files(tmp_path)
+    pacer = pacers[side]
+    run = pacer.run_draft if counter == "local_draft_passes" else pacer.run
+    run(lambda: None, 1)
+    reads: Iterator[int] = iter([2, 1, 0, 0, 5])  # forwards that come between two readings
+    monkeypatch.setattr(probes, "SETTLE_POLL_S", 0.001)
+
+    def page() -> str:
+        for _ in range(next(reads)):
+            run(lambda: None, 1)
+        return "wanspec_drafted_tokens_total 7\n"
+
+    async def main() -> None:
+        async with served({"/target": lambda: "", "/drafter": page}) as (http, url):
+            probe = Probe(http, f"{url}/target", None, f"{url}/drafter", {}, paths)
+            assert (await probe.settled(0.0)).values[counter] == 4
+        assert [*reads] == [0, 5]
+
+    asyncio.run(main())
+
+
+def test_a_target_alone_settles_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths, pacers = stats_files(tmp_path)
+    pacers["target"].run(lambda: None, 1)
+    waits: Iterator[int] = iter([1, 0])  # forwards after the first reading, and the second
+    sleep = asyncio.sleep
+
+    async def busy_sleep(seconds: float) -> None:
+        if seconds == probes.SETTLE_POLL_S:
+            for _ in range(next(waits)):
+                pacers["target"].run(lambda: None, 1)
+        await sleep(0.0)
+
+    async def main() -> None:
+        async with served({"/target": lambda: ""}) as (http, url):
+            probe = Probe(http, f"{url}/target", None, None, {}, {"target": paths["target"]})
+            monkeypatch.setattr(probes.asyncio, "sleep", busy_sleep)
+            settled = await probe.settled(None)
+            monkeypatch.setattr(probes.asyncio, "sleep", sleep)
+            assert settled.values["target_forwards"] == 2
+        assert [*waits] == []
 
     asyncio.run(main())
