@@ -6,7 +6,7 @@ import pytest
 
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.launch import dying_servers_explain
+from vllm_wanspec.lab.harness.launch import dying_servers_explain, wan_spec
 from vllm_wanspec.lab.harness.servers import ServerError, ServerGroup
 from vllm_wanspec.sim.controller import DrafterError
 
@@ -34,3 +34,13 @@ def test_other_errors_do_not_wait_for_a_death() -> None:
     with pytest.raises(WanspecError, match="no hits"), dying_servers_explain(group):
         raise WanspecError("no hits")
     assert group.waited_s == []
+
+
+def test_the_wan_proxy_is_started_with_its_settings() -> None:
+    plain = wan_spec(9000, 8000, 30.0)
+    assert plain.argv[-10:] == [
+        *("--listen", "127.0.0.1:9000", "--to", "127.0.0.1:8000"),
+        *("--rtt-ms", "30", "--jitter-ms", "0", "--loss", "0"),
+    ]
+    lossy = wan_spec(9000, 8000, 30.0, 9001, jitter_ms=5.0, loss=0.005)
+    assert lossy.argv[-6:] == ["--jitter-ms", "5", "--loss", "0.005", "--control", "127.0.0.1:9001"]
