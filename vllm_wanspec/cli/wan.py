@@ -18,12 +18,26 @@ from vllm_wanspec.errors import ConfigError
 
 __all__ = ["control_app", "parse_address", "parse_outage", "wan"]
 
+_COUNTERS = (
+    "bytes_up",
+    "bytes_down",
+    "in_flight_bytes",
+    "segments_lost",
+    "connections_open",
+    "connections_total",
+    "connections_failed",
+    "elapsed_s",
+)
+
 
 def wan(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Accept connections here; port 0 picks a free one.")],
     to: Annotated[str, typer.Option(metavar="HOST:PORT", help="Forward them there.")],
     rtt_ms: Annotated[float, typer.Option(help="Round trip, milliseconds; half of it in each direction.")],
     jitter_ms: Annotated[float, typer.Option(help="Extra delay per direction, uniform from 0 to this.")] = 0.0,
+    loss: Annotated[
+        float, typer.Option(help="Probability that a segment is lost, 0 to 0.5; TCP repeats it, which costs delay.")
+    ] = 0.0,
     bandwidth_mbit: Annotated[
         float | None, typer.Option(help="Megabits per second in each direction.", show_default="no limit")
     ] = None,
@@ -38,11 +52,11 @@ def wan(
             help="Serve GET and PATCH /settings, GET /counters and DELETE /connections here, without a login.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the jitter.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the jitter and the losses.")] = 0,
 ) -> None:
-    """Emulate a WAN in front of a TCP server: delay, jitter, bandwidth, outages."""
+    """Emulate a WAN in front of a TCP server: delay, jitter, losses, bandwidth, outages."""
     try:
-        settings = WanSettings(rtt_ms, jitter_ms, bandwidth_mbit, tuple(map(parse_outage, outage or ())))
+        settings = WanSettings(rtt_ms, jitter_ms, bandwidth_mbit, tuple(map(parse_outage, outage or ())), loss)
         target = parse_address("--to", to, lowest_port=1)
         proxy = WanProxy(target, settings, rng=Random(seed), listen=parse_address("--listen", listen))
         control_address = parse_address("--control", control) if control else None
@@ -94,9 +108,7 @@ def control_app(proxy: WanProxy) -> web.Application:
         return await get_settings(request)
 
     async def get_counters(_: web.Request) -> web.Response:
-        names = ("bytes_up", "bytes_down", "in_flight_bytes", "connections_open", "connections_total")
-        counters = {name: getattr(proxy, name) for name in (*names, "connections_failed", "elapsed_s")}
-        return web.json_response(counters)
+        return web.json_response({name: getattr(proxy, name) for name in _COUNTERS})
 
     async def delete_connections(request: web.Request) -> web.Response:
         proxy.drop_connections()
@@ -111,7 +123,7 @@ def control_app(proxy: WanProxy) -> web.Application:
 def _json_object(body: bytes) -> dict[str, Any]:
     try:
         value = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError("the body is not a JSON object")

@@ -1,11 +1,14 @@
-"""A TCP proxy in user space that emulates a WAN: delay, jitter, bandwidth, outages.
+"""A TCP proxy in user space that emulates a WAN: delay, jitter, losses, bandwidth, outages.
 
 For machines whose kernel has no netem.  Needs neither privileges nor vLLM.  What it models, per TCP connection:
 
-- Each direction holds every chunk back by half the round trip plus jitter, in order, as TCP delivers it.
+- Each direction holds every chunk back by half the round trip plus jitter, in order, as TCP delivers it.  The jitter is
+  drawn for each chunk and direction, uniform from 0 to ``jitter_ms``: half of that in the mean, and so the mean round
+  trip is ``rtt_ms + jitter_ms``, or a little more where chunks follow so closely that one waits for another.
+- A lost segment is repeated after a round trip or a time-out, and what follows waits: :mod:`.wan_loss` has the model.
 - Setting up a connection costs one round trip (the client's first byte arrives after one and a half).
 - Each direction has a bandwidth, shared by all connections, with a queue of at most :data:`QUEUE_S`.
-- In an outage nothing enters or leaves; connections are accepted and stall.  Nothing is lost, as with TCP's repeats.
+- In an outage nothing enters or leaves; connections are accepted and stall.  Nothing is lost for good.
 - End of stream and reset take as long as data.  A receiver that does not read stops the sender, as a full window would.
 
 It does not model slow start or congestion control: what is seen is a link that is never the bottleneck of a fresh
@@ -23,6 +26,7 @@ from contextlib import suppress
 from random import Random
 from typing import Any, Self
 
+from vllm_wanspec.emulate.wan_loss import LossyPath, Transit
 from vllm_wanspec.emulate.wan_settings import Address, WanSettings
 from vllm_wanspec.errors import ConfigError
 
@@ -47,6 +51,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.bytes = 0  # delivered
+        self.segments_lost = 0
         self.free_at_s = 0.0  # when what was accepted so far has been serialised; loop time
 
     def send(self, size: int, now_s: float, bandwidth_mbit: float | None) -> float:
@@ -61,10 +66,10 @@ class WanProxy:
     """Forward TCP connections to ``target`` as a WAN with these settings would.
 
     ``target``: (host, port) to forward to.  ``listen``: (host, port) to accept on; port 0 picks a free one, see
-    :attr:`address`.  ``rng``: source of the jitter.  ``max_in_flight_bytes``: bound per direction and connection.
-    An unreachable target drops the connection and is logged.  Use it with ``async with``, or start() and close().
-    :attr:`settings`: those in force, for :meth:`update` to change.  :attr:`in_flight_bytes`: held back at present, over
-    all connections and both directions.
+    :attr:`address`.  ``rng``: source of the jitter and the losses.  ``max_in_flight_bytes``: bound per direction and
+    connection.  An unreachable target drops the connection and is logged.  Use it with ``async with``, or start() and
+    close().  :attr:`settings`: those in force, for :meth:`update` to change.  :attr:`in_flight_bytes`: held back at
+    present, over all connections and both directions.
     """
 
     def __init__(
@@ -105,6 +110,11 @@ class WanProxy:
     def bytes_down(self) -> int:
         """Bytes delivered to clients since the start."""
         return self._down.bytes
+
+    @property
+    def segments_lost(self) -> int:
+        """Segments lost since the start, in both directions; one that is lost again counts again."""
+        return self._up.segments_lost + self._down.segments_lost
 
     @property
     def connections_open(self) -> int:
@@ -201,7 +211,7 @@ class WanProxy:
         return asyncio.get_running_loop().time()
 
     def _one_way_s(self) -> float:
-        return (self.settings.rtt_ms / 2 + self._rng.uniform(0.0, self.settings.jitter_ms)) / 1e3
+        return self.settings.one_way_s(self._rng)
 
     async def _wait_until(self, due_s: float) -> None:
         """Wait until this loop time, and then for the end of an outage if there is one."""
@@ -224,8 +234,9 @@ class _Pipe:
         self._lane = lane
         self._source = source
         self._sink = sink
-        self._queue: asyncio.Queue[tuple[float, bytes | None]] = asyncio.Queue()  # (due, chunk; b"" end, None reset)
-        self._last_due_s = 0.0
+        self._path = LossyPath(proxy._rng)
+        self._queue: asyncio.Queue[tuple[Transit, bytes | None]] = asyncio.Queue()  # (…, chunk; b"" end, None reset)
+        self._followed = asyncio.Event()
         self._held_bytes = 0
         self._room = asyncio.Event()
 
@@ -239,7 +250,7 @@ class _Pipe:
             self._hold(-self._held_bytes)
 
     async def _read(self) -> None:
-        """Read chunks and queue each with the time at which it is due at the other end."""
+        """Read chunks, put each on its way to the other end, and queue it until it is due there."""
         proxy, chunk = self._proxy, None
         while chunk != b"":
             await self._wait_for_room()
@@ -250,15 +261,17 @@ class _Pipe:
             self._hold(len(chunk or b""))
             await proxy._wait_until(0.0)
             sent_s = self._lane.send(len(chunk or b""), proxy._now_s(), proxy.settings.bandwidth_mbit)
-            self._last_due_s = max(self._last_due_s, sent_s + proxy._one_way_s())
-            self._queue.put_nowait((self._last_due_s, chunk))
+            transit = self._path.send(len(chunk or b""), sent_s, proxy.settings)
+            self._lane.segments_lost += transit.lost
+            self._queue.put_nowait((transit, chunk))
+            self._followed.set()
             if chunk is None:
                 return
 
     async def _write(self) -> None:
         while True:
-            due_s, chunk = await self._queue.get()
-            await self._proxy._wait_until(due_s)
+            transit, chunk = await self._queue.get()
+            await self._wait_for(transit)
             if chunk is None:
                 raise ConnectionResetError("the other end reset the connection")
             if not chunk:
@@ -273,6 +286,15 @@ class _Pipe:
                 raise
             self._lane.bytes += len(chunk)
             self._hold(-len(chunk))
+
+    async def _wait_for(self, transit: Transit) -> None:
+        """Wait until it is due, which may become earlier while it waits."""
+        while transit.waits and (wait_s := transit.due_s - self._proxy._now_s()) > 0.0:
+            self._followed.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await self._followed.wait()
+        await self._proxy._wait_until(transit.due_s)
 
     async def _wait_for_room(self) -> None:
         while self._held_bytes >= self._proxy.max_in_flight_bytes:

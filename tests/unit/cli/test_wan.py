@@ -45,8 +45,8 @@ async def control(**settings: object) -> AsyncIterator[tuple[aiohttp.ClientSessi
 
 
 def test_control_api() -> None:
-    change = {"rtt_ms": 12, "bandwidth_mbit": 100.0, "outages": [{"start_s": 5000, "duration_s": 1.5}]}
-    changed = {"rtt_ms": 12, "jitter_ms": 1.0, "bandwidth_mbit": 100.0, "outages": change["outages"]}
+    change = {"rtt_ms": 12, "bandwidth_mbit": 100.0, "outages": [{"start_s": 5000, "duration_s": 1.5}], "loss": 0.25}
+    changed = change | {"jitter_ms": 1.0}
 
     async def main() -> None:
         async with control(jitter_ms=1.0) as (client, proxy):
@@ -54,9 +54,13 @@ def test_control_api() -> None:
             answer = await client.patch("/settings", json=change)
             assert (answer.status, await answer.json()) == (200, changed)
             assert await (await client.get("/settings")).json() == changed
-            assert proxy.settings == WanSettings(12, 1.0, 100.0, (Outage(5000, 1.5),))
+            assert proxy.settings == WanSettings(12, 1.0, 100.0, (Outage(5000, 1.5),), 0.25)
+            answer = await client.patch("/settings", json={"jitter_ms": 7.5})
+            assert await answer.json() == changed | {"jitter_ms": 7.5}
+            assert proxy.settings.jitter_ms == 7.5
             counters = await (await client.get("/counters")).json()
             assert counters.pop("elapsed_s") > 0.0
+            assert "segments_lost" in counters
             assert set(counters.values()) == {0}
 
     run(main())
@@ -70,8 +74,17 @@ def test_control_api() -> None:
         ({"rtt_ms": "20"}, "rtt_ms: '20' is not a number"),
         ({"rtt_ms": None}, "rtt_ms: None is not a number"),
         ({"jitter_ms": float("nan")}, "jitter_ms: nan is not a number"),
+        ({"loss": 0.51}, "loss: 0.51 is not a number from 0 to 0.5"),
+        ({"loss": -0.01}, "loss: -0.01 is not a number from 0 to 0.5"),
+        ({"loss": float("nan")}, "loss: nan is not a number from 0 to 0.5"),
+        ({"loss": float("inf")}, "loss: inf is not a number"),
+        ({"loss": 10**400}, "loss: 1000"),
+        ({"loss": "0.1"}, "loss: '0.1' is not a number"),
+        ({"loss": False}, "loss: False is not a number"),
+        ({"loss": None}, "loss: None is not a number"),
+        ({"rtt_ms": 9, "loss": 1}, "loss: 1 is not a number"),
         ({"bandwidth_mbit": 0}, "bandwidth_mbit: 0 is not a number from 0.001"),
-        ({"rtt": 5}, "rtt: no such setting; there are rtt_ms, jitter_ms, bandwidth_mbit, outages"),
+        ({"rtt": 5}, "rtt: no such setting; there are rtt_ms, jitter_ms, bandwidth_mbit, outages, loss"),
         ({"self": 5}, "self: no such setting"),
         ({"outages": 5}, "outages: 5 is not a list"),
         ({"outages": [[1, 2]]}, "outages: [1, 2] is not an entry of a list"),
@@ -89,7 +102,7 @@ def test_control_api_rejects(change: dict[str, object], message: str) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"5", b"\xff\xfe"])
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"5", b"\xff\xfe", b"[" * 100_000])
 def test_control_api_rejects_what_is_not_an_object(body: bytes) -> None:
     async def main() -> None:
         async with control() as (client, _):
@@ -125,6 +138,7 @@ def test_parse_outage_rejects(text: str) -> None:
     ("arguments", "message"),
     [
         ([*ADDRESSES, "--rtt-ms", "-5"], "rtt_ms: -5.0 is not a number from 0 to 60000"),
+        ([*ADDRESSES, "--rtt-ms", "5", "--loss", "1"], "loss: 1.0 is not a number from 0 to 0.5"),
         ([*ADDRESSES, "--rtt-ms", "5", "--outage", "soon"], "--outage: 'soon' is not START:DURATION in seconds"),
         (["--listen", "9000", "--to", "127.0.0.1:9", "--rtt-ms", "5"], "--listen: '9000' is not HOST:PORT"),
         (["--listen", "127.0.0.1:0", "--to", "127.0.0.1:0", "--rtt-ms", "5"], "--to: port 0 is not from 1 to 65535"),
@@ -133,6 +147,18 @@ def test_parse_outage_rejects(text: str) -> None:
 def test_bad_arguments(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, arguments)
     assert (result.exit_code, result.output) == (2, f"wanspec wan: {message}\n")
+
+
+def test_options_reach_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[WanProxy] = []
+
+    async def serve(proxy: WanProxy, _: object) -> None:
+        served.append(proxy)
+
+    monkeypatch.setattr(sys.modules[wan.__module__], "_serve", serve)
+    options = ["--rtt-ms", "5", "--jitter-ms", "2", "--loss", "0.01", "--bandwidth-mbit", "8", "--outage", "1:2"]
+    assert CliRunner().invoke(app, [*ADDRESSES, *options]).exit_code == 0
+    assert [proxy.settings for proxy in served] == [WanSettings(5.0, 2.0, 8.0, (Outage(1.0, 2.0),), 0.01)]
 
 
 @pytest.mark.parametrize("option", ["--listen", "--control"])

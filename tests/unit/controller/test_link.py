@@ -10,12 +10,14 @@ from aiohttp import web
 from conftest import LogLines
 from links import TOY, WELCOME, User, running
 from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, limits, wait_until
+from wan_ends import far_away
 
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
 from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Welcome, decode, encode
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.emulate.wan_settings import WanSettings
 from vllm_wanspec.sim.service import Handler
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -47,6 +49,34 @@ def test_the_round_trip_is_measured(server: DrafterServer, monkeypatch: pytest.M
         first = link.rtt_s
         wait_until(lambda: link.rtt_s not in (first, 0.0))
         assert 0.0 < link.rtt_s < 2.0
+
+
+def test_the_round_trip_is_that_of_the_way(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.02)
+    firsts_ms: list[float] = []
+    pong_bytes = len(encode([Pong(int(time.monotonic() * 1e6))]))
+
+    class Noting(User):
+        def link_ready(self, link: DrafterLink) -> None:
+            firsts_ms.append(1e3 * link.rtt_s)
+            super().link_ready(link)
+
+    user = Noting()
+    with far_away(server.port, WanSettings(rtt_ms=200.0)) as port:
+        link = DrafterLink(
+            DraftEndpoint(name="eu", url=f"http://127.0.0.1:{port}"), FINGERPRINT, user, random.Random(1)
+        )
+        thread = LinkThread([link])
+        thread.start()
+        try:
+            wait_until(lambda: user.ready)
+            greeted_bytes = link.received_bytes
+            wait_until(lambda: link.received_bytes >= greeted_bytes + 40 * pong_bytes)  # 0.5 % of the first is left
+            wait_until(lambda: 1e3 * link.rtt_s < 300.0)
+            assert 1e3 * link.rtt_s >= 199.0
+        finally:
+            thread.stop()
+    assert 199.0 <= firsts_ms[0] < 350.0
 
 
 def test_nothing_is_sent_before_flush_and_order_is_kept(server: DrafterServer) -> None:

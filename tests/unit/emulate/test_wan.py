@@ -1,88 +1,29 @@
 """The WAN proxy, with real sockets on the loopback.
 
 Times are compared by medians with wide margins: a lower bound is what the proxy promises, the upper one only guards
-against delaying several times over.
+against delaying several times over; test_wan_delay.py is exact.
 """
 
 import asyncio
 import hashlib
 import random
 import socket
-import statistics
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from time import monotonic
 
 import pytest
+from wan_ends import connection, echo, median_round_trip_ms, round_trip_ms, run, target, until
 
-from vllm_wanspec.emulate.wan import WanProxy, precise_loop
+from vllm_wanspec.emulate.wan import WanProxy
 from vllm_wanspec.emulate.wan_settings import Outage, WanSettings
 from vllm_wanspec.errors import ConfigError
 
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 LATE_MS = 120.0  # what a busy machine may add to a median
-
-
-@asynccontextmanager
-async def target(handler: Handler) -> AsyncIterator[tuple[str, int]]:
-    """A TCP server whose connections are closed when their handler ends."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await handler(reader, writer)
-        except ConnectionError:
-            pass
-        finally:
-            writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()
-    finally:
-        server.close()
-
-
-@asynccontextmanager
-async def connection(proxy: WanProxy) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    reader, writer = await asyncio.open_connection(*proxy.address)
-    try:
-        yield reader, writer
-    finally:
-        writer.transport.abort()
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
 
 
 def make_proxy(address: tuple[str, int], max_in_flight_bytes: int = 1 << 22, **settings: object) -> WanProxy:
     wan = WanSettings().changed(**settings)
     return WanProxy(address, wan, rng=random.Random(7), max_in_flight_bytes=max_in_flight_bytes)
-
-
-async def round_trip_ms(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> float:
-    started_s = monotonic()
-    writer.write(b"x")
-    assert await reader.readexactly(1) == b"x"
-    return (monotonic() - started_s) * 1e3
-
-
-async def median_round_trip_ms(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: int = 5) -> float:
-    return statistics.median([await round_trip_ms(reader, writer) for _ in range(count)])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Let the event loop turn until this holds; the limit is that of run()."""
-    while not condition():
-        await asyncio.sleep(0)
-
-
-def run(main: Awaitable[None]) -> None:
-    with asyncio.Runner(loop_factory=precise_loop) as runner:
-        runner.run(asyncio.wait_for(main, 30.0))
 
 
 @pytest.mark.parametrize("rtt_ms", [0.0, 10.0, 50.0])

@@ -17,12 +17,33 @@ TIMEOUT_S = 5.0
 POLL_S = 0.05
 #: How long a link may take to come up again and to measure the round trip.
 LINK_DEADLINE_S = 20.0
-NEAR_MS, NEAR_SHARE, NEAR_ZERO_MS = 2.0, 0.1, 3.0
+#: What a link measures may differ from R by so much and this share of R; a run in which it differs by more is invalid.
+R_TOLERANCE_MS = 2.0
+R_TOLERANCE_SHARE = 0.05
+
+
+def expected_ms(rtt_ms: float, jitter_ms: float = 0.0) -> float:
+    """Return the mean round trip through the proxy.
+
+    The jitter of each direction is drawn uniformly from 0 to ``jitter_ms``: half of that in the mean, twice per trip.
+    """
+    return rtt_ms + jitter_ms
+
+
+def is_off(measured_ms: float, rtt_ms: float) -> bool:
+    """Whether a measured round trip is not the one that was set.
+
+    Args:
+        measured_ms: What a link measures, smoothed.
+        rtt_ms: The mean that is to be expected, jitter included (`expected_ms`).  Losses are not: a ping that waited
+            for a time-out counts for half a minute, so judge what is measured before there are any, as `Wan.set` does.
+    """
+    return not abs(measured_ms - rtt_ms) <= R_TOLERANCE_MS + R_TOLERANCE_SHARE * rtt_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Wan:
-    """Sets the round trip of the WAN proxy.
+    """Sets round trip, jitter and losses of the WAN proxy, and reads what the links measure.
 
     Args:
         http: Open aiohttp session.
@@ -36,18 +57,44 @@ class Wan:
     metrics: Sequence[str]
     check_alive: Callable[[], None] = lambda: None
 
-    async def set(self, rtt_ms: float) -> bool:
-        """Change the round trip, and wait until every link has connected anew and measured it.
+    async def set(self, rtt_ms: float, jitter_ms: float = 0.0, loss: float = 0.0) -> bool:
+        """Change the WAN, and wait until every link has connected anew and measured the round trip.
 
-        A running link would go on averaging over the former one for half a minute.
+        A running link would go on averaging over the former one for half a minute.  Losses begin once it is measured.
+
+        Args:
+            rtt_ms: Round trip without jitter.
+            jitter_ms: Greatest extra delay per direction.
+            loss: Probability that a segment is lost, 0 to 0.5.
 
         Returns:
-            Whether all of them measure about this round trip, within a bounded time.
+            Whether all of them measure this round trip (`is_off`), within a bounded time.
 
         Raises:
             ClientError: The proxy cannot be changed, or a link did not come up again.
         """
-        await self._ask("PATCH", "/settings", {"rtt_ms": rtt_ms})
+        await self._ask("PATCH", "/settings", {"rtt_ms": rtt_ms, "jitter_ms": jitter_ms, "loss": 0.0})
+        measured = await self._connect_anew(expected_ms(rtt_ms, jitter_ms))
+        if loss:
+            await self._ask("PATCH", "/settings", {"loss": loss})
+        return measured
+
+    async def measured_ms(self) -> dict[str, float]:
+        """Return the smoothed round trip that each controller's link measures, by metrics URL.
+
+        Raises:
+            ClientError: A controller's metrics cannot be read, or say nothing of the drafter.
+        """
+        measured = {}
+        for url in self.metrics:
+            rtt_s = (await self._link_samples(url)).get("wanspec_drafter_rtt_seconds")
+            if rtt_s is None:
+                raise ClientError(f"{url}: no round trip of {DRAFTER_NAME}")
+            measured[url] = 1000.0 * rtt_s
+        return measured
+
+    async def _connect_anew(self, rtt_ms: float) -> bool:
+        """Reset all connections; whether all links come to measure this round trip."""
         before = (await self._ask("DELETE", "/connections"))["connections_total"]
         end_s = time.monotonic() + LINK_DEADLINE_S
         while True:
@@ -63,10 +110,13 @@ class Wan:
         raise ClientError(f"the link to the drafter was not up {LINK_DEADLINE_S:.0f} s after the WAN was changed")
 
     async def _is_near(self, url: str, rtt_ms: float) -> bool:
-        labels_of = {name: value for name, _, value in await read_samples(self.http, url, "wanspec_drafter_")}
-        measured_ms = 1000.0 * labels_of.get("wanspec_drafter_rtt_seconds", 0.0)
-        near_ms = max(NEAR_MS, NEAR_SHARE * rtt_ms) if rtt_ms else NEAR_ZERO_MS
-        return labels_of.get("wanspec_drafter_up") == 1.0 and abs(measured_ms - rtt_ms) <= near_ms
+        link = await self._link_samples(url)
+        measured_ms = 1000.0 * link.get("wanspec_drafter_rtt_seconds", 0.0)
+        return link.get("wanspec_drafter_up") == 1.0 and not is_off(measured_ms, rtt_ms)
+
+    async def _link_samples(self, url: str) -> dict[str, float]:
+        samples = await read_samples(self.http, url, "wanspec_drafter_")
+        return {name: value for name, labels, value in samples if labels.get("drafter") == DRAFTER_NAME}
 
     async def _ask(self, method: str, path: str, body: Mapping[str, float] | None = None) -> dict[str, float]:
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
