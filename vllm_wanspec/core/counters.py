@@ -35,7 +35,6 @@ class Counters:
         wait_seconds: Time of those waits.
         opened_sessions: Sessions opened, again after a lost link included.
         rejected_sessions: Rejects received.
-        local_draft_passes: Forward passes of a draft model on the target's side.
     """
 
     steps: int = 0
@@ -57,7 +56,6 @@ class Counters:
     wait_seconds: float = 0.0
     opened_sessions: int = 0
     rejected_sessions: int = 0
-    local_draft_passes: int = 0
 
     def items(self) -> list[tuple[str, float]]:
         """Names and values."""

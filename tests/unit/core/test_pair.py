@@ -275,4 +275,3 @@ def test_generated_histories() -> None:
     for name in ENOUGH:
         assert totals[name] >= 100, (name, totals[name])
     assert {f"reject {code}" for code in REJECT_CODES} <= set(totals)
-    assert totals["local_draft_passes"] == 0
