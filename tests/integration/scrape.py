@@ -82,6 +82,27 @@ async def drafts_decide(
     assert drafts.rejected >= rejected, f"vacuous: only {drafts.rejected} drafts rejected"
 
 
+@asynccontextmanager
+async def each_is_somebody_s(http: aiohttp.ClientSession, target: Target) -> AsyncIterator[None]:
+    """Fail a block in which the controller does not say of each draft that vLLM accepted who made it."""
+    accepted, made = (await read_drafts(http, target)).accepted, await _makers(http, target)
+    yield
+
+    async def same() -> bool:
+        count = (await read_drafts(http, target)).accepted - accepted
+        by_maker = [now - then for now, then in zip(await _makers(http, target), made, strict=True)]
+        print(f"accepted {count}; by main line, branch and lookup: {by_maker}")
+        return count == sum(by_maker)
+
+    await until(same, "vLLM's count of accepted drafts is the controller's", limit_s=5.0)
+
+
+async def _makers(http: aiohttp.ClientSession, target: Target) -> list[float]:
+    """Accepted draft tokens of the main line, of branches and of prompt lookup, as the controller counts them."""
+    page = await wanspec_page(http, target)
+    return [page.get(f"wanspec_accepted_{maker}_total") for maker in ("main_line", "branch", "lookup")]
+
+
 async def until(condition: Callable[[], Awaitable[bool]], what: str, limit_s: float = WAIT_S) -> None:
     """Wait until a condition holds; fail after ``limit_s`` seconds."""
     deadline_s = time.monotonic() + limit_s

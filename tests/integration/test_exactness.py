@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 
 from .fleet import Target
-from .scrape import drafts_decide, is_up, until
+from .scrape import drafts_decide, each_is_somebody_s, is_up, until
 from .workload import PlainTruth, Request, client_of, run_staggered, vary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -27,7 +27,7 @@ def test_staggered_greedy_requests_are_exact(
     async def main() -> None:
         async with aiohttp.ClientSession() as http:
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
-            async with drafts_decide(http, wanspec):
+            async with drafts_decide(http, wanspec), each_is_somebody_s(http, wanspec):
                 run = await run_staggered(client_of(http, wanspec), requests, AT_ONCE)
             assert run.most_at_once >= 4
             await plain.check(http, requests, run.done())
@@ -47,7 +47,7 @@ def test_greedy_requests_batched_with_sampled_ones_are_exact(
     async def main() -> None:
         async with aiohttp.ClientSession() as http:
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
-            async with drafts_decide(http, wanspec, accepted=500 + sampled_tokens):
+            async with drafts_decide(http, wanspec, accepted=500 + sampled_tokens), each_is_somebody_s(http, wanspec):
                 run = await run_staggered(client_of(http, wanspec), mixed, 8)
             pairs = list(zip(mixed, run.done(), strict=True))
             await plain.check(http, greedy, [got for request, got in pairs if request.temperature == 0.0])

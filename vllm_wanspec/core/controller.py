@@ -4,6 +4,7 @@ It is told what the target has verified and what the drafter sent, and answers w
 drafts for the target. It outlives links: without one it only keeps the context, and `open` begins anew elsewhere.
 """
 
+import sys
 from collections.abc import Sequence
 from math import inf
 
@@ -20,6 +21,7 @@ from vllm_wanspec.errors import RemoteProtocolError
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
 _SERVED, _BLIND = ControllerState.SERVED, ControllerState.BLIND  # to look them up takes long, on the serving path
+_ALL_IDS = sys.maxsize
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -32,6 +34,8 @@ class ControllerSession:
     __slots__ = (
         "_clock",
         "_context",
+        "_last_branch_id",
+        "_left_at",
         "_number",
         "_prompt_length",
         "_rejects",
@@ -58,6 +62,8 @@ class ControllerSession:
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
         self._tree: DraftTree | None = None
+        self._last_branch_id = 0  # Nodes up to this one are a side branch's: all, until the drafter knows …
+        self._left_at = 0  # … the text up to here.
         self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
         self._reopen_at = 0.0
         self._rejects = 0
@@ -103,6 +109,7 @@ class ControllerSession:
             max_nodes=limits.max_nodes,
             calibration=self._shared.calibration,
         )
+        self._last_branch_id = 0
         self._clock = AnswerClock(turnaround, len(self._context))
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self._context), limits)
@@ -114,11 +121,13 @@ class ControllerSession:
             tokens: In order; at least one.
             now: Seconds.
             draft: The last one made since the commit before, whether or not the target got it: what prompt lookup
-                guessed in it is judged.
+                guessed in it is judged, and what the target took of it is counted.
         """
         counters = self._shared.counters
         position = len(self._context)
         self._context.extend(tokens)
+        if len(tokens) > 1:
+            counters.took(draft, len(tokens) - 1)
         if draft.guess:
             before = len(draft.drafted)
             if list(tokens[:before]) == draft.drafted:
@@ -151,7 +160,11 @@ class ControllerSession:
             return
         if message.seen > tree.committed_length:
             raise RemoteProtocolError(f"nodes claim commit position {message.seen} of {tree.committed_length}")
+        if self._last_branch_id == _ALL_IDS and message.seen >= self._left_at:
+            self._last_branch_id = tree.last_id
         appended = tree.append(message.nodes)
+        if appended.aside:
+            self._last_branch_id, self._left_at = _ALL_IDS, appended.aside
         self.changed = True
         self._rejects = 0
         counters = self._shared.counters
@@ -176,7 +189,12 @@ class ControllerSession:
         tree = self._tree
         if tree is None or self._state is not _SERVED:
             return NO_DRAFT
-        return Draft(*tree.draft(limit, least))
+        if not self._last_branch_id:
+            return Draft(*tree.draft(limit, least))
+        if tree.cursor.id >= self._last_branch_id:
+            self._last_branch_id = 0
+        drafted, expected, chance = tree.draft(limit, least)
+        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, len(drafted)))
 
     def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
@@ -220,6 +238,7 @@ class ControllerSession:
             self._clock.asked(len(self._context), now)
         if committed.missed:
             self._clock.line_left()
+            self._last_branch_id, self._left_at = _ALL_IDS, len(self._context)
         if self.window is not None:
             self.window.observe(committed.followed, committed.missed, self._shared.cost)
 

@@ -14,6 +14,7 @@ class Draft(NamedTuple):
         chance: Chance that it takes all of ``drafted``.
         guess: Token ids that prompt lookup goes on with.
         match: Tokens of the match that they followed; 0 without one.
+        branch: How many of ``drafted``, counted from the first, are a side branch's; see `Counters.accepted_branch`.
     """
 
     drafted: list[int]
@@ -21,6 +22,7 @@ class Draft(NamedTuple):
     chance: float
     guess: tuple[int, ...] = ()
     match: int = 0
+    branch: int = 0
 
     @property
     def tokens(self) -> list[int]:

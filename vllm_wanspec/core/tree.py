@@ -70,13 +70,15 @@ class Appended:
 
     A position is late whose drafts (one, or several alternatives) arrived after it was committed, right or wrong;
     ``late_hits`` of them were right. Nodes below a wrong path that was dropped are stale, not late: no arrival could
-    have made them of use.
+    have made them of use. ``aside`` is the position of the last of those hits that was an alternative, and not the most
+    probable token of its position, which comes first; 0 without one.
     """
 
     added: int
     stale: int
     late: int
     late_hits: int
+    aside: int = 0
 
 
 class Committed(NamedTuple):
@@ -160,8 +162,8 @@ class DraftTree:
         """
         self.prune()
         nodes, pending = self._nodes, self._pending
-        added = stale = late = late_hits = 0
-        late_parent = -1
+        added = stale = late = late_hits = aside = 0
+        late_parent = late_first = -1
         for record in records:
             number, parent_id, token, _, _ = record
             if not (0 <= parent_id <= self._last_id < number and 0 <= token < self._vocab_size):
@@ -169,7 +171,7 @@ class DraftTree:
             self._last_id = number
             parent = nodes.get(parent_id)
             if parent is not None and pending and parent_id != late_parent and not record.is_echo:
-                late_parent = parent_id
+                late_parent, late_first = parent_id, number
                 late += 1
             if parent is None or (pending and token != pending[0]):
                 stale += 1
@@ -179,7 +181,9 @@ class DraftTree:
             if pending:
                 node = self._attach(parent, record)
                 pending.popleft()
-                late_hits += not record.is_echo
+                if not record.is_echo:
+                    late_hits += 1
+                    aside = aside if number == late_first else node.position
                 del nodes[parent_id]
                 self._cursor, node.parent = node, None
             elif len(nodes) > self._max_nodes:
@@ -187,7 +191,7 @@ class DraftTree:
             else:
                 self._attach(parent, record)
                 added += 1
-        return Appended(added, stale, late, late_hits)
+        return Appended(added, stale, late, late_hits, aside)
 
     def commit(self, tokens: Iterable[int]) -> Committed:
         """Move the cursor along verified tokens; in time proportional to their number."""
@@ -233,6 +237,15 @@ class DraftTree:
             path.append(node)
             node = node.best
         return path
+
+    def drafted_until(self, last_id: int, limit: int) -> int:
+        """How many of `best_path`'s nodes have ids up to ``last_id``: the first ones, since ids rise along a path."""
+        count = 0
+        node = None if self._pending else self._cursor.best
+        while node is not None and count < limit and node.id <= last_id:
+            count += 1
+            node = node.best
+        return count
 
     def draft(self, limit: int, least: float = 0.0) -> tuple[list[int], float, float]:
         """Tokens of the most probable continuation, for verification.

@@ -15,6 +15,7 @@ from random import Random
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.events import RecordedControllerSession, header
 from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
@@ -193,13 +194,13 @@ class Pair:
             request.accepted += len(tokens) - 1
             self.seen["drafted"] += 0 if withhold else len(draft)
             self.seen["accepted"] += len(tokens) - 1
-            self.commit(request, tokens)
+            self.commit(request, tokens, made)
 
-    def commit(self, request: Request, tokens: list[int]) -> None:
-        """The target has verified tokens of a request, whether a draft had them or not."""
+    def commit(self, request: Request, tokens: list[int], draft: Draft = NO_DRAFT) -> None:
+        """The target has verified tokens of a request, whether a draft, the last one made, had them or not."""
         request.context += tokens
         with self.called(request.session):
-            message = request.session.commit(tokens, self.now_s)
+            message = request.session.commit(tokens, self.now_s, draft)
         if message is not None:
             self.post(request, message)
         else:

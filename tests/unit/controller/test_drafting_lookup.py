@@ -20,6 +20,7 @@ def test_without_a_drafter_the_text_itself_is_looked_up() -> None:
         assert handed_out(pool, [("a", [4, 5, 7])]) == [[]]
         counters = pool.counters
         assert (counters.fallback_tokens, counters.fallback_hits, counters.offered_tokens) == (4, 2, 4)
+        assert (counters.accepted_main_line, counters.accepted_branch, counters.accepted_lookup) == (0, 0, 2)
 
 
 def test_it_can_be_switched_off() -> None:

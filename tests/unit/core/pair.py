@@ -1,6 +1,7 @@
 """A `Pair` of real sessions that checks at every call what must always hold; `pair_checks` has the rules."""
 
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ import pair_checks as rules
 from toys import VOCAB_SIZE, toy
 
 from vllm_wanspec.core.controller import ControllerSession
-from vllm_wanspec.core.drafter import Action, DrafterSession, StartBranch, StopBranch
+from vllm_wanspec.core.draft import NO_DRAFT, Draft
+from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Reject
 from vllm_wanspec.core.states import ControllerState, DrafterState
 from vllm_wanspec.core.tree import main_line_tip
@@ -42,6 +44,8 @@ class CheckedConnection(Connection):
         self._watched: dict[int, tuple[DrafterSession, rules.DrafterWatch]] = {}
         self._stopped: tuple[int, int] | None = None
         self._started: list[StartBranch] = []
+        self.aside: dict[int, set[int]] = {}
+        """By session the ids of nodes that were not drafted at the end of its main line."""
 
     def check(self) -> None:
         """Everything that holds at any moment."""
@@ -74,6 +78,15 @@ class CheckedConnection(Connection):
         super().resize(width)
         for session in self._sessions.values():
             assert session.width == max(1, min(width, session.limits.running_branches))
+
+    def drafted(self, number: int, branch: int, steps: Sequence[DraftStep]) -> None:
+        session = self._sessions.get(number)
+        if session is None:
+            return
+        beside, first = branch != _main_branch(session), session.tree.last_id + 1
+        super().drafted(number, branch, steps)
+        if beside:
+            self.aside.setdefault(number, set()).update(range(first, session.tree.last_id + 1))
 
     def ended(self, number: int, branch: int) -> None:
         super().ended(number, branch)
@@ -172,11 +185,15 @@ class World(Pair):
             self.connection.late_output()
         super().exchange()
 
-    def commit(self, request: Request, tokens: list[int]) -> None:
+    def commit(self, request: Request, tokens: list[int], draft: Draft = NO_DRAFT) -> None:
         counters, session = self.shared.counters, request.session
         hits_in_branches, number = counters.branch_hits, request.number
         self._posted = None
-        super().commit(request, tokens)
+        accepted = rules.accepted(counters) + (len(tokens) - 1 if draft.tokens else 0)
+        if draft.drafted and self.connection is not None and not self.poisoned:
+            rules.check_sources(session, draft, self.connection.aside.get(number or 0, set()))
+        super().commit(request, tokens, draft)
+        assert rules.accepted(counters) == accepted
         assert session.length == len(request.context)
         if counters.branch_hits > hits_in_branches and session.tree is not None:
             self.seen["drafts right after a re-root"] += bool(session.tree.best_path(1))

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from toys import VOCAB_SIZE
 
 from vllm_wanspec.core.controller import ControllerSession
+from vllm_wanspec.core.counters import Counters
+from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.drafter import DrafterSession, StartBranch
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.states import CONTROLLER_TABLE, DRAFTER_TABLE, ControllerState, DrafterState
@@ -36,6 +38,19 @@ def check_controller(session: ControllerSession, max_nodes: int, length: int) ->
         assert live <= max_nodes
         assert all(node.token < VOCAB_SIZE for node in tree._nodes.values())
         assert len(tree._walked) <= 2 * max_nodes + 1  # what lazy pruning may leave behind
+
+
+def accepted(counters: Counters) -> int:
+    """Draft tokens that the target took, whoever made them."""
+    return counters.accepted_main_line + counters.accepted_branch + counters.accepted_lookup
+
+
+def check_sources(session: ControllerSession, draft: Draft, aside: set[int]) -> None:
+    """A draft's first tokens are a branch's as far as the drafter drafted them ``aside``, by their nodes' ids."""
+    assert session.tree is not None
+    path = session.tree.best_path(len(draft.drafted))
+    assert [node.token for node in path] == draft.drafted
+    assert [node.id in aside for node in path] == [index < draft.branch for index in range(len(path))]
 
 
 class DrafterWatch:

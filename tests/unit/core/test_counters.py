@@ -8,7 +8,7 @@ def test_counters_are_listed_by_name() -> None:
     counters = Counters(hits=3)
     listed = dict(counters.items())
     assert listed["hits"] == 3
-    assert listed["local_draft_passes"] == 0
+    assert listed["accepted_main_line"] == listed["accepted_branch"] == listed["accepted_lookup"] == 0
     assert all(isinstance(value, int | float) for value in listed.values())
 
 

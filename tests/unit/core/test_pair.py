@@ -45,6 +45,7 @@ ENOUGH = (
     "late_drafts",
     "rejected_sessions",
     "accepted",
+    "accepted_branch",
     "garbage refused",
     "garbage accepted",
     "repeated commits",
@@ -275,4 +276,4 @@ def test_generated_histories() -> None:
     for name in ENOUGH:
         assert totals[name] >= 100, (name, totals[name])
     assert {f"reject {code}" for code in REJECT_CODES} <= set(totals)
-    assert totals["local_draft_passes"] == 0
+    assert totals["accepted_main_line"] + totals["accepted_branch"] == totals["accepted"]

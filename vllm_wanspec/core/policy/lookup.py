@@ -109,7 +109,7 @@ def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: 
         limit: Most tokens of both.
         least: The guess ends where the chance that the target takes all of the draft falls below this.
     """
-    drafted, expected, chance, _, _ = draft
+    drafted, expected, chance, _, _, branch = draft
     if expected < POOR_DRAFT_TOKENS:
         match, guess, worth = _guess(text, rates, [], 1.0, limit, least)
         if worth > expected:
@@ -117,7 +117,7 @@ def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: 
         if not drafted:
             return Draft([], expected + worth, 1.0, guess, match)
     match, guess, worth = _guess(text, rates, drafted, chance, limit, least)
-    return Draft(drafted, expected + worth, chance, guess, match)
+    return Draft(drafted, expected + worth, chance, guess, match, branch)
 
 
 def _guess(

@@ -16,7 +16,7 @@ from vllm_wanspec.lab.harness.scrape import read_samples
 
 VLLM_PREFIX = "vllm:spec_decode_"
 VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-REMOTE_COUNTERS = (*CONTROLLER_COUNTERS, "local_draft_passes")
+REMOTE_COUNTERS = CONTROLLER_COUNTERS
 #: After a request its session ends once word has crossed the WAN; counters rise until then.
 SETTLE_MIN_S = 0.1
 SETTLE_MAX_S = 1.0

@@ -23,7 +23,7 @@ def test_counters_are_read_from_target_controller_and_drafter_once_they_rest() -
             "vllm:spec_decode_num_accepted_tokens_total 7\n"
             'vllm:spec_decode_num_accepted_tokens_per_pos_total{p="0"} 3\n'
         ),
-        "/controller": lambda: "wanspec_hits_total 4\nwanspec_local_draft_passes_total 0\nwanspec_x_total 1\n",
+        "/controller": lambda: "wanspec_hits_total 4\nwanspec_accepted_lookup_total 2\nwanspec_x_total 1\n",
         "/drafter": lambda: f"wanspec_drafted_tokens_total {next(drafted)}\n",
     }
 
@@ -36,7 +36,7 @@ def test_counters_are_read_from_target_controller_and_drafter_once_they_rest() -
                 "num_draft_tokens": 12.0,
                 "num_accepted_tokens": 7.0,
                 "hits": 4.0,
-                "local_draft_passes": 0.0,
+                "accepted_lookup": 2.0,
                 "drafted_tokens": 18.0,
             }
             assert next(drafted) == 99
