@@ -61,10 +61,9 @@ bench-width: install  ## what running branches cost the drafter (about six minut
 	$(BIN)/python -m vllm_wanspec.lab.drafter.width --json docs/results/width.json --markdown docs/results/width.md
 	echo "make bench-width: $$SECONDS s"
 
-# Docs that are made from the code; a test says when they are behind.
-docs: install  ## the generated parts of docs/
-	@$(BIN)/python -c "from pathlib import Path; from vllm_wanspec.core.states import states_markdown; \
-	Path('docs/states.md').write_text(states_markdown(), encoding='utf-8')"
+# Figures come from docs/results, states from the code; a test says when a page is behind.
+docs: install  ## the generated parts of the pages: figures, states
+	@$(BIN)/python scripts/make_docs.py
 
 # No server is started; about three minutes on two cores.
 unit: install  ## unit tests alone (about three minutes)

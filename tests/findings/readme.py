@@ -1,4 +1,4 @@
-"""The repository's own words: its README by sections, its results."""
+"""The repository's own words: its pages, its README by sections, its results."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,14 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
+def page(path: str) -> str:
+    """A page with a single space wherever it has any."""
+    return " ".join((ROOT / path).read_text(encoding="utf-8").split())
+
+
 def readme() -> str:
     """README.md with a single space wherever it has any."""
-    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    return page("README.md")
 
 
 def section(title: str) -> str:

@@ -1,7 +1,7 @@
 """A copy of a draft tree, rebuilt from a log, in which every node tells at the end what became of it.
 
 The tree of `core` forgets what a commit rules out; here it is kept, because that is what the page shows. It follows the
-same rules (`docs/architecture.md`, the draft tree), but takes whatever the log has: there is no peer to blame.
+same rules (`architecture.md`, the draft tree), but takes whatever the log has: there is no peer to blame.
 """
 
 from collections import deque

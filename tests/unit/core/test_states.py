@@ -23,7 +23,7 @@ from vllm_wanspec.core.states import (
 )
 from vllm_wanspec.core.turnaround import Turnaround
 
-DOCS = Path(__file__).parents[3] / "docs" / "states.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference" / "states.md"
 
 
 def test_the_docs_are_those_made_from_the_tables() -> None:

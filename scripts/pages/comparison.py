@@ -1,0 +1,218 @@
+"""Blocks of the comparison with what a user would run otherwise: ``docs/results/bench.json``."""
+
+from __future__ import annotations
+
+from pages.results import (
+    CO_LOCATED,
+    CO_LOCATED_LOOKUP,
+    NO_LOOKUP,
+    NOT_MEASURED,
+    WITH_LOOKUP,
+    Results,
+    Row,
+    number,
+    quotient,
+    ratio,
+    table,
+    used,
+)
+
+README_RTTS_MS = (0.0, 30.0, 70.0)
+ARMS = {
+    "none": ("plain vLLM", "no"),
+    "none_constrained": ("plain vLLM as remote drafts need it", "no"),
+    "ngram": ("vLLM's prompt lookup", "vLLM's"),
+    "lookup": ("our prompt lookup, no drafter", "ours"),
+    CO_LOCATED: ("co-located draft model", "no"),
+    CO_LOCATED_LOOKUP: ("co-located draft model", "ours"),
+    NO_LOOKUP: ("**remote**", "no"),
+    WITH_LOOKUP: ("**remote**", "ours"),
+}
+"""The arms that are shown: what each is, and which prompt lookup it has."""
+
+
+def five_rows(results: Results) -> str:
+    """README's table: everything without prompt lookup at the left, with it at the right."""
+
+    def line(name: str, plain: Row, helped: Row) -> list[str]:
+        return [
+            name,
+            number(plain.get("tpot_ms"), 2),
+            ratio(plain, "ratio_to_draft_model", "ratio_ci"),
+            number(helped.get("tpot_ms"), 2),
+            ratio(helped, "ratio_to_draft_model_lookup", "lookup_ci"),
+            passes(plain, helped),
+        ]
+
+    row = results.bench_row
+    lines = [
+        line("plain vLLM", row("none"), row("lookup")),
+        line("co-located draft model", row(CO_LOCATED), row(CO_LOCATED_LOOKUP)),
+    ]
+    lines += [line(f"**remote, R = {rtt:g} ms**", row(NO_LOOKUP, rtt), row(WITH_LOOKUP, rtt)) for rtt in README_RTTS_MS]
+    titles = (
+        "",
+        "no lookup: ms per token",
+        "÷ co-located without lookup (95 %)",
+        "with lookup: ms per token",
+        "÷ co-located with lookup (95 %)",
+        "draft passes on the target's side",
+    )
+    return (
+        f"{table(titles, lines)}\n\nOne stream. In the left half no arm has prompt lookup, in the right half every "
+        "arm has ours, "
+        f"plain and co-located too. {results.conditions()} Source: {results.source('bench')}."
+    )
+
+
+def passes(*rows: Row) -> str:
+    """Return how often a draft model ran on the target's side, over all rows that were measured."""
+    known = [row["local_draft_passes"] for row in rows if row.get("local_draft_passes") is not None]
+    return number(sum(known)) if known else NOT_MEASURED
+
+
+def crossover(results: Results) -> str:
+    """Say from which round trip on the co-located model is as good, lookup on neither side."""
+    pacing = results["bench"]["pacing"]["target"].split("+")
+    steps = 100.0 / sum(map(float, pacing))
+    as_good = [
+        rtt
+        for rtt in results.rtts(NO_LOOKUP)
+        if (results.bench_row(NO_LOOKUP, rtt).get("ratio_ci") or (0, 0))[1] >= 1.0
+    ]
+    if not results.has_lookup_apart():
+        found = "from which R on a co-located model is as good was not measured without lookup"
+    elif as_good:
+        found = f"a co-located model is as good from R = {as_good[0]:g} ms on, without lookup on either side"
+    else:
+        found = f"a co-located model was as good at no R up to {results.rtts(NO_LOOKUP)[-1]:g} ms, without lookup"
+    return f"For the demo pair, {found}; R = 100 ms is {steps:.2f} target steps ({results.source('bench')})."
+
+
+def useless_drafter(results: Results) -> str:
+    """Say what a drafter that is dead, or sends random tokens, costs; with lookup on it would not show."""
+    if not results.has_lookup_apart():
+        return f"What a dead or useless drafter costs was not measured without lookup ({results.source('bench')})."
+    dead, random = (
+        ratio(results.bench_row(arm), "ratio_to_none", "none_ci") for arm in ("wanspec_dead", "wanspec_random")
+    )
+    return (
+        f"Time per token ÷ plain vLLM (95 %), paced, without lookup: drafter dead {dead}, drafter sending random "
+        f"tokens {random} ({results.source('bench')})."
+    )
+
+
+def bench_main(results: Results) -> str:
+    """Every arm and round trip of the single stream."""
+    lines = []
+    for arm, (name, lookup) in ARMS.items():
+        rows = [row for row in results["bench"]["rows"] if row["arm"] == arm and row["concurrency"] == 1]
+        lines += [[name, lookup, _rtt(row), *_main_cells(row)] for row in rows]
+        if not rows and arm != "none_constrained":
+            lines.append([name, lookup, "", NOT_MEASURED, *[""] * 7])
+    titles = (
+        "",
+        "lookup",
+        "R ms",
+        "ms per token",
+        "÷ co-located without lookup (95 %)",
+        "÷ co-located with lookup (95 %)",
+        "÷ plain (95 %)",
+        "tokens per step",
+        "accepted: main line, branch, lookup",
+        "between tokens, ms: p50, p95, p99",
+        "draft passes on the target's side",
+    )
+    return f"{table(titles, lines, 2)}\n\n{results.conditions()} Source: {results.source('bench')}."
+
+
+def _rtt(row: Row) -> str:
+    return "" if row["rtt_ms"] is None else f"{row['rtt_ms']:g}"
+
+
+def _main_cells(row: Row) -> list[str]:
+    accepted = [row.get(f"accepted_{who}") for who in ("main_line", "branch", "lookup")]
+    between = [row.get(f"{name}_ms") for name in ("p50", "p95", "p99")]
+    return [
+        number(row["tpot_ms"], 2),
+        ratio(row, "ratio_to_draft_model", "ratio_ci"),
+        ratio(row, "ratio_to_draft_model_lookup", "lookup_ci"),
+        ratio(row, "ratio_to_none", "none_ci"),
+        number(row.get("tokens_per_step"), 2),
+        NOT_MEASURED if None in accepted else ", ".join(number(count) for count in accepted),
+        NOT_MEASURED if None in between else ", ".join(number(value, 1) for value in between),
+        passes(row),
+    ]
+
+
+def bench_streams(results: Results) -> str:
+    """Several streams at a time."""
+    lines: list[list[str]] = []
+    for arm, (name, lookup) in ARMS.items():
+        rows = [row for row in results["bench"]["rows"] if row["arm"] == arm and row["concurrency"] > 1]
+        lines += [
+            [
+                name,
+                lookup,
+                _rtt(row),
+                str(row["concurrency"]),
+                number(row.get("throughput_tok_s"), 1),
+                *_main_cells(row)[:3],
+                number(row.get("ttft_ms"), 1),
+            ]
+            for row in rows
+        ]
+    titles = (
+        "",
+        "lookup",
+        "R ms",
+        "streams",
+        "tokens per second",
+        "ms per token",
+        "÷ co-located without lookup (95 %)",
+        "÷ co-located with lookup (95 %)",
+        "first token, ms",
+    )
+    return f"{table(titles, lines, 2)}\n\nConditions as above. Source: {results.source('bench')}."
+
+
+def bench_ideal(results: Results) -> str:
+    """How far remote drafting is from what a drafter across the same round trip could do at best."""
+    lines = [
+        [
+            ARMS[arm][1],
+            f"{rtt:g}",
+            number(row.get("tpot_ms"), 2),
+            number(row.get("ideal_tpot_ms"), 2),
+            ratio(row, "ratio_to_ideal", "ideal_ci"),
+        ]
+        for arm in (NO_LOOKUP, WITH_LOOKUP)
+        for rtt in results.rtts(arm)
+        if (row := results.bench_row(arm, rtt))
+    ]
+    titles = ("lookup", "R ms", "ms per token", "ideal, ms per token", "÷ ideal (95 %)")
+    return f"{table(titles, lines)}\n\nConditions as above. Source: {results.source('bench')}."
+
+
+def sizing(results: Results) -> str:
+    """Bytes per token each way and what is drafted per token used, from the comparison."""
+    lines = []
+    for arm in (NO_LOOKUP, WITH_LOOKUP):
+        for rtt in results.rtts(arm):
+            row = results.bench_row(arm, rtt)
+            lines.append(
+                [
+                    ARMS[arm][1],
+                    f"{rtt:g}",
+                    number(row.get("bytes_up_per_token")),
+                    number(row.get("bytes_down_per_token")),
+                    number(quotient(row.get("drafted"), used(row)), 1),
+                ]
+            )
+    titles = ("lookup", "R ms", "bytes per token to the drafter", "bytes per token from it", "drafted ÷ used tokens")
+    return (
+        f"{table(titles, lines)}\n\nDefault tree, one stream, paced, emulated WAN. Bytes are per token that the "
+        "target gave "
+        "out; used are the drafter's tokens that the target took, those of prompt lookup left out. Source: "
+        f"{results.source('bench')}."
+    )

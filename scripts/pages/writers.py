@@ -1,0 +1,31 @@
+"""Which function writes the block of which name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from pages import comparison, costs
+from pages.results import Results
+
+
+def writers(results: Results) -> dict[str, Callable[[], str]]:
+    """Return what writes the block of each name."""
+    makers = {
+        "five rows": comparison.five_rows,
+        "crossover": comparison.crossover,
+        "useless drafter": comparison.useless_drafter,
+        "overhead step": costs.overhead_step,
+        "tree bytes": costs.tree_bytes,
+        "bench main": comparison.bench_main,
+        "bench streams": comparison.bench_streams,
+        "bench ideal": comparison.bench_ideal,
+        "sizing": comparison.sizing,
+        "sizing trees": costs.sizing_trees,
+        "trees": costs.trees,
+        "trees caught": costs.trees_caught,
+        "below one nat": costs.below_one_nat,
+        "overhead": costs.overhead,
+        "width": costs.width,
+    }
+    return {name: partial(make, results) for name, make in makers.items()}
