@@ -152,7 +152,7 @@ def write_json(path: Path, value: object) -> None:
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
-def _start_line(node: ast.stmt) -> int:
+def start_line(node: ast.stmt) -> int:
     """First line (1-based) of a statement, its decorators included."""
     decorators = getattr(node, "decorator_list", [])
     return min([node.lineno, *(item.lineno for item in decorators)])
@@ -167,14 +167,14 @@ def _functions(tree: ast.Module) -> list[ast.FunctionDef]:
     return found
 
 
-def _natural_starts(tree: ast.Module) -> list[int]:
+def natural_starts(tree: ast.Module) -> list[int]:
     """Lines (1-based) where a prompt may begin: the module's top, each top-level class or function, each method."""
     definitions = (ast.FunctionDef, ast.ClassDef)
     starts = [1]
     for node in tree.body:
         if isinstance(node, definitions):
-            starts.append(_start_line(node))
-            starts += [_start_line(item) for item in node.body if isinstance(item, definitions)]
+            starts.append(start_line(node))
+            starts += [start_line(item) for item in node.body if isinstance(item, definitions)]
     return starts
 
 
@@ -191,13 +191,13 @@ def _cut_line(function: ast.FunctionDef) -> int | None:
     return cut
 
 
-def _module_prompts(module: Module, tokenizer: Tokenizer, rng: np.random.Generator) -> list[str]:
+def module_prompts(module: Module, tokenizer: Tokenizer, rng: np.random.Generator) -> list[str]:
     """One prompt for each function of this module that has room for one, in random order.
 
     A prompt ends without its line's newline: the newline and the next line's indentation are one token.
     """
     tree, lines = ast.parse(module.text), module.text.splitlines()
-    starts, prompts = _natural_starts(tree), []
+    starts, prompts = natural_starts(tree), []
     for function in _functions(tree):
         cut = _cut_line(function)
         if cut is None:
@@ -213,7 +213,7 @@ def _module_prompts(module: Module, tokenizer: Tokenizer, rng: np.random.Generat
 def make_prompts(modules: list[Module], tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
     """``PROMPT_COUNT`` records {"module", "prompt"} from the held-out modules, as evenly spread as they allow."""
     rng = np.random.default_rng(seed)
-    offers = {module.name: _module_prompts(module, tokenizer, rng) for module in modules}
+    offers = {module.name: module_prompts(module, tokenizer, rng) for module in modules}
     chosen: list[dict[str, str]] = []
     for rank in range(max(map(len, offers.values()))):
         for name, prompts in offers.items():

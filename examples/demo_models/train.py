@@ -2,8 +2,9 @@
 """Train the demo pair: a tokenizer, a small Llama-type target and a smaller draft that share it.
 
 The text is the standard library of the Python that runs this script, without its tests and without the modules in
-held_out.txt. `train.py all` runs every step; each step also runs alone, in this order: tokenizer, prompts, target,
-draft, evaluate. An interrupted target or draft step continues from its last checkpoint in OUT/work.
+held_out.txt. `train.py all` runs every step; each step also runs alone, in this order: tokenizer, prompts,
+bench-prompts, target, draft, evaluate, kinds. An interrupted target or draft step continues from its last checkpoint
+in OUT/work.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import data
 import numpy as np
+
+KINDS_NEW_TOKENS = 128  # as many as the benchmarks ask for
 
 
 def newline_first(tokenizer: data.Tokenizer) -> np.ndarray:
@@ -55,6 +59,16 @@ def step_prompts(options: argparse.Namespace) -> None:
     prompts = data.make_prompts(data.read_library()[1], tokenizer, options.seed)
     data.write_prompts(options.out / "prompts.jsonl", prompts)
     print(f"prompts: {len(prompts)} from {len({p['module'] for p in prompts})} modules", flush=True)
+
+
+def step_bench_prompts(options: argparse.Namespace) -> None:
+    """Cut prompts of four kinds from text that the pair is not trained on into OUT/bench_prompts.jsonl."""
+    import bench_prompts
+
+    stream, tokenizer = training_stream(options.out)
+    prompts = bench_prompts.make_bench_prompts(data.read_library()[1], tokenizer, stream, options.seed)
+    data.write_prompts(options.out / "bench_prompts.jsonl", prompts)
+    print(f"bench-prompts: {dict(Counter(prompt['kind'] for prompt in prompts))}", flush=True)
 
 
 def training_stream(out: Path) -> tuple[np.ndarray, data.Tokenizer]:
@@ -104,12 +118,21 @@ def step_evaluate(options: argparse.Namespace) -> None:
     evaluate.run(options.out, options.new_tokens)
 
 
+def step_kinds(options: argparse.Namespace) -> None:
+    """Measure the exported pair on each kind of OUT/bench_prompts.jsonl, and write OUT/kinds.json."""
+    import kinds
+
+    kinds.run(options.out, KINDS_NEW_TOKENS, options.seed)
+
+
 STEPS = {
     "tokenizer": step_tokenizer,
     "prompts": step_prompts,
+    "bench-prompts": step_bench_prompts,
     "target": step_target,
     "draft": step_draft,
     "evaluate": step_evaluate,
+    "kinds": step_kinds,
 }
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness import machine
@@ -14,23 +15,31 @@ REPEAT_SPAN = 16
 #: A text that repeats itself earlier than this has too few steps to say anything.
 MIN_CUT = 24
 WARM_UP_TOKENS = 32
+#: Of a prompt whose file does not say.
+KIND = "code"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class DemoModels:
-    """Paths of the demo's models and of the file with its prompts."""
+    """Paths of the demo's models, of the file with its prompts, and of that with the benchmarks', of several kinds."""
 
     target: Path
     draft: Path
     prompts: Path
+    bench_prompts: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt and the module that it was cut from; its line in the file where that does not say."""
+    """A prompt, the module that it was cut from (its line in the file where that does not say), and where it ends.
+
+    The demo's kinds: ``code``, and inside a ``docstring``, a ``comment`` or a paragraph of ``prose``.
+    """
 
     module: str
     text: str
+    kind: str = KIND
 
 
 WARM_UP = Prompt("warm-up", "import os\nimport sys\n\n\ndef main(argv=None):\n")
@@ -46,8 +55,8 @@ def find_models(folder: Path | None) -> DemoModels:
         ConfigError: Something is missing there; the message says where it was sought.
     """
     root = folder or machine.checkout() / "examples" / "demo_models"
-    models = DemoModels(root / "target", root / "draft", root / "prompts.jsonl")
-    wanted = [models.target / "config.json", models.draft / "config.json", models.prompts]
+    models = DemoModels(root / "target", root / "draft", root / "prompts.jsonl", root / "bench_prompts.jsonl")
+    wanted = [models.target / "config.json", models.draft / "config.json", models.prompts, models.bench_prompts]
     missing = [str(path.relative_to(root)) for path in wanted if not path.is_file()]
     if missing:
         advice = "give a folder that has them with --models DIR, or run the demo in a checkout"
@@ -56,23 +65,33 @@ def find_models(folder: Path | None) -> DemoModels:
 
 
 def read_prompts(path: Path, count: int | None) -> list[Prompt]:
-    """Return ``count`` prompts of a JSON-lines file, or all of them, spread evenly over its modules.
+    """Return ``count`` prompts of a JSON-lines file, or all of them, spread evenly over kinds, then over modules.
 
-    The choice depends on the file alone.  Each module gives one before any gives two.
+    The choice depends on the file alone.  Each kind gives one before any gives two, in turn; of a kind's prompts, each
+    module gives one before any gives two.
 
     Raises:
         ConfigError: The file cannot be read or is malformed, or has fewer prompts than asked for.
     """
-    by_module: dict[str, list[Prompt]] = {}
     prompts = _parsed(path)
     count = len(prompts) if count is None else count
     if count > len(prompts):
         raise ConfigError(f"--prompts: {count} is more than the {len(prompts)} prompts in {path}")
+    kinds: dict[str, dict[str, list[Prompt]]] = {}
     for prompt in prompts:
-        by_module.setdefault(prompt.module, []).append(prompt)
-    chosen: list[Prompt] = []
+        kinds.setdefault(prompt.kind, {}).setdefault(prompt.module, []).append(prompt)
+    sizes = {kind: sum(map(len, modules.values())) for kind, modules in kinds.items()}
+    turns = _spread(([kind] * size for kind, size in sizes.items()), count)
+    chosen = {kind: iter(_spread(modules.values(), turns.count(kind))) for kind, modules in kinds.items()}
+    return [next(chosen[kind]) for kind in turns]
+
+
+def _spread(groups: Iterable[Sequence[_T]], count: int) -> list[_T]:
+    """Take ``count`` items in turns from the groups' beginnings; a round too short for all takes evenly spaced ones."""
+    queues = [list(group) for group in groups]
+    chosen: list[_T] = []
     while len(chosen) < count:
-        queues = [queue for queue in by_module.values() if queue]
+        queues = [queue for queue in queues if queue]
         wanted = min(count - len(chosen), len(queues))
         chosen += [queues[i * len(queues) // wanted].pop(0) for i in range(wanted)]
     return chosen
@@ -89,9 +108,13 @@ def _parsed(path: Path) -> list[Prompt]:
             continue
         try:
             entry = json.loads(line)
-            prompts.append(Prompt(str(entry.get("module", f"line {number}")), str(entry["prompt"])))
+            kind = entry.get("kind", KIND)
+            if not isinstance(kind, str) or not kind:
+                raise ValueError(kind)
+            prompts.append(Prompt(str(entry.get("module", f"line {number}")), str(entry["prompt"]), kind))
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f'prompts: {path}, line {number}: expected {{"module": …, "prompt": …}}') from None
+            form = '{"module": …, "prompt": …, "kind": …}'
+            raise ConfigError(f"prompts: {path}, line {number}: expected {form}") from None
     return prompts
 
 

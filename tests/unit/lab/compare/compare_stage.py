@@ -90,5 +90,6 @@ def write_models(root: Path, modules: str, each: int = 1) -> Path:
         (root / name).mkdir(parents=True)
         (root / name / "config.json").write_text("{}")
     lines = [json.dumps({"module": name, "prompt": f"def {name}{i}("}) for name in modules for i in range(each)]
-    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n\n")
+    for name in ("prompts.jsonl", "bench_prompts.jsonl"):
+        (root / name).write_text("\n".join(lines) + "\n\n")
     return root

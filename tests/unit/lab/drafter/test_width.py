@@ -61,7 +61,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for folder in ("target", "draft"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text("{}")
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "def f(x):"}\n')
+    for name in ("prompts.jsonl", "bench_prompts.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "def f(x):"}\n')
 
     def spec(draft: Path, places: int, pace: Pacing | None) -> ServerSpec:
         real = drafter_spec(draft, places, pace)

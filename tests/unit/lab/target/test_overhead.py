@@ -132,7 +132,7 @@ def test_the_report() -> None:
 
 
 def test_what_is_started(tmp_path: Path) -> None:
-    specs, metrics = plan_targets(DemoModels(Path("T"), Path("D"), Path("P")), tmp_path)
+    specs, metrics = plan_targets(DemoModels(Path("T"), Path("D"), Path("P"), Path("B")), tmp_path)
     assert list(specs) == [SILENT_DRAFTER, "empty-1", "silent-1", "dead-1"]
     silent_port = specs[SILENT_DRAFTER].port
     assert list(specs[SILENT_DRAFTER].argv[-4:]) == ["--model", "T", "--pace", "60000"]
@@ -155,7 +155,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for folder in ("target", "draft"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text("{}")
-    (tmp_path / "prompts.jsonl").write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
+    for name in ("prompts.jsonl", "bench_prompts.jsonl"):
+        (tmp_path / name).write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
 
     def targets(models: DemoModels, folder: Path, instances: int) -> Any:
         real, metrics = plan_targets(models, folder, instances)
