@@ -9,6 +9,7 @@ from vllm_wanspec import __version__
 from vllm_wanspec.cli.bench import bench
 from vllm_wanspec.cli.demo import demo
 from vllm_wanspec.cli.drafter import drafter
+from vllm_wanspec.cli.report import report
 from vllm_wanspec.cli.serve import serve
 from vllm_wanspec.cli.trace import trace
 from vllm_wanspec.cli.wan import wan
@@ -20,6 +21,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 app.command()(bench)
 app.command()(demo)
 app.command(context_settings=PASS_ON, options_metavar="MODEL [OPTIONS OF VLLM SERVE]")(drafter)
+app.command()(report)
 app.command(context_settings=PASS_ON, options_metavar="--wanspec FILE MODEL [OPTIONS]")(serve)
 app.command()(trace)
 app.command()(wan)

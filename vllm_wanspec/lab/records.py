@@ -1,29 +1,63 @@
 """What the side-by-side bench writes down: prompts with the target's own text, and the batches that each arm served.
 
-A journal takes every record as it is made, so that an interrupted run goes on where it stopped. Plain values alone: no
-servers, no clock.
+A journal takes every record as it is made, so that an interrupted run goes on where it stopped; a result file holds the
+same records, so that its tables can be made again. Plain values alone: no servers, no clock.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.harness.pacing_counts import Paced
+
+
+class Load(NamedTuple):
+    """How requests come: so many at a time; or, with a rate, that many per second at random, however many then run."""
+
+    concurrency: int = 1
+    rate: float | None = None
+
+    def __str__(self) -> str:
+        return f"concurrency {self.concurrency}" if self.rate is None else f"{self.rate:g} requests per second"
 
 
 class Cell(NamedTuple):
-    """One thing that is compared: an arm, the round trip to its drafter (None: it has none), and the concurrency."""
+    """One thing that is compared: an arm, the round trip to its drafter in ms (None: it has none), and the load."""
 
     arm: str
     rtt_ms: float | None
-    concurrency: int
+    concurrency: int = 1
+    rate: float | None = None
+
+    @property
+    def load(self) -> Load:
+        """How its requests come."""
+        return Load(self.concurrency, self.rate)
+
+    @property
+    def single(self) -> bool:
+        """Whether one request runs at a time."""
+        return self.load == Load()
+
+
+class Setting(NamedTuple):
+    """What the pre-pass tries for an arm: draft tokens per step, and for vLLM's prompt lookup the n-grams sought."""
+
+    draft_tokens: int
+    ngram_min: int = 0
+    ngram_max: int = 0
+
+    def __str__(self) -> str:
+        ngrams = f", n-grams of {self.ngram_min} to {self.ngram_max}" if self.ngram_max else ""
+        return f"γ = {self.draft_tokens}{ngrams}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +74,7 @@ class Reference:
             probable one; None for a token outside.
         generated: Tokens of the whole text.
         time_ms: From the first expected token to the last, decoded by the target alone.
+        kind: Of text, such as ``code``.
     """
 
     index: int
@@ -50,25 +85,47 @@ class Reference:
     ranks: tuple[int | None, ...]
     generated: int = 0
     time_ms: float = 0.0
+    kind: str = "code"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Request:
     """One request as the client saw it.
 
     Attributes:
         prompt: Index of its `Reference`.
-        ttft_ms: From sending it to its first token.
-        time_ms: From its first token to its last.
-        tokens: Tokens after the first.
-        steps: Pieces in which they arrived, each from one verification step.
+        arrivals: Of each piece that came, which is what one step yielded, milliseconds since the request was sent, and
+            number of tokens; at least one.
     """
 
     prompt: int
-    ttft_ms: float
-    time_ms: float
-    tokens: int
-    steps: int
+    arrivals: tuple[tuple[float, int], ...]
+
+    @property
+    def ttft_ms(self) -> float:
+        """From sending it to its first token."""
+        return self.arrivals[0][0]
+
+    @property
+    def time_ms(self) -> float:
+        """From its first token to its last."""
+        return self.arrivals[-1][0] - self.arrivals[0][0]
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens after the first."""
+        return sum(count for _, count in self.arrivals) - 1
+
+    @property
+    def steps(self) -> int:
+        """Pieces after the first, each from one verification step."""
+        return len(self.arrivals) - 1
+
+    @cached_property
+    def gaps_ms(self) -> list[float]:
+        """Milliseconds between each token and the next; 0 between two that came together."""
+        at_ms = [arrived_ms for arrived_ms, count in self.arrivals for _ in range(count)]
+        return [after_ms - before_ms for before_ms, after_ms in pairwise(at_ms)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +133,14 @@ class Batch:
     """Requests that one arm served together: a single one at concurrency 1, all prompts above.
 
     Attributes:
-        cell: Arm, round trip and concurrency.
+        cell: Arm, round trip and load.
         repeat: Which time round, from 0.
         seconds: From the first request's sending to the last one's end.
         requests: All of them.
-        counters: What they added to the counters of target, controller and drafter.
+        counters: What they added to the counters of target, controller and drafter, and to those of their pacers.
         cpu_s: Processor time by side, ``target`` and ``drafter``; a side without a server is absent.
+        rtt_ms: The round trip as the controller's link measured it, as emulated (not divided by a time scale); None
+            without a link.
         ties: Outputs that part from the target's own at a floating-point tie, one line each.
         wrong: Those that differ without one, likewise.
     """
@@ -94,36 +153,115 @@ class Batch:
     cpu_s: Mapping[str, float] = field(default_factory=dict)
     ties: tuple[str, ...] = ()
     wrong: tuple[str, ...] = ()
+    rtt_ms: float | None = None
 
 
-class Trial(NamedTuple):
-    """The pre-pass: milliseconds per token of co-located speculation with ``gamma`` draft tokens."""
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """The pre-pass: milliseconds per token of an arm with one of its settings, under one load."""
 
-    gamma: int
+    arm: str
+    load: Load
+    setting: Setting
     tpot_ms: float
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One start of the command, up to its end or to what interrupted it.
+class Serving:
+    """What a target really runs with.
 
     Attributes:
-        seconds: Its duration.
-        paced: By server, the forwards that it paced.
+        server: Its name.
+        arms: The arms that it serves.
+        facts: JSON values: command and environment, our settings in effect, what was observed in the process.
     """
 
+    server: str
+    arms: tuple[str, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One start of the command, up to its end or to what interrupted it: its duration in seconds."""
+
     seconds: float
-    paced: Mapping[str, Paced] = field(default_factory=dict)
 
 
-class Journal:
-    """The records of one run, on disk as they are made: one JSON object per line, the run's settings first.
+Record: TypeAlias = Reference | Trial | Batch | Serving | Part
+
+
+class Records:
+    """What was written down of one run.
 
     Attributes:
         references: Prompts, by index.
         trials: The pre-pass.
         batches: What was measured.
+        servings: What targets ran with, by name.
         parts: The starts of the command that have ended.
+    """
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Read records as `as_json` gives them."""
+        self.references: dict[int, Reference] = {}
+        self.trials: list[Trial] = []
+        self.batches: list[Batch] = []
+        self.servings: dict[str, Serving] = {}
+        self.parts: list[Part] = []
+        for record in records:
+            self._take(record)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Return all of them as JSON objects, each with its kind as its one key; without the prompts' texts."""
+        found: list[Record] = [replace(one, text="") for _, one in sorted(self.references.items())]
+        found += [*self.trials, *self.servings.values(), *self.batches, *self.parts]
+        return [_as_json(record) for record in found]
+
+    def done(self, cell: Cell, repeat: int) -> set[int]:
+        """Prompts that a cell has been through."""
+        batches = [batch for batch in self.batches if batch.cell == cell and batch.repeat == repeat]
+        return {request.prompt for batch in batches for request in batch.requests}
+
+    def _take(self, record: Mapping[str, Any]) -> None:
+        match record:
+            case {"reference": dict(fields)}:
+                lists = {name: tuple(fields[name]) for name in ("prompt_ids", "expected", "ranks")}
+                reference = Reference(**(fields | lists))
+                self.references[reference.index] = reference
+            case {"trial": dict(fields)}:
+                made = {"load": Load(*fields["load"]), "setting": Setting(*fields["setting"])}
+                self.trials.append(Trial(**(fields | made)))
+            case {"serving": dict(fields)}:
+                self.servings[fields["server"]] = Serving(fields["server"], tuple(fields["arms"]), fields["facts"])
+            case {"part": dict(fields)}:
+                self.parts.append(Part(**fields))
+            case {"batch": dict(fields)}:
+                self.batches.append(_batch_of(fields))
+
+
+def _as_json(record: Record) -> dict[str, Any]:
+    content = asdict(record)
+    if isinstance(record, Batch):  # JSON has no keys of two parts
+        content["counters"]["positions"] = [[*key, count] for key, count in record.counters.positions.items()]
+    return {type(record).__name__.lower(): content}
+
+
+def _batch_of(fields: dict[str, Any]) -> Batch:
+    gained = fields["counters"]
+    positions = {(entropy, outcome): count for entropy, outcome, count in gained["positions"]}
+    made: dict[str, Any] = {"cell": Cell(*fields["cell"]), "counters": Counters(gained["values"], positions)}
+    made["requests"] = tuple(
+        Request(one["prompt"], tuple((at_ms, count) for at_ms, count in one["arrivals"])) for one in fields["requests"]
+    )
+    made |= {name: tuple(fields[name]) for name in ("ties", "wrong")}
+    return Batch(**(fields | made))
+
+
+class Journal(Records):
+    """The records of one run, on disk as they are made: one JSON object per line, the run's settings first.
+
+    Attributes:
         resumed: Whether there were records already.
     """
 
@@ -137,11 +275,8 @@ class Journal:
         Raises:
             ConfigError: The file is of another run, or cannot be read or written.
         """
+        super().__init__()
         self.path = path
-        self.references: dict[int, Reference] = {}
-        self.trials: list[Trial] = []
-        self.batches: list[Batch] = []
-        self.parts: list[Part] = []
         settings: dict[str, Any] = json.loads(json.dumps(run))
         try:
             lines = path.read_text("utf-8").splitlines() if path.exists() else []
@@ -161,19 +296,11 @@ class Journal:
             raise ConfigError(f"cannot keep the journal {path}: {error}") from error
         self.resumed = len(records) > 1
 
-    def add(self, record: Reference | Trial | Batch | Part) -> None:
+    def add(self, record: Record) -> None:
         """Keep a record."""
-        kind = type(record).__name__.lower()
-        content = record._asdict() if isinstance(record, Trial) else asdict(record)
-        if isinstance(record, Batch):  # JSON has no keys of two parts
-            content["counters"]["positions"] = [[*key, count] for key, count in record.counters.positions.items()]
-        self._write({kind: content})
-        self._take({kind: json.loads(json.dumps(content))})
-
-    def done(self, cell: Cell, repeat: int) -> set[int]:
-        """Prompts that a cell has been through."""
-        batches = [batch for batch in self.batches if batch.cell == cell and batch.repeat == repeat]
-        return {request.prompt for batch in batches for request in batch.requests}
+        content = _as_json(record)
+        self._write(content)
+        self._take(json.loads(json.dumps(content)))
 
     def close(self) -> None:
         """Close the file; it stays."""
@@ -187,26 +314,6 @@ class Journal:
     def _write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-
-    def _take(self, record: dict[str, Any]) -> None:
-        match record:
-            case {"reference": dict(fields)}:
-                lists = {name: tuple(fields[name]) for name in ("prompt_ids", "expected", "ranks")}
-                reference = Reference(**(fields | lists))
-                self.references[reference.index] = reference
-            case {"trial": dict(fields)}:
-                self.trials.append(Trial(**fields))
-            case {"part": dict(fields)}:
-                paced = {name: Paced(*counts) for name, counts in fields["paced"].items()}
-                self.parts.append(Part(fields["seconds"], paced))
-            case {"batch": dict(fields)}:
-                requests = tuple(Request(**request) for request in fields["requests"])
-                gained = fields["counters"]
-                positions = {(entropy, outcome): count for entropy, outcome, count in gained["positions"]}
-                made: dict[str, Any] = {"cell": Cell(*fields["cell"]), "requests": requests}
-                made |= {name: tuple(fields[name]) for name in ("ties", "wrong")}
-                made["counters"] = Counters(gained["values"], positions)
-                self.batches.append(Batch(**(fields | made)))
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

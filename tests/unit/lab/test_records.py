@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,29 @@ import pytest
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.records import Batch, Cell, Journal, Part, Reference, Request, Trial
+from vllm_wanspec.lab.records import (
+    Batch,
+    Cell,
+    Journal,
+    Load,
+    Part,
+    Records,
+    Reference,
+    Request,
+    Serving,
+    Setting,
+    Trial,
+)
 
 RUN: dict[str, Any] = {"target": "big", "rtt_ms": [0.0, 20.0], "versions": {"vllm": "1"}}
-REFERENCE = Reference(3, "bisect", "def f(", (1, 2), (7, 8, 9), (0, None, 2), 40, 81.5)
+REFERENCE = Reference(3, "bisect", "def f(", (1, 2), (7, 8, 9), (0, None, 2), 40, 81.5, "docstring")
 CELL = Cell("wanspec", 20.0, 1)
+REQUEST = Request(3, ((40.0, 1), (80.5, 3), (120.0, 1)))
 GAINED = Counters({"hits": 4.0}, {("0-1", "agreed"): 3.0, ("1-inf", "leaf"): 1.0})
-BATCH = Batch(
-    CELL, 1, 0.5, (Request(3, 40.0, 80.0, 2, 1),), GAINED, {"target": 0.1}, ("bisect: at 1",), ("bisect: at 2",)
-)
-PART = Part(12.5, {"drafter": (100, 2)})
+BATCH = Batch(CELL, 1, 0.5, (REQUEST,), GAINED, {"target": 0.1}, ("bisect: at 1",), ("bisect: at 2",), 20.4)
+PART = Part(12.5)
+TRIALS = [Trial("draft_model", Load(8), Setting(4), 21.5), Trial("ngram", Load(0, 2.5), Setting(8, 2, 4), 30.0)]
+SERVING = Serving("draft_model-4", ("draft_model",), {"command": ["vllm", "serve"], "observed": None})
 
 
 Opening = Callable[[Path], Journal]
@@ -41,7 +55,7 @@ def take_up() -> Iterator[Opening]:
 
 
 def filled(journal: Journal) -> Journal:
-    for record in (REFERENCE, Trial(4, 21.5), BATCH, PART):
+    for record in (REFERENCE, *TRIALS, SERVING, BATCH, PART):
         journal.add(record)
     return journal
 
@@ -54,9 +68,43 @@ def test_what_was_added_comes_back(tmp_path: Path, take_up: Opening) -> None:
     assert again.resumed
     for journal in (first, again):
         assert journal.references == {3: REFERENCE}
-        assert journal.trials == [Trial(4, 21.5)]
+        assert journal.trials == TRIALS
+        assert journal.servings == {"draft_model-4": SERVING}
         assert journal.batches == [BATCH]
         assert journal.parts == [PART]
+
+
+def test_a_result_file_holds_the_records_without_the_prompts_texts(tmp_path: Path, take_up: Opening) -> None:
+    told = json.loads(json.dumps(filled(take_up(tmp_path / "journal")).as_json()))
+    again = Records(told)
+    assert again.references == {3: replace(REFERENCE, text="")}
+    assert (again.trials, again.servings, again.batches, again.parts) == (
+        TRIALS,
+        {"draft_model-4": SERVING},
+        [BATCH],
+        [PART],
+    )
+    assert json.loads(json.dumps(again.as_json())) == told
+
+
+def test_a_target_that_was_started_again_is_told_once(tmp_path: Path, take_up: Opening) -> None:
+    journal = filled(take_up(tmp_path / "journal"))
+    journal.add(replace(SERVING, facts={"command": ["again"]}))
+    assert [one.facts for one in journal.servings.values()] == [{"command": ["again"]}]
+
+
+def test_a_request_by_hand() -> None:
+    # Tokens at 40, 80.5, 80.5, 80.5 and 120 ms.
+    assert (REQUEST.ttft_ms, REQUEST.time_ms, REQUEST.tokens, REQUEST.steps) == (40.0, 80.0, 4, 2)
+    assert REQUEST.gaps_ms == [40.5, 0.0, 0.0, 39.5]
+    only = Request(0, ((40.0, 1),))
+    assert (only.time_ms, only.tokens, only.steps, only.gaps_ms) == (0.0, 0, 0, [])
+
+
+def test_loads_and_settings_have_names() -> None:
+    assert (str(Load(8)), str(Load(0, 2.5))) == ("concurrency 8", "2.5 requests per second")
+    assert (str(Setting(4)), str(Setting(8, 2, 4))) == ("γ = 4", "γ = 8, n-grams of 2 to 4")
+    assert CELL.single and not Cell("none", None, 2).single and not Cell("none", None, 0, 1.0).single
 
 
 def test_what_is_done_is_known_by_cell_and_repeat(tmp_path: Path, take_up: Opening) -> None:
@@ -65,6 +113,7 @@ def test_what_is_done_is_known_by_cell_and_repeat(tmp_path: Path, take_up: Openi
     assert journal.done(CELL, 0) == set()
     assert journal.done(Cell("wanspec", 30.0, 1), 1) == set()
     assert journal.done(Cell("wanspec", 20.0, 8), 1) == set()
+    assert journal.done(Cell("wanspec", 20.0, 1, 2.0), 1) == set()
 
 
 def test_a_record_that_was_cut_off_is_made_again(tmp_path: Path, take_up: Opening) -> None:

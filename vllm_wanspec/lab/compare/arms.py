@@ -9,8 +9,10 @@ from typing import Any, Literal
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.errors import ConfigError
 
-Method = Literal["plain", "constrained", "ngram", "draft_model", "oracle", "remote"]
+Method = Literal["plain", "constrained", "ngram", "draft_model", "draft_model_lookup", "oracle", "remote"]
 """How a target gets its drafts: not at all (as shipped, or as remote drafts need it), by itself, or from elsewhere."""
+Lookup = Literal["ours", "vLLM's", "none"]
+"""Whose prompt lookup an arm has."""
 
 #: What drafts for remote targets: the draft model behind the WAN proxy, or a program that sends nonsense.
 DRAFTER = "drafter"
@@ -71,6 +73,24 @@ class Arm:
         return self.target.drafter == DRAFTER
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether the pre-pass chooses how it runs."""
+        return self.target.method in ("ngram", "draft_model", "draft_model_lookup")
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether a draft model lies beside its target."""
+        return self.target.method in ("draft_model", "draft_model_lookup")
+
+    @property
+    def lookup(self) -> Lookup:
+        """Whose prompt lookup it has."""
+        if self.target.method == "ngram":
+            return "vLLM's"
+        ours = self.is_remote and self.drafts and self.target.sections.get("fallback") != NO_LOOKUP
+        return "ours" if ours or self.target.method == "draft_model_lookup" else "none"
+
+    @property
     def drafts(self) -> bool:
         """Whether it takes drafts where its target has them."""
         return self.override != OFF
@@ -99,31 +119,39 @@ def _asking_for(override: str) -> dict[str, Any]:
     return {"vllm_xargs": {"wanspec": override}}
 
 
+#: Values of sections of a target's YAML file.
 NO_WAIT = {"policy": "none"}
+NO_LOOKUP: list[str] = []
 
 
 def _known(name: str, text: str, method: Method, drafter: str = "", **sections: Any) -> Arm:
     return Arm(name, text, Target(name, method, drafter, sections))
 
 
-WANSPEC_TEXT = "remote drafts across the emulated WAN, and prompt lookup where none come in time"
+BEHIND = "and our prompt lookup behind its drafts, its γ tuned"
+ACROSS = "remote drafts across the emulated WAN"
 #: The arms that options name, in the order of tables.
 ARMS: dict[str, Arm] = {
     arm.name: arm
     for arm in (
         _known("none", "plain vLLM as shipped", "plain"),
         _known("none_constrained", "plain vLLM without async scheduling, as remote drafts need it", "constrained"),
-        _known("ngram", "vLLM's prompt lookup", "ngram"),
-        _known("draft_model", "vLLM's co-located draft model at its best γ", "draft_model"),
+        _known("ngram", "vLLM's prompt lookup, tuned", "ngram"),
+        _known("lookup", "our prompt lookup alone: a remote target for which nobody drafts", "remote"),
+        _known("draft_model", "vLLM's co-located draft model, its γ tuned", "draft_model"),
+        _known("draft_model_lookup", f"vLLM's co-located draft model {BEHIND}", "draft_model_lookup"),
         _known("oracle", "the target's own greedy text as drafts: the ceiling", "oracle"),
-        _known("wanspec", WANSPEC_TEXT, "remote", DRAFTER),
-        _known("wanspec_no_wait", "the same without waiting for late drafts", "remote", DRAFTER, late=NO_WAIT),
-        _known("wanspec_dead", "remote drafts where nobody answers", "remote"),
-        _known("wanspec_random", "remote drafts of random tokens", "remote", RANDOM),
+        _known("wanspec", f"{ACROSS}, and our prompt lookup behind them", "remote", DRAFTER),
+        _known("wanspec_no_lookup", f"{ACROSS} alone", "remote", DRAFTER, fallback=NO_LOOKUP),
+        _known("wanspec_no_wait", "as wanspec, without waiting for late drafts", "remote", DRAFTER, late=NO_WAIT),
+        _known("wanspec_dead", "remote drafts where nobody answers, without lookup", "remote", fallback=NO_LOOKUP),
+        _known(
+            "wanspec_random", "remote drafts of random tokens, without lookup", "remote", RANDOM, fallback=NO_LOOKUP
+        ),
     )
 }
 #: Serves all tree arms: prompt lookup would serve part of the steps that a branch is there for.
-TREES = Target("trees", "remote", DRAFTER, {"fallback": []})
+TREES = Target("trees", "remote", DRAFTER, {"fallback": NO_LOOKUP})
 
 
 def named_arms(option: str, names: Sequence[str]) -> tuple[Arm, ...]:
@@ -136,6 +164,15 @@ def named_arms(option: str, names: Sequence[str]) -> tuple[Arm, ...]:
         if name not in ARMS:
             raise ConfigError(f"{option}: {name!r} is not an arm; there are {', '.join(ARMS)}")
     return tuple(ARMS[name] for name in dict.fromkeys(names))
+
+
+def arms_of(texts: Sequence[str]) -> tuple[Arm, ...]:
+    """Return the arms that their texts, as `str` gives them, stand for.
+
+    Raises:
+        ConfigError: A text is not of an arm.
+    """
+    return tuple(arm for one in texts for arm in (tree_arms("arms", one) if "=" in one else named_arms("arms", [one])))
 
 
 def tree_arms(option: str, text: str, target: Target = TREES) -> tuple[Arm, ...]:

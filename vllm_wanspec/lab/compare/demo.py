@@ -20,6 +20,7 @@ from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.run import Run
 from vllm_wanspec.lab.harness.answer_view import ArmView
 from vllm_wanspec.lab.harness.models import read_prompts
+from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.running import Outputs, check_needs, check_outputs, log_folder
 from vllm_wanspec.lab.harness.servers import ServerGroup
 from vllm_wanspec.lab.records import Batch, Journal
@@ -49,6 +50,7 @@ def run_demo(options: Options, outputs: Outputs, console: Console) -> DemoFigure
     prompts = read_prompts(options.prompts, options.count or 1)
     check_outputs(outputs)
     check_needs()
+    begun = Provenance.of_this_run("wanspec")
     with log_folder(outputs.log_dir, "--logs", console) as folder:
         path = folder / "demo.journal"
         path.unlink(missing_ok=True)  # a demo begins anew
@@ -57,7 +59,7 @@ def run_demo(options: Options, outputs: Outputs, console: Console) -> DemoFigure
             DemoRun(options, journal, prompts, folder, console).measure()
         finally:
             journal.close()
-    found = demo_figures(Result.of(options, journal, "wanspec", None))
+    found = demo_figures(Result.of(options, journal, begun, None))
     Publication(document(found), as_json(found)).publish(outputs, console)
     return found
 
@@ -67,18 +69,22 @@ class DemoRun(Run):
 
     def measure_with(self, group: ServerGroup, lineup: Lineup) -> None:
         """Measure with servers of a group."""
-        self.start(group, *lineup.sources, *lineup.targets.values())
+        self.start(group, *lineup.sources, *(plan.spec for plan in lineup.targets.values()))
+        self._plans |= lineup.targets
         asyncio.run(self._passes(lineup))
 
     async def _passes(self, lineup: Lineup) -> None:
         options, journal = self.options, self.journal
         plain, remote = cells(options)
         async with self.measuring(lineup) as measurement:
+            probe = measurement.stations[plain.arm, plain.load].probe
             with ArmView(self.console, "plain vLLM", len(self.prompts), options.max_tokens) as view:
                 for index, prompt in enumerate(self.prompts):
+                    before = await probe.read()
                     reference, request = await take_reference(measurement.plain, index, prompt, options, view)
+                    seconds, gained = request.arrivals[-1][0] / 1000.0, (await probe.settled(None)).since(before)
                     journal.add(reference)
-                    journal.add(Batch(plain, 0, (request.ttft_ms + request.time_ms) / 1000.0, (request,)))
+                    journal.add(Batch(plain, 0, seconds, (request,), gained))
             await measurement.set_round_trip(remote.rtt_ms)
             references = usable(journal, options)
             with ArmView(self.console, "WANSpec", len(references), options.max_tokens, references) as view:

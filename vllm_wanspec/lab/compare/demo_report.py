@@ -9,6 +9,7 @@ from typing import Any
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.rows import Row, make_row
 from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
+from vllm_wanspec.lab.report.cells import number
 from vllm_wanspec.lab.report.document import Document, Table
 from vllm_wanspec.lab.stats import divided, rounded
 
@@ -87,13 +88,14 @@ def _arms_json(found: DemoFigures) -> dict[str, Any]:
     def times(row: Row) -> dict[str, Any]:
         return {"tpot_ms": rounded(row.median_tpot_ms), "ttft_ms": rounded(row.ttft_ms)}
 
-    counts = {"hits": "hits", "misses": "misses", "late": "late_drafts", "local_draft_passes": "local_draft_passes"}
+    counts = {"hits": "hits", "misses": "misses", "late": "late_drafts"}
     return {
         "none": times(found.plain),
         "wanspec": {
             **times(found.wanspec),
             "tokens_per_step": rounded(found.wanspec.committed_per_step),
             **{name: found.count(counter) for name, counter in counts.items()},
+            "local_draft_passes": rounded(found.wanspec.local_draft_passes),
         },
     }
 
@@ -114,6 +116,7 @@ def document(found: DemoFigures) -> Document:
             f"{overhead}; forwards slower than their pace: {shares}.",
         ],
         provenance=str(result.provenance),
+        conditions=result.haves,
     )
 
 
@@ -130,7 +133,7 @@ def _table(found: DemoFigures) -> Table:
         ("hits (commits that stay in the draft)", "", str(found.count("hits"))),
         ("misses", "", str(found.count("misses"))),
         ("late draft tokens", "", str(found.count("late_drafts"))),
-        ("draft passes on the target's side", "", str(found.count("local_draft_passes"))),
+        ("draft passes on the target's side", "", number(found.wanspec.local_draft_passes)),
         ("identical output", "", ("yes" if found.identical else "NO") + ties),
     ]
     title = f"{options.count} prompts, up to {options.max_tokens} tokens each"

@@ -5,33 +5,26 @@ Plain values and sums: no servers, no files, no clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_wanspec.lab.compare.arms import ARMS
 from vllm_wanspec.lab.compare.result import Result
-from vllm_wanspec.lab.compare.rows import Row, make_row
-from vllm_wanspec.lab.stats import Interval, rounded
+from vllm_wanspec.lab.compare.rows import Row, make_row, paired, times
+from vllm_wanspec.lab.records import Cell, Load
+from vllm_wanspec.lab.stats import Interval, Timed, rounded, total
 
-#: Single stream: time per token of wanspec ÷ draft_model's at its best γ, by round trip in ms …
-COLOCATED_LIMITS: Mapping[float, float] = {0.0: 0.78, 10.0: 0.78, 20.0: 0.84, 30.0: 0.90, 50.0: 1.00, 70.0: 1.00}
-#: … of which these are hoped for only.
-STRETCH_RTT_MS = (70.0,)
-#: ÷ the ideal, at each of these round trips.
-IDEAL_LIMIT = 1.15
-IDEAL_RTT_MS = (0.0, 10.0, 20.0, 30.0, 50.0)
-#: ÷ none_constrained, by round trip in ms …
-CONSTRAINED_LIMITS: Mapping[float, float] = {30.0: 0.55, 100.0: 0.80}
-#: … and whatever the drafter does.
+#: Time per token of arms whose drafter is of no use, without lookup, ÷ plain vLLM's under the same constraints.
 NEVER_ABOVE = 1.02
+USELESS = {"wanspec_dead": "drafter dead", "wanspec_random": "drafter sends random tokens"}
 FARTHEST_RTT_MS = 500.0
-#: So many streams: throughput at least draft_model's, at this round trip.
-CONCURRENT = 8
-CONCURRENT_RTT_MS = 30.0
-THROUGHPUT_LIMIT = 1.00
-#: Fewer prompts or repeats cannot tell.
+#: What remote drafting is held against, without and with lookup.
+PEERS = ("draft_model", "draft_model_lookup")
+REMOTE = frozenset(arm.name for arm in ARMS.values() if arm.uses_wan)
+SINGLE = Load()
+#: Fewer prompts cannot tell.
 MIN_PROMPTS = 24
-MIN_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +37,6 @@ class Bar:
         value: What it is; None if it was not measured.
         upper: The upper end of its 95 % interval, which is what is judged.
         held: Whether it holds; None where this run cannot tell.
-        stretch: Whether it is hoped for only.
     """
 
     text: str
@@ -52,12 +44,11 @@ class Bar:
     value: float | None
     upper: float | None
     held: bool | None
-    stretch: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the entry of the result file."""
         numbers = {name: rounded(getattr(self, name)) for name in ("limit", "value", "upper")}
-        return {"text": self.text, **numbers, "held": self.held, "stretch": self.stretch}
+        return {"text": self.text, **numbers, "held": self.held}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +67,43 @@ class Figures:
 
     @property
     def held(self) -> bool | None:
-        """Whether all bars hold, those that are hoped for left out; None where the run cannot tell."""
-        verdicts = [bar.held for bar in self.bars if not bar.stretch]
+        """Whether all bars hold; None where the run cannot tell."""
+        verdicts = [bar.held for bar in self.bars]
         if False in verdicts:
             return False
         return None if None in verdicts else True
 
-    def row(self, arm: str, rtt_ms: float | None = None, concurrency: int = 1) -> Row | None:
+    def row(self, arm: str, rtt_ms: float | None = None, load: Load = SINGLE) -> Row | None:
         """Return the row of a cell, if it was measured."""
-        return next((row for row in self.rows if row.cell == (arm, rtt_ms, concurrency)), None)
+        return next((row for row in self.rows if row.cell == (arm, rtt_ms, *load)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class KindRow:
+    """What an arm did with the prompts of one kind, one request at a time.
+
+    Attributes:
+        row: Of all kinds.
+        kind: Of prompts.
+        prompts: How many there are.
+        tpot_ms: Time per token.
+        to_draft_model: ÷ draft_model's, paired by prompt.
+        to_draft_model_lookup: ÷ draft_model_lookup's.
+    """
+
+    row: Row
+    kind: str
+    prompts: int
+    tpot_ms: float | None
+    to_draft_model: Interval | None
+    to_draft_model_lookup: Interval | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of the result file."""
+        numbers = {"prompts": self.prompts, "tpot_ms": rounded(self.tpot_ms)}
+        ratios = {"to_draft_model": self.to_draft_model, "to_draft_model_lookup": self.to_draft_model_lookup}
+        made = {f"ratio_{name}": ratio and ratio.as_json() for name, ratio in ratios.items()}
+        return {"arm": self.row.cell.arm, "rtt_ms": self.row.cell.rtt_ms, "kind": self.kind, **numbers, **made}
 
 
 def figures(run: Result) -> Figures:
@@ -92,8 +111,28 @@ def figures(run: Result) -> Figures:
     batches = run.by_cell
     rows = tuple(make_row(run, cell, batches) for cell in batches)
     doubts = tuple(_doubts(run))
-    remote = {arm.name for arm in run.options.started if arm.is_remote}
-    return Figures(rows, tuple(_bars(Figures(rows, (), doubts), remote)), doubts)
+    return Figures(rows, tuple(_bars(Figures(rows, (), doubts))), doubts)
+
+
+def kind_rows(run: Result, found: Figures) -> list[KindRow]:
+    """Return the figures of single streams by kind of prompt; nothing where all are of one kind."""
+    kinds: dict[str, set[int]] = {}
+    for one in run.references:
+        kinds.setdefault(one.kind, set()).add(one.index)
+    if len(kinds) < 2:
+        return []
+    timed = {cell: times(own) for cell, own in run.by_cell.items()}
+
+    def of_kind(cell: Cell, kind: str) -> dict[tuple[int, int], Timed]:
+        return {key: one for key, one in timed.get(cell, {}).items() if key[0] in kinds[kind]}
+
+    made = []
+    for row in found.rows:
+        for kind in kinds if row.cell.single else ():
+            own, peers = of_kind(row.cell, kind), [of_kind(Cell(arm, None), kind) for arm in PEERS]
+            ratios = [paired(own, below, run.options.seed) for below in peers]
+            made.append(KindRow(row, kind, len({key[0] for key in own}), total(own.values()).per_token_ms, *ratios))
+    return made
 
 
 def _doubts(run: Result) -> Iterable[str]:
@@ -101,58 +140,29 @@ def _doubts(run: Result) -> Iterable[str]:
         yield "the run did not come to its end"
     if run.options.target_pace is None:
         yield "it was not paced"
-    elif not run.kept_pace():
-        yield "not all servers kept their pace"
+    yield from run.faults()
     if run.wrong:
         yield "there are wrong outputs"
     if len(run.references) < MIN_PROMPTS:
         yield f"there are fewer than {MIN_PROMPTS} prompts"
-    if run.options.repeats < MIN_REPEATS:
-        yield f"there are fewer than {MIN_REPEATS} repeats"
 
 
-def _bars(found: Figures, remote: Collection[str]) -> Iterable[Bar]:
+def _bars(found: Figures) -> Iterable[Bar]:
     """The bars, on rows alone: ``found`` has none yet."""
 
-    def bar(text: str, limit: float, interval: Interval | None, stretch: bool = False) -> Bar:
+    def bar(text: str, limit: float, interval: Interval | None) -> Bar:
         if interval is None:
-            return Bar(text, limit, None, None, None, stretch)
+            return Bar(text, limit, None, None, None)
         held = interval.high <= limit if not found.doubts else None
-        return Bar(text, limit, interval.value, interval.high, held, stretch)
+        return Bar(text, limit, interval.value, interval.high, held)
 
-    def wanspec(rtt_ms: float, get: Callable[[Row], Interval | None], concurrency: int = 1) -> Interval | None:
-        row = found.row("wanspec", rtt_ms, concurrency)
-        return None if row is None else get(row)
-
-    for rtt_ms, limit in COLOCATED_LIMITS.items():
-        ratio = wanspec(rtt_ms, lambda row: row.to_draft_model)
-        yield bar(f"÷ draft_model, R = {rtt_ms:g} ms", limit, ratio, rtt_ms in STRETCH_RTT_MS)
-    alone = [row for row in found.rows if row.cell.arm == "wanspec" and row.cell.concurrency == 1]
-    yield bar("local draft passes, single stream", 0.0, _worst(_exact(row.local_draft_passes) for row in alone))
-    ideals = [wanspec(rtt_ms, lambda row: row.to_ideal) for rtt_ms in IDEAL_RTT_MS]
-    yield bar(f"÷ ideal, worst R ≤ {max(IDEAL_RTT_MS):g} ms", IDEAL_LIMIT, _worst(ideals))
-    for rtt_ms, limit in CONSTRAINED_LIMITS.items():
-        yield bar(f"÷ none_constrained, R = {rtt_ms:g} ms", limit, wanspec(rtt_ms, lambda row: row.to_constrained))
-    drafted = [row.to_constrained for row in found.rows if row.cell.arm in remote]
-    yield bar("÷ plain, worst of all rows", NEVER_ABOVE, _worst(drafted))
-    far = wanspec(FARTHEST_RTT_MS, lambda row: row.to_constrained)
-    yield bar(f"÷ plain, R = {FARTHEST_RTT_MS:g} ms", NEVER_ABOVE, far)
-    for arm, what in (("wanspec_dead", "drafter dead"), ("wanspec_random", "drafter sends random tokens")):
-        row = found.row(arm)
-        yield bar(f"÷ plain, {what}", NEVER_ABOVE, None if row is None else row.to_constrained)
-    streams = f"{CONCURRENT} streams, R = {CONCURRENT_RTT_MS:g} ms"
-    cost = wanspec(CONCURRENT_RTT_MS, lambda row: row.throughput_cost, CONCURRENT)
-    yield bar(f"draft_model's throughput ÷ wanspec's, {streams}", THROUGHPUT_LIMIT, cost)
-    passes = wanspec(CONCURRENT_RTT_MS, lambda row: _exact(row.local_draft_passes), CONCURRENT)
-    yield bar(f"local draft passes, {streams}", 0.0, passes)
-
-
-def _worst(intervals: Iterable[Interval | None]) -> Interval | None:
-    """The one with the highest upper end; None if any is missing, or all are."""
-    known = list(intervals)
-    found = [one for one in known if one is not None]
-    return max(found, key=lambda one: one.high) if found and len(found) == len(known) else None
-
-
-def _exact(value: float | None) -> Interval | None:
-    return None if value is None else Interval(value, value, value)
+    useless = {what: found.row(arm) for arm, what in USELESS.items()}
+    useless[f"R = {FARTHEST_RTT_MS:g} ms"] = found.row("wanspec_no_lookup", FARTHEST_RTT_MS)
+    for what, row in useless.items():
+        yield bar(f"without lookup ÷ plain, {what}", NEVER_ABOVE, None if row is None else row.to_constrained)
+    passes = [row.local_draft_passes for row in found.rows if row.cell.arm in REMOTE]
+    known = [count for count in passes if count is not None]
+    most = max(known) if known and len(known) == len(passes) else None
+    yield bar(
+        "draft passes on the target's side, remote drafts", 0.0, None if most is None else Interval(most, most, most)
+    )

@@ -4,23 +4,55 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_wanspec.config import load_settings
 from vllm_wanspec.emulate.pacing import DRAFT_PACING_ENV
-from vllm_wanspec.lab.compare.arms import DRAFTER, RANDOM, Target
+from vllm_wanspec.lab.compare.arms import DRAFTER, RANDOM, Arm, Target
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.launch import NAMED, plain_command, vllm_spec, wan_spec, write_config
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, service_command, wanspec_command
+from vllm_wanspec.lab.records import Setting
+from vllm_wanspec.lab.target.colocated import COLOCATED_ENV, colocated_flags, set_gamma
 from vllm_wanspec.sim.proposers import ORACLE_ENV, OracleProposer
 
 ORACLE = f"{OracleProposer.__module__}.{OracleProposer.__qualname__}"
-#: Without a GPU ten servers share the memory; this is room for 40,000 of the demo target's tokens.
+#: Without a GPU a dozen servers share the memory; this is room for 40,000 of the demo target's tokens.
 LEAN_FLAGS = ("--kv-cache-memory-bytes", "512M")
 CACHE_ENV = "VLLM_CPU_KVCACHE_SPACE"  # which would prevail
-PROMPT_LOOKUP = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+OUR_ENV = ("WANSPEC_", "VLLM_")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetPlan:
+    """A target to be started.
+
+    Attributes:
+        spec: Its process.
+        stats: Where its pacer keeps its counts.
+        metrics: Where its controller serves its counters; None without one.
+        config: Its YAML file; None without one.
+        control: File that tells the co-located draft model with lookup how many tokens to draft; None elsewhere.
+    """
+
+    spec: ServerSpec
+    stats: Path
+    metrics: str | None = None
+    config: Path | None = None
+    control: Path | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What it is started with, as JSON values: command, its own environment, all of our settings in effect."""
+        folder, env = self.stats.parent, sorted((self.spec.env or {}).items())
+        settings = None if self.config is None else load_settings(self.config).model_dump(mode="json")
+        command = ["python" if part == sys.executable else machine.portable(part, folder) for part in self.spec.argv]
+        shown = {name: machine.portable(value, folder) for name, value in env if name.startswith(OUR_ENV)}
+        return {"command": command, "environment": shown, "settings": settings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,76 +61,101 @@ class Lineup:
 
     Attributes:
         sources: What drafts for remote targets, and the WAN proxy; in the order in which to start them.
-        targets: By name, without the co-located draft model's, whose γ is not known yet.
-        metrics: By remote target, where its controller serves its counters.
-        stats: By server, its pacing statistics file; empty where nothing is paced.
+        targets: By name, those that the pre-pass does not tune.
+        drafter_stats: Where the drafter's pacer keeps its counts; None without a drafter.
         control_url: The WAN proxy's control API; None without a proxy.
         oracle_path: File that the oracle reads.
     """
 
     sources: tuple[ServerSpec, ...]
-    targets: dict[str, ServerSpec]
-    metrics: dict[str, str]
-    stats: dict[str, Path]
+    targets: dict[str, TargetPlan]
+    drafter_stats: Path | None
     control_url: str | None
     oracle_path: Path
 
 
 def plan_lineup(options: Options, folder: Path) -> Lineup:
-    """Lay out the servers that the arms need; writes the YAML files of remote targets.
+    """Lay out the servers that the arms need, but for those that are tuned; writes the YAML files of remote targets.
 
     Args:
         options: The run's settings.
         folder: Existing folder for YAML files, statistics and what the oracle knows.
     """
-    needed = {arm.target.name: arm.target for arm in options.started}
-    target_core, draft_core = machine.pin_cores()
+    needed = {arm.target.name: arm.target for arm in options.started if not arm.is_tuned}
+    _, core = machine.pin_cores()
     drafter_port, wan_port, control_port, random_port, dead_port, *ports = free_ports(5 + 2 * len(needed))
     drafters = {target.drafter for target in needed.values()}
-    stats: dict[str, Path] = {}
     sources: list[ServerSpec] = []
-    if DRAFTER in drafters:
-        stats[DRAFTER] = _stats_path(folder, DRAFTER)
+    drafter_stats = _stats_path(folder, DRAFTER) if DRAFTER in drafters else None
+    if drafter_stats is not None:
         argv = [*wanspec_command("drafter", options.draft), *NAMED]
         sources = [
-            _lean(vllm_spec(DRAFTER, argv, drafter_port, draft_core, options.draft_forward, stats[DRAFTER])),
+            _lean(vllm_spec(DRAFTER, argv, drafter_port, core, options.draft_forward, drafter_stats)),
             wan_spec(wan_port, drafter_port, 0.0, control_port),
         ]
     if RANDOM in drafters:
-        pace = [] if options.draft_forward is None else ["--pace", options.draft_forward.setting]
-        argv = service_command(random_port, "--model", options.target, *pace)
-        sources.append(ServerSpec(RANDOM, argv, random_port, machine.server_env(draft_core), draft_core))
+        pacing = [] if options.draft_forward is None else ["--pace", options.draft_forward.setting]
+        argv = service_command(random_port, "--model", options.target, *pacing)
+        sources.append(ServerSpec(RANDOM, argv, random_port, machine.server_env(core), core))
     endpoints = {DRAFTER: wan_port, RANDOM: random_port}
     oracle_path = folder / "oracle.json"
-    targets, metrics = {}, {}
+    targets = {}
     for name, target in needed.items():
         port, metrics_port = ports.pop(), ports.pop()
-        if target.method == "draft_model":
-            continue
-        stats[name] = _stats_path(folder, name)
         if target.method == "remote":
             endpoint = endpoints.get(target.drafter, dead_port)
-            path = write_config(folder / f"{name}.yaml", endpoint, metrics_port, **target.sections)
-            metrics[name] = f"http://{HOST}:{metrics_port}/metrics"
+            config = write_config(folder / f"{name}.yaml", endpoint, metrics_port, **target.sections)
             ahead = ["--speculative-tokens", str(options.speculative_tokens)]
-            argv = [*wanspec_command("serve", options.target, "--wanspec", str(path)), *ahead, *NAMED]
+            argv = [*wanspec_command("serve", options.target, "--wanspec", str(config)), *ahead, *NAMED]
+            plan = _target(options, name, argv, port, folder)
+            metrics = f"http://{HOST}:{metrics_port}/metrics"
+            targets[name] = dataclasses.replace(plan, metrics=metrics, config=config)
         else:
             argv = [*plain_command(options.target), *_own_flags(target, options), *NAMED]
-        env = {ORACLE_ENV: str(oracle_path)} if target.method == "oracle" else {}
-        targets[name] = _lean(vllm_spec(name, argv, port, target_core, options.target_forward, stats[name], env))
+            env = {ORACLE_ENV: str(oracle_path)} if target.method == "oracle" else {}
+            targets[name] = _target(options, name, argv, port, folder, env)
     control_url = f"http://{HOST}:{control_port}" if DRAFTER in drafters else None
-    paced = stats if options.target_pace is not None else {}
-    return Lineup(tuple(sources), targets, metrics, paced, control_url, oracle_path)
+    return Lineup(tuple(sources), targets, drafter_stats, control_url, oracle_path)
 
 
-def trial_spec(options: Options, gamma: int, folder: Path, name: str = "draft_model") -> ServerSpec:
-    """Describe the target with a co-located draft model of ``gamma`` draft tokens per step."""
-    core, _ = machine.pin_cores()
-    config = {"method": "draft_model", "model": options.draft, "num_speculative_tokens": gamma}
-    argv = [*plain_command(options.target), *_speculative(config), *NAMED]
-    env = {} if options.draft_forward is None else {DRAFT_PACING_ENV: options.draft_forward.setting}
+def server_name(arm: Arm, setting: Setting | None) -> str:
+    """Name the server of an arm with a setting of the pre-pass; some settings share one."""
+    if setting is None or arm.target.method == "draft_model_lookup":
+        return arm.target.name
+    ngrams = f"-{setting.ngram_min}-{setting.ngram_max}" if setting.ngram_max else ""
+    return f"{arm.target.name}-{setting.draft_tokens}{ngrams}"
+
+
+def tuned_target(options: Options, arm: Arm, setting: Setting, folder: Path) -> TargetPlan:
+    """Lay out the target of an arm that the pre-pass tunes, with one of its settings.
+
+    That of the co-located draft model with lookup serves all settings of its arm, by its control file.
+    """
     (port,) = free_ports(1)
-    return _lean(vllm_spec(name, argv, port, core, options.target_forward, _stats_path(folder, name), env))
+    name, argv = server_name(arm, setting), [*plain_command(options.target), *NAMED]
+    if arm.target.method == "draft_model_lookup":
+        control = folder / f"{name}.json"
+        set_gamma(control, setting.draft_tokens)
+        argv += colocated_flags(options.draft, options.speculative_tokens)
+        plan = _target(options, name, argv, port, folder, {COLOCATED_ENV: str(control)})
+        return dataclasses.replace(plan, control=control)
+    config: dict[str, Any] = {"method": arm.target.method, "num_speculative_tokens": setting.draft_tokens}
+    if arm.target.method == "draft_model":
+        config["model"] = options.draft
+    else:
+        config |= {"prompt_lookup_min": setting.ngram_min, "prompt_lookup_max": setting.ngram_max}
+    return _target(options, name, [*argv, *_speculative(config)], port, folder)
+
+
+def _target(
+    options: Options, name: str, argv: list[str], port: int, folder: Path, env: Mapping[str, str] | None = None
+) -> TargetPlan:
+    """A target, whose forwards are paced or at least counted, and those of a draft model beside it."""
+    core, _ = machine.pin_cores()
+    stats = _stats_path(folder, name)
+    pacing = {} if options.draft_forward is None else {DRAFT_PACING_ENV: options.draft_forward.setting}
+    spec = vllm_spec(name, argv, port, core, options.target_forward, stats, pacing | dict(env or {}))
+    return TargetPlan(_lean(spec), stats)
 
 
 def _lean(spec: ServerSpec) -> ServerSpec:
@@ -117,8 +174,6 @@ def _own_flags(target: Target, options: Options) -> list[str]:
     ahead = {"num_speculative_tokens": options.speculative_tokens}
     if target.method == "constrained":
         return ["--no-async-scheduling"]
-    if target.method == "ngram":
-        return _speculative({"method": "ngram", **ahead, **PROMPT_LOOKUP})
     if target.method == "oracle":
         return _speculative({"method": "custom_class", "model": ORACLE, **ahead})
     return []

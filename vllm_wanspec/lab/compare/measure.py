@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
+from vllm_wanspec.lab.compare.loads import serve
 from vllm_wanspec.lab.compare.plan import Block, Options, blocks, orders
 from vllm_wanspec.lab.compare.references import as_request, usable
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
@@ -16,36 +17,39 @@ from vllm_wanspec.lab.harness.models import WARM_UP, WARM_UP_TOKENS, Prompt
 from vllm_wanspec.lab.harness.probes import Probe
 from vllm_wanspec.lab.harness.view import NOBODY, Onlooker, progress_bar
 from vllm_wanspec.lab.harness.wan_control import Wan
-from vllm_wanspec.lab.records import Batch, Cell, Journal, Reference, Trial
+from vllm_wanspec.lab.records import Batch, Cell, Journal, Load, Records, Reference, Setting
 from vllm_wanspec.lab.stats import Timed, total
+from vllm_wanspec.lab.target.colocated import set_gamma
 
 
 @dataclass(frozen=True, slots=True)
 class Station:
-    """Where an arm's requests go: its target, asked as the arm asks, and what is read around each request."""
+    """Where an arm's requests go: its target, asked as the arm asks, and what is read around each request.
+
+    Attributes:
+        client: Asks as the arm does.
+        probe: Reads counters.
+        control: File that tells the target how many tokens to draft; None where it was started with that.
+        setting: What the pre-pass chose; None where nothing is tuned.
+    """
 
     client: CompletionClient
     probe: Probe
+    control: Path | None = None
+    setting: Setting | None = None
+
+    def prepare(self) -> None:
+        """Let the target run as this station asks."""
+        if self.control is not None and self.setting is not None:
+            set_gamma(self.control, self.setting.draft_tokens)
 
 
-def best_gamma(options: Options, trials: Sequence[Trial]) -> int | None:
-    """Return the co-located draft model's γ: the fastest in the pre-pass; None before that is complete."""
-    if options.colocated is None:
-        return None
-    if len(options.gammas) == 1:
-        return options.gammas[0]
-    tried = {trial.gamma: trial.tpot_ms for trial in trials}
-    if any(gamma not in tried for gamma in options.gammas):
-        return None
-    return min(options.gammas, key=lambda gamma: (tried[gamma], gamma))
-
-
-def remaining(options: Options, journal: Journal) -> int:
+def remaining(options: Options, records: Records) -> int:
     """Return how many requests are still to be sent to the arms, as far as is known; never 0 without any prompt."""
-    measured = {reference.index for reference in usable(journal, options)}
+    measured = {reference.index for reference in usable(records, options)}
     count = options.count or max(1, len(measured))
     pairs = [(cell, block.repeat) for block in blocks(options) for cell in block.cells]
-    return sum(count - len(measured & journal.done(cell, repeat)) for cell, repeat in pairs)
+    return sum(count - len(measured & records.done(cell, repeat)) for cell, repeat in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Measurement:
         options: The run's settings.
         journal: What has been done.
         plain: The target alone, which settles what a floating-point tie is.
-        stations: By arm.
+        stations: By arm and load.
         wan: Sets the round trip; None without arms that need it.
         console: Where to show progress.
     """
@@ -64,7 +68,7 @@ class Measurement:
     options: Options
     journal: Journal
     plain: CompletionClient
-    stations: Mapping[str, Station]
+    stations: Mapping[tuple[str, Load], Station]
     wan: Wan | None
     console: Console
 
@@ -95,7 +99,7 @@ class Measurement:
                     continue
                 progress.update(task, description=_title(block))
                 await self.set_round_trip(block.rtt_ms)
-                take = self._take_singles if block.concurrency == 1 else self._take_together
+                take = self._take_singles if block.load == Load() else self._take_together
                 await take(block, references, advance)
                 self._say(f"{_title(block)}, ms per token: {self._paces(block)}")
 
@@ -103,11 +107,12 @@ class Measurement:
         """Set the round trip, and give estimates on both sides of the fresh links something to go by."""
         if rtt_ms is None or self.wan is None:
             return
-        if not await self.wan.set(self.options.emulated_ms(rtt_ms)):
+        options = self.options
+        if not await self.wan.set(options.emulated_ms(rtt_ms), options.emulated_ms(options.jitter_ms), options.loss):
             self.console.print(f"warning: the links do not measure R = {rtt_ms:g} ms", style="yellow")
-        for name, station in self.stations.items():
-            if self.options.arm(name).uses_wan:
-                await station.client.complete(WARM_UP.text, WARM_UP_TOKENS)
+        asked = {name: station for (name, _), station in self.stations.items() if options.arm(name).uses_wan}
+        for station in asked.values():
+            await station.client.complete(WARM_UP.text, WARM_UP_TOKENS)
 
     async def _take_singles(
         self, block: Block, references: Sequence[Reference], advance: Callable[[int], None]
@@ -134,40 +139,38 @@ class Measurement:
     async def take(
         self, cell: Cell, repeat: int, references: Sequence[Reference], onlooker: Onlooker = NOBODY
     ) -> Batch:
-        """Send the references, so many at a time as the cell says, and compare their outputs.
+        """Send the references as the cell's load says, and compare their outputs where these are greedy.
 
         Raises:
             ClientError: A request failed.
         """
-        station = self.stations[cell.arm]
-        queue = list(reversed(references))
+        station, sampled = self.stations[cell.arm, cell.load], self.options.temperature > 0.0
         answers: dict[int, Completion] = {}
         # Not one of the target's cached prompts, which would be here in one arm and not in another.
-        salt = f"{cell.arm} {cell.rtt_ms} {cell.concurrency} {repeat}"
+        extra = {"cache_salt": " ".join(map(str, (*cell, repeat)))}
 
-        async def work() -> None:
-            while queue:
-                one = queue.pop()
-                onlooker.begin(Prompt(one.name, one.text))
-                done = await station.client.complete(
-                    one.prompt_ids, len(one.expected), extra={"cache_salt": salt}, on_text=onlooker.stream
-                )
-                onlooker.end(done)
-                answers[one.index] = done
+        async def ask(one: Reference) -> None:
+            onlooker.begin(Prompt(one.name, one.text, one.kind))
+            answers[one.index] = done = await station.client.complete(
+                one.prompt_ids,
+                len(one.expected),
+                temperature=self.options.temperature,
+                ignore_eos=sampled,
+                extra=extra,
+                on_text=onlooker.stream,
+            )
+            onlooker.end(done)
 
+        station.prepare()
         before, cpu_before = await station.probe.read(), station.probe.cpu_s()
         began_s = time.monotonic()
-        workers = [asyncio.create_task(work()) for _ in range(min(cell.concurrency, len(queue)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
+        await serve(cell.load, references, ask)
         seconds = time.monotonic() - began_s
         cpu_s = {side: value - cpu_before.get(side, 0.0) for side, value in station.probe.cpu_s().items()}
         trip_ms = None if cell.rtt_ms is None else self.options.emulated_ms(cell.rtt_ms)
         counters = (await station.probe.settled(trip_ms)).since(before)
-        lines = [await self._difference(cell, one, answers[one.index]) for one in references]
+        compared = () if sampled else references
+        lines = [await self._difference(cell, one, answers[one.index]) for one in compared]
         return Batch(
             cell=cell,
             repeat=repeat,
@@ -177,6 +180,7 @@ class Measurement:
             cpu_s=cpu_s,
             ties=tuple(line for line, tie in lines if tie),
             wrong=tuple(line for line, tie in lines if line and not tie),
+            rtt_ms=station.probe.rtt_ms,
         )
 
     async def _difference(self, cell: Cell, reference: Reference, done: Completion) -> tuple[str, bool]:
@@ -215,4 +219,4 @@ class Measurement:
 
 def _title(block: Block) -> str:
     trip = "" if block.rtt_ms is None else f", R = {block.rtt_ms:g} ms"
-    return f"repeat {block.repeat + 1}{trip}, concurrency {block.concurrency}"
+    return f"repeat {block.repeat + 1}{trip}, {block.load}"

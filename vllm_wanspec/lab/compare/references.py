@@ -10,7 +10,7 @@ from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient
 from vllm_wanspec.lab.harness.models import MIN_CUT, Prompt, repeat_cut
 from vllm_wanspec.lab.harness.view import NOBODY, Onlooker
-from vllm_wanspec.lab.records import Journal, Reference, Request
+from vllm_wanspec.lab.records import Journal, Records, Reference, Request
 
 
 def is_usable(reference: Reference, options: Options) -> bool:
@@ -18,16 +18,15 @@ def is_usable(reference: Reference, options: Options) -> bool:
     return options.whole_texts or len(reference.expected) >= MIN_CUT
 
 
-def usable(journal: Journal, options: Options) -> list[Reference]:
+def usable(records: Records, options: Options) -> list[Reference]:
     """Return the prompts that are measured, in order: as many as wanted, once they have been taken."""
-    taken = [reference for _, reference in sorted(journal.references.items())]
+    taken = [reference for _, reference in sorted(records.references.items())]
     return [reference for reference in taken if is_usable(reference, options)][: options.count]
 
 
 def as_request(reference: Reference, done: Completion) -> Request:
-    """Return the record of an answer."""
-    time_ms, tokens = done.last_ms - done.ttft_ms, len(done.token_ids) - 1
-    return Request(reference.index, done.ttft_ms, time_ms, tokens, steps=len(done.pieces) - 1)
+    """Return the record of an answer, to a hundredth of a millisecond."""
+    return Request(reference.index, tuple((round(at_ms, 2), count) for at_ms, count in done.pieces))
 
 
 async def take_reference(
@@ -42,9 +41,9 @@ async def take_reference(
     done = await plain.complete(prompt.text, options.max_tokens, on_text=onlooker.stream)
     onlooker.end(done)
     count = len(done.token_ids)
-    cut = count if options.whole_texts else repeat_cut(done.token_ids)
+    cut = count if options.whole_texts else repeat_cut(done.token_ids, options.repeat_span)
     text = (prompt.module, prompt.text, done.prompt_ids, done.token_ids[:cut], (None,) * cut)
-    reference = Reference(index, *text, generated=count, time_ms=done.time_ms(cut))
+    reference = Reference(index, *text, generated=count, time_ms=done.time_ms(cut), kind=prompt.kind)
     return reference, as_request(reference, done)
 
 

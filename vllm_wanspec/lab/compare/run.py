@@ -13,24 +13,23 @@ from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError, WanspecError
 from vllm_wanspec.lab.compare.arms import DRAFTER, Arm
-from vllm_wanspec.lab.compare.lineup import Lineup, plan_lineup, trial_spec
-from vllm_wanspec.lab.compare.measure import Measurement, Station, best_gamma, remaining
+from vllm_wanspec.lab.compare.lineup import Lineup, TargetPlan, plan_lineup, server_name, tuned_target
+from vllm_wanspec.lab.compare.measure import Measurement, Station, remaining
 from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.prepass import best_setting, pre_pass
 from vllm_wanspec.lab.compare.references import take_references, usable
 from vllm_wanspec.lab.compare.result import Result
-from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.client import CompletionClient
 from vllm_wanspec.lab.harness.launch import MODEL_NAME, dying_servers_explain, start, wait_for_link
-from vllm_wanspec.lab.harness.models import MIN_CUT, WARM_UP, WARM_UP_TOKENS, Prompt
-from vllm_wanspec.lab.harness.pacing_counts import STATS_SETTLE_S, Paced, check_paced, paced_since, read_paced
+from vllm_wanspec.lab.harness.models import MIN_CUT, Prompt
+from vllm_wanspec.lab.harness.pacing_counts import check_counted, read_counts
 from vllm_wanspec.lab.harness.probes import Probe
+from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.running import Outputs, check_needs, check_outputs, log_folder
 from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec
-from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.harness.wan_control import Wan
-from vllm_wanspec.lab.records import Journal, Part, Trial
+from vllm_wanspec.lab.records import Journal, Load, Part, Serving, Setting
 from vllm_wanspec.lab.report.writing import Publication
-from vllm_wanspec.lab.stats import Timed, total
 from vllm_wanspec.sim.proposers import write_references
 
 
@@ -62,7 +61,8 @@ def run_compare(
     """
     check_outputs(outputs)
     check_needs()
-    journal = _open_journal(options, len(prompts), outputs.json_path, Path("build", f"{name}.json"))
+    begun = Provenance.of_this_run(program)
+    journal = _open_journal(options, len(prompts), begun, outputs.json_path or Path("build", f"{name}.json"))
     if journal.resumed:
         requests = sum(len(batch.requests) for batch in journal.batches)
         console.print(f"going on with {journal.path}: {requests} requests are done", highlight=False)
@@ -77,7 +77,7 @@ def run_compare(
     finally:
         finished = False
         try:
-            result = Result.of(options, journal, program, ended_by)
+            result = Result.of(options, journal, begun, ended_by)
             if result.batches and (made := report(result)) is not None:
                 made.publish(outputs, console)
             finished = ended_by is None
@@ -86,15 +86,15 @@ def run_compare(
     return result
 
 
-def _open_journal(options: Options, candidates: int, json_path: Path | None, default_json: Path) -> Journal:
-    path = json_path or default_json
-    if json_path is None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make {path.parent} for the journal ({error.strerror}); give --json") from error
-    beside = path.with_name(f"{path.name}.journal")
-    return Journal(beside, options.as_json() | {"candidates": candidates, "versions": machine.versions()})
+def _open_journal(options: Options, candidates: int, begun: Provenance, json_path: Path) -> Journal:
+    """The journal beside the result file; one of another commit or other versions is of another run."""
+    try:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot make {json_path.parent} for the journal ({error.strerror})"
+        raise ConfigError(f"{problem}; give --json") from error
+    what = {"candidates": candidates, "versions": begun.versions, "commit": begun.commit}
+    return Journal(json_path.with_name(f"{json_path.name}.journal"), options.as_json() | what)
 
 
 def _close(journal: Journal, finished: bool, console: Console) -> None:
@@ -125,8 +125,7 @@ class Run:
         self.console = console
         self._folder = folder
         self._servers: dict[str, Server] = {}
-        self._stats: dict[str, Path] = {}
-        self._paced_before: dict[str, Paced] = {}
+        self._plans: dict[str, TargetPlan] = {}
 
     def measure(self) -> None:
         """Do everything that the journal lacks; no server is started for nothing."""
@@ -139,40 +138,55 @@ class Run:
                     self.measure_with(group, plan_lineup(self.options, self._folder))
                 self.console.print("stopping the servers", style="dim")
         finally:
-            paced = paced_since(self._stats, self._paced_before)
-            self.journal.add(Part(time.monotonic() - began_s, paced))
+            self.journal.add(Part(time.monotonic() - began_s))
 
     def measure_with(self, group: ServerGroup, lineup: Lineup) -> None:
         """Measure with servers of a group."""
-        options, first = self.options, self.options.texts_from
         for spec in lineup.sources:
             self.start(group, spec)
-        if first is options.colocated:
-            self.start(group, trial_spec(options, options.gammas[0], self._folder, "references"))
-            self._servers[first.target.name] = self._servers.pop("references")
-        else:
-            self.start(group, lineup.targets[first.target.name])
-        asyncio.run(self._references())
-        texts = [(one.prompt_ids, one.expected) for one in usable(self.journal, options)]
+        self._take_references(group, lineup)
+        texts = [(one.prompt_ids, one.expected) for one in usable(self.journal, self.options)]
         write_references(lineup.oracle_path, texts)
-        gamma = self._pre_pass()
-        if gamma is not None:
-            self.start(group, trial_spec(options, gamma, self._folder))
-        for name, spec in lineup.targets.items():
-            if name not in self._servers:
-                self.start(group, spec)
+        pre_pass(self.options, self.journal, self._folder, self.console)
+        for plan in lineup.targets.values():
+            self._start_target(group, plan)
+        for arm in self.options.started:
+            for setting in dict.fromkeys(self._setting(arm, load) for load in self.options.loads(arm)):
+                if setting is not None:
+                    self._start_target(group, tuned_target(self.options, arm, setting, self._folder))
         asyncio.run(self._rounds(lineup))
 
     def start(self, group: ServerGroup, *specs: ServerSpec) -> None:
         """Start servers and wait for them; those that share a core better one at a time."""
         self._servers |= start(group, specs, self.console)
 
-    async def _references(self) -> None:
+    def _start_target(self, group: ServerGroup, plan: TargetPlan) -> None:
+        """Start a target, unless it runs already."""
+        if plan.spec.name not in self._servers:
+            self.start(group, plan.spec)
+            self._plans[plan.spec.name] = plan
+
+    def _setting(self, arm: Arm, load: Load) -> Setting | None:
+        return best_setting(self.options, self.journal.trials, arm, load)
+
+    def _take_references(self, group: ServerGroup, lineup: Lineup) -> None:
+        """Let the arm whose texts count take them; a tuned one's server lasts no longer than that."""
+        first = self.options.texts_from
+        if not first.is_tuned:
+            self._start_target(group, lineup.targets[first.target.name])
+            asyncio.run(self._references(self._servers[first.target.name]))
+            return
+        plan = tuned_target(self.options, first, self.options.candidates(first)[0], self._folder)
+        with ServerGroup(self._folder) as alone:
+            asyncio.run(self._references(start(alone, [plan.spec], self.console)[plan.spec.name]))
+
+    async def _references(self, server: Server) -> None:
         async with aiohttp.ClientSession() as http:
             drafter = self._servers.get(DRAFTER) if self.options.ranked else None
             draft = None if drafter is None else CompletionClient(http, drafter.url, MODEL_NAME)
             with self.console.status("taking the target's own texts"):
-                await take_references(self.journal, self.options, self.prompts, self._plain(http), draft)
+                plain = self._plain(http, server)
+                await take_references(self.journal, self.options, self.prompts, plain, draft)
         references = usable(self.journal, self.options)
         tokens = sum(len(reference.expected) for reference in references) / len(references)
         text = f"{len(references)} prompts of {tokens:.0f} tokens on average"
@@ -180,40 +194,9 @@ class Run:
         text += f", {short} dropped that end or repeat themselves before {MIN_CUT}" if short else ""
         self.console.print(text, style="dim", highlight=False)
 
-    def _plain(self, http: aiohttp.ClientSession) -> CompletionClient:
+    def _plain(self, http: aiohttp.ClientSession, server: Server) -> CompletionClient:
         """Asks the target alone, past any drafter."""
-        first = self.options.texts_from
-        return CompletionClient(http, self._servers[first.target.name].url, MODEL_NAME, fields=first.plain_fields)
-
-    def _pre_pass(self) -> int | None:
-        """Try the co-located draft model's γ that have not been tried, one server at a time."""
-        options, journal = self.options, self.journal
-        tried = {trial.gamma for trial in journal.trials}
-        gammas = options.gammas if options.colocated is not None and len(options.gammas) > 1 else ()
-        for gamma in gammas:
-            if gamma in tried:
-                continue
-            name = f"draft_model γ={gamma}"
-            with ServerGroup(self._folder) as group:
-                self.start(group, trial_spec(options, gamma, self._folder, name))
-                trial = Trial(gamma, asyncio.run(self._trial(self._servers.pop(name).url)))
-                journal.add(trial)
-            text = f"co-located draft model, γ = {gamma}: {trial.tpot_ms:.1f} ms per token"
-            self.console.print(text, style="dim", highlight=False)
-        return best_gamma(options, journal.trials)
-
-    async def _trial(self, url: str) -> float:
-        """Milliseconds per token of the first prompts at a server."""
-        times = []
-        references = usable(self.journal, self.options)[: self.options.trial_prompts]
-        async with aiohttp.ClientSession() as http:
-            client = CompletionClient(http, url, MODEL_NAME)
-            await client.complete(WARM_UP.text, WARM_UP_TOKENS)
-            with progress_bar(self.console) as progress:
-                for reference in progress.track(references, description="pre-pass"):
-                    done = await client.complete(reference.prompt_ids, len(reference.expected))
-                    times.append(Timed(done.last_ms - done.ttft_ms, len(done.token_ids) - 1))
-        return total(times).per_token_ms or 0.0
+        return CompletionClient(http, server.url, MODEL_NAME, fields=self.options.texts_from.plain_fields)
 
     async def _rounds(self, lineup: Lineup) -> None:
         async with self.measuring(lineup) as measurement:
@@ -223,40 +206,61 @@ class Run:
     async def measuring(self, lineup: Lineup) -> AsyncIterator[Measurement]:
         """Yield what measures over all servers, linked and warmed up; forwards within are counted."""
         options = self.options
-        self._stats = dict(lineup.stats)
-        if options.target_pace is not None and options.colocated is not None:
-            self._stats["draft_model"] = self._folder / "draft_model.pacing.json"
         async with aiohttp.ClientSession() as http:
             answered = {arm.target.name for arm in options.started if arm.target.drafter}
-            for name, url in lineup.metrics.items():
-                if name in answered:
-                    await wait_for_link(http, url, self._servers[name], self.console)
-            stations = {arm.name: self._station(http, lineup, arm) for arm in options.started}
+            for name, plan in self._plans.items():
+                if name in answered and plan.metrics is not None:
+                    await wait_for_link(http, plan.metrics, self._servers[name], self.console)
+            stations = {
+                (arm.name, load): self._station(http, lineup, arm, load)
+                for arm in options.started
+                for load in options.loads(arm)
+            }
             wan = self._wan(http, lineup)
-            measurement = Measurement(options, self.journal, self._plain(http), stations, wan, self.console)
+            first = options.texts_from
+            plain = self._plain(http, self._servers[self._server_name(first, options.loads(first)[0])])
+            measurement = Measurement(options, self.journal, plain, stations, wan, self.console)
             await measurement.warm_up()
-            await asyncio.sleep(STATS_SETTLE_S)
-            self._paced_before = read_paced(self._stats)
-            check_paced(self._stats, self._paced_before)
-            try:
-                yield measurement
-            finally:
-                await asyncio.sleep(STATS_SETTLE_S)
+            check_counted({name: plan.stats for name, plan in self._plans.items()})
+            self._note_servings()
+            yield measurement
 
-    def _station(self, http: aiohttp.ClientSession, lineup: Lineup, arm: Arm) -> Station:
-        server, source = self._servers[arm.target.name], self._servers.get(arm.target.drafter)
-        groups = {"target": server.pid} | ({} if source is None else {"drafter": source.pid})
+    def _note_servings(self) -> None:
+        """Write down what each target runs with, now that it has run."""
+        served: dict[str, list[str]] = {name: [] for name in self._plans}
+        for arm in self.options.started:
+            for name in dict.fromkeys(self._server_name(arm, load) for load in self.options.loads(arm)):
+                served[name].append(arm.name)
+        for name, arms in served.items():
+            plan = self._plans[name]
+            counts = read_counts(plan.stats)
+            observed = counts and {"async_scheduling": counts.async_scheduling, "draft_tokens": counts.num_spec_tokens}
+            self.journal.add(Serving(name, tuple(arms), {**plan.facts(), "observed": observed}))
+
+    def _server_name(self, arm: Arm, load: Load) -> str:
+        return server_name(arm, self._setting(arm, load))
+
+    def _station(self, http: aiohttp.ClientSession, lineup: Lineup, arm: Arm, load: Load) -> Station:
+        plan = self._plans[self._server_name(arm, load)]
+        server, source = self._servers[plan.spec.name], self._servers.get(arm.target.drafter)
+        groups, paced = {"target": server.pid}, {"target": plan.stats}
+        if source is not None:
+            groups["drafter"] = source.pid
+        if arm.uses_wan and lineup.drafter_stats is not None:
+            paced["drafter"] = lineup.drafter_stats
         drafter = None if source is None else f"{source.url}/metrics"
-        probe = Probe(http, f"{server.url}/metrics", lineup.metrics.get(arm.target.name), drafter, groups)
-        return Station(CompletionClient(http, server.url, MODEL_NAME, fields=arm.request_fields), probe)
+        probe = Probe(http, f"{server.url}/metrics", plan.metrics, drafter, groups, paced, plan.control)
+        client = CompletionClient(http, server.url, MODEL_NAME, fields=arm.request_fields)
+        return Station(client, probe, plan.control, self._setting(arm, load))
 
     def _wan(self, http: aiohttp.ClientSession, lineup: Lineup) -> Wan | None:
         if lineup.control_url is None:
             return None
-        behind = {arm.target.name for arm in self.options.started if arm.uses_wan}
+        behind = sorted({arm.target.name for arm in self.options.started if arm.uses_wan})
 
         def check_alive() -> None:
             for name in behind:
                 self._servers[name].check_alive()
 
-        return Wan(http, lineup.control_url, [lineup.metrics[name] for name in sorted(behind)], check_alive)
+        metrics = [url for name in behind if (url := self._plans[name].metrics) is not None]
+        return Wan(http, lineup.control_url, metrics, check_alive)

@@ -84,8 +84,13 @@ class TreesFigures:
 
     @property
     def is_valid(self) -> bool:
-        """Whether the target kept its pace; where nothing is known of it, the figures say nothing."""
-        return self.result.kept_pace([TARGET])
+        """Whether the figures say anything; of the servers' paces the target's counts."""
+        return not self.faults
+
+    @property
+    def faults(self) -> list[str]:
+        """Why they do not."""
+        return self.result.faults([TARGET])
 
     @property
     def shown(self) -> ArmFigures:

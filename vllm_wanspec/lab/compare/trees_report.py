@@ -131,7 +131,7 @@ def document(found: TreesFigures) -> Document:
         method=[f"What the arms ask for:\n\n{asked}", _method(found)],
         provenance=str(result.provenance),
         plots="time per token and misses caught",
-        conditions=result.pacing,
+        conditions=result.haves,
     )
 
 
@@ -150,7 +150,7 @@ def _remarks(found: TreesFigures) -> list[str]:
 
 
 def _warnings(found: TreesFigures) -> list[str]:
-    texts = found.result.warnings(found.is_valid)
+    texts = found.result.warnings(found.faults)
     if found.result.ended_by is not None:
         texts.insert(1, f"Complete rounds: {len(found.batches) // len(found.arms)}.")
     drafter = found.result.paced.get(DRAFTER)

@@ -28,12 +28,20 @@ FOREIGN_ENV = (
     "WANSPEC_PACING",
     "WANSPEC_DRAFT_PACING",
     "WANSPEC_PACING_STATS",
+    "WANSPEC_LAB_COLOCATED",
 )
 
 
 def checkout() -> Path:
     """Return the folder that this package lies in: the checkout, or where packages are installed."""
     return Path(__file__).resolve().parents[3]
+
+
+def portable(text: str, *folders: Path) -> str:
+    """Return a text of a result file without the way to the checkout, and to further folders, on this machine."""
+    for folder in (checkout(), *folders):
+        text = text.replace(f"{folder}/", "")
+    return text
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from vllm_wanspec.errors import ConfigError
 ModelsFolder = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with target/, draft/ and prompts.jsonl.", show_default="examples/demo_models of the checkout"
+        help="Folder with target/, draft/, prompts.jsonl and bench_prompts.jsonl.",
+        show_default="examples/demo_models of the checkout",
     ),
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write everything here.")]
@@ -56,8 +57,10 @@ def parse_widths(text: str) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
-def parse_list(option: str, text: str, read: Callable[[str], Item]) -> tuple[Item, ...]:
-    """Read the values of a comma-separated list, each once.
+def parse_list(
+    option: str, text: str, read: Callable[[str], Item], form: str = "of numbers, as in 0,10,20"
+) -> tuple[Item, ...]:
+    """Read the values of a comma-separated list, each once; ``form`` says of what.
 
     Raises:
         ConfigError: The list is empty, or ``read`` raises ValueError for a part of it.
@@ -66,7 +69,7 @@ def parse_list(option: str, text: str, read: Callable[[str], Item]) -> tuple[Ite
     try:
         values = [read(part) for part in parts]
     except ValueError:
-        raise ConfigError(f"{option}: {text!r} is not a list of numbers, as in 0,10,20") from None
+        raise ConfigError(f"{option}: {text!r} is not a list {form}") from None
     if not values:
         raise ConfigError(f"{option}: the list is empty")
     return tuple(dict.fromkeys(values))

@@ -11,25 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import WanspecError
 
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
 #: What the forwards of a draft model beside the target are called; its target writes them down with its own.
 DRAFTS = "draft_model drafts"
-#: After a forward the counts of it stand in the file; they do when its work is done.
-STATS_SETTLE_S = 0.0
 #: A text that is just being written is read again this often, and after this long.
 READ_ATTEMPTS = 20
 READ_PAUSE_S = 0.001
-#: By which sums, and differences of sums, may be off for their being rounded.
-ROUNDING_MS = 0.002
 
 
 @dataclass(frozen=True, slots=True)
 class PacingCounts:
-    """Forwards of one process so far, or between two counts of it.
+    """Forwards of one process so far.
 
     Attributes:
         steps: Forwards of its model; at a target that speculates, one per step.
@@ -68,33 +63,6 @@ class PacingCounts:
             raise ValueError(f"not the counts of a pacer: {text[:80]!r}")
         return cls(**{name: values[name] for name in names})
 
-    def since(self, earlier: PacingCounts) -> PacingCounts:
-        """Return what came after an earlier count, with the settings of the later one."""
-        return PacingCounts(
-            self.steps - earlier.steps,
-            self.overruns - earlier.overruns,
-            self.paced_ms_total - earlier.paced_ms_total,
-            self.work_ms_total - earlier.work_ms_total,
-            self.draft_steps - earlier.draft_steps,
-            self.draft_overruns - earlier.draft_overruns,
-            self.draft_paced_ms_total - earlier.draft_paced_ms_total,
-            self.draft_work_ms_total - earlier.draft_work_ms_total,
-            self.async_scheduling,
-            self.num_spec_tokens,
-        )
-
-    def kept(self, pace: Pacing) -> bool:
-        """Whether there were forwards, and together they were stretched to at least that pace of one row each."""
-        return _kept(self.steps, self.paced_ms_total, pace)
-
-    def drafts_kept(self, pace: Pacing) -> bool:
-        """Whether the same is true of the draft model's beside it; False where it runs unpaced, or not at all."""
-        return _kept(self.draft_steps, self.draft_paced_ms_total, pace)
-
-
-def _kept(steps: int, paced_ms: float, pace: Pacing) -> bool:
-    return steps > 0 and paced_ms >= steps * pace.step_ms(1) - ROUNDING_MS
-
 
 def read_counts(path: Path) -> PacingCounts | None:
     """Return the counts in a statistics file now; None where there is no file, or not one that counts.
@@ -119,42 +87,19 @@ class Paced(NamedTuple):
     steps: int
     overruns: int
 
-    def since(self, earlier: Paced) -> Paced:
-        """Return what came after an earlier count."""
-        return Paced(self.steps - earlier.steps, self.overruns - earlier.overruns)
-
     @property
     def share(self) -> float:
         """Overruns per forward; 0 without any."""
         return self.overruns / self.steps if self.steps else 0.0
 
 
-def read_paced(stats: Mapping[str, Path]) -> dict[str, Paced]:
-    """Return what each server has paced so far, by name; one that has paced nothing yet is absent.
+def check_counted(stats: Mapping[str, Path]) -> None:
+    """Raise WanspecError if a server counts no forwards, so that its figures mean nothing.
 
     Args:
         stats: Pacing statistics file per server.
     """
-    found: dict[str, Paced] = {}
-    for name, path in stats.items():
-        counts = read_counts(path)
-        if counts is not None:
-            found[name] = Paced(counts.steps, counts.overruns)
-            if counts.draft_steps:
-                found[DRAFTS] = Paced(counts.draft_steps, counts.draft_overruns)
-    return found
-
-
-def paced_since(stats: Mapping[str, Path], before: Mapping[str, Paced]) -> dict[str, Paced]:
-    """Return what each server has paced since ``before``; nothing where that was never read."""
-    if not before:
-        return {}
-    return {name: now.since(before.get(name, Paced(0, 0))) for name, now in read_paced(stats).items()}
-
-
-def check_paced(stats: Mapping[str, Path], paced: Mapping[str, Paced]) -> None:
-    """Raise WanspecError if a server paces nothing, so that its figures mean nothing."""
-    unpaced = [name for name in stats if name not in paced]
-    if unpaced:
+    uncounted = [name for name, path in stats.items() if read_counts(path) is None]
+    if uncounted:
         reason = "vLLM did not load our general plugin; is vllm-wanspec installed beside it?"
-        raise WanspecError(f"{', '.join(unpaced)}: no model forward was paced: {reason}")
+        raise WanspecError(f"{', '.join(uncounted)}: no model forward was paced: {reason}")

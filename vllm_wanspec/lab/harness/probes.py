@@ -13,10 +13,17 @@ from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNT
 from vllm_wanspec.lab.harness.cpu import CpuClock
 from vllm_wanspec.lab.harness.pacing_counts import read_counts
 from vllm_wanspec.lab.harness.scrape import read_samples
+from vllm_wanspec.lab.target.colocated import read_counts as read_colocated
 
 VLLM_PREFIX = "vllm:spec_decode_"
 VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-REMOTE_COUNTERS = CONTROLLER_COUNTERS
+RTT = "wanspec_drafter_rtt_seconds"
+#: What the counts of a co-located draft model with lookup are called here.
+COLOCATED_NAMES = {
+    "accepted_main_line": "accepted_draft",
+    "accepted_lookup": "accepted_lookup",
+    "drafted_tokens": "offered_draft",
+}
 #: After a request its session ends once word has crossed the WAN; counters rise until then.
 SETTLE_MIN_S = 0.1
 SETTLE_MAX_S = 1.0
@@ -41,6 +48,11 @@ class Probe:
         drafter: That of its drafter; None without one.
         groups: Process groups of the servers, by side.
         paced: Pacing statistics files of the servers, by side: "target" and "drafter"; what has none is not counted.
+        control: Control file of a co-located draft model with lookup, which counts who its accepted tokens came from;
+            None for other targets.
+
+    Attributes:
+        rtt_ms: The round trip as the controller's link measured it when its counters were last read; None without one.
     """
 
     def __init__(
@@ -51,12 +63,15 @@ class Probe:
         drafter: str | None,
         groups: Mapping[str, int],
         paced: Mapping[str, Path] | None = None,
+        control: Path | None = None,
     ) -> None:
         self._http = http
         self._target = target
-        remote = ((controller, REMOTE_COUNTERS), (drafter, DRAFTER_COUNTERS))
+        remote = ((controller, CONTROLLER_COUNTERS), (drafter, DRAFTER_COUNTERS))
         self._remote = [(url, names) for url, names in remote if url is not None]
         self._paced = dict(paced or {})
+        self._control = control
+        self.rtt_ms: float | None = None
         self._clocks = {side: CpuClock(group) for side, group in groups.items()}
 
     def cpu_s(self) -> dict[str, float]:
@@ -90,11 +105,20 @@ class Probe:
         """What may still rise when a request has ended: that of controller and drafter, and all forwards."""
         pages = await asyncio.gather(*(read_samples(self._http, url) for url, _ in self._remote))
         read = [Counters.of(page, names) for page, (_, names) in zip(pages, self._remote, strict=True)]
-        remotes, forwards = Counters.total(read), self._forwards()
-        return Counters({**remotes.values, **forwards}, remotes.positions)
+        trips_s = [value for page in pages for name, _, value in page if name == RTT and value > 0.0]
+        self.rtt_ms = 1000.0 * max(trips_s) if trips_s else None
+        remotes = Counters.total(read)
+        return Counters({**remotes.values, **self._forwards(), **self._behind()}, remotes.positions)
+
+    def _behind(self) -> dict[str, float]:
+        """Who the tokens came from of a co-located draft model with lookup, in the controller's words."""
+        if self._control is None:
+            return {}
+        counts = read_colocated(self._control)
+        return {name: float(counts[own]) for name, own in COLOCATED_NAMES.items()} | {"accepted_branch": 0.0}
 
     def _forwards(self) -> dict[str, float]:
-        """Forwards as the processes count them that run them, which prevails over what a controller says of them."""
+        """Forwards, as the processes count them that run them."""
         found: dict[str, float] = {}
         for side, path in self._paced.items():
             counts = read_counts(path)
@@ -102,4 +126,5 @@ class Probe:
                 found |= {f"{side}_forwards": counts.steps, f"{side}_overruns": counts.overruns}
                 if side == "target":
                     found |= {"local_draft_passes": counts.draft_steps, "local_draft_overruns": counts.draft_overruns}
+                    found |= {"local_draft_paced_ms": counts.draft_paced_ms_total}
         return found

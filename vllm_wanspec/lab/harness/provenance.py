@@ -1,11 +1,12 @@
-"""Where a result comes from: machine, versions, commit, command, duration; asked once, before anything is written."""
+"""Where a result comes from: machine, versions, commit, command, duration; asked once, when a run begins."""
 
 from __future__ import annotations
 
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_wanspec.lab.harness import machine
@@ -32,15 +33,23 @@ class Provenance:
     seconds: float
 
     @classmethod
-    def of_this_run(cls, program: str, seconds: float) -> Provenance:
-        """Ask this machine, before the run's results change the checkout.
+    def of_this_run(cls, program: str) -> Provenance:
+        """Ask this machine; when a run begins, before its results, or anybody else, change the checkout.
 
         Args:
             program: What stands before the arguments, such as ``wanspec``.
-            seconds: Duration of the run.
         """
         command = f"{program} {shlex.join(sys.argv[1:])}".strip()
-        return cls(machine.describe(), machine.versions(), git_commit(), command, seconds)
+        return cls(machine.describe(), machine.versions(), git_commit(), command, 0.0)
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> Provenance:
+        """Return what `as_json` gave."""
+        return cls(**{one.name: data[one.name] for one in fields(cls)})
+
+    def after(self, seconds: float) -> Provenance:
+        """Return the same with the duration of the whole run."""
+        return replace(self, seconds=seconds)
 
     def __str__(self) -> str:
         packages = ", ".join(f"{name} {version}" for name, version in self.versions.items())

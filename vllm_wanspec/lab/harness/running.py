@@ -20,6 +20,7 @@ from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import find_models
 
 INTERRUPTED = 130
+NO_PLOTS = "matplotlib is not installed, which --markdown draws its plots with: pip install 'vllm-wanspec[lab]'"
 LOG_WIDTH = 130
 
 
@@ -119,12 +120,19 @@ def check_needs(*, instead_of_demo_models: str | None = None, plots: bool = Fals
         except ConfigError:
             where = "a checkout has them in examples/demo_models"
             missing.append(f"the demo models are not here: give {instead_of_demo_models} ({where})")
-    if plots and find_spec("matplotlib") is None:
-        missing.append(
-            "matplotlib is not installed, which --markdown draws its plots with: pip install 'vllm-wanspec[lab]'"
-        )
+    missing += [NO_PLOTS] if plots and find_spec("matplotlib") is None else []
     if missing:
         raise UnsupportedError("; ".join(missing))
+
+
+def check_plots() -> None:
+    """Check that plots can be drawn.
+
+    Raises:
+        UnsupportedError: They cannot.
+    """
+    if find_spec("matplotlib") is None:
+        raise UnsupportedError(NO_PLOTS)
 
 
 def console_of_this_run() -> Console:

@@ -26,6 +26,11 @@ def interval(value: Interval | None) -> str:
     return UNKNOWN if value is None else f"{value.value:.3f} ({value.low:.3f}–{value.high:.3f})"
 
 
+def ratio(value: Interval | None) -> str:
+    """Return a ratio alone."""
+    return UNKNOWN if value is None else f"{value.value:.3f}"
+
+
 def spread(values: Sequence[float], digits: int = 1) -> str:
     """Return the lowest and the highest of some figures."""
     return f"{min(values):.{digits}f}–{max(values):.{digits}f}" if values else UNKNOWN

@@ -22,8 +22,10 @@ def print_document(document: Document, console: Console) -> None:
     A cell or remark that ends with a mark has its colour.
     """
     for table in document.tables:
-        for part in _rich_tables(table, document.conditions, console.width):
+        for part in _rich_tables(table, console.width):
             console.print(part)
+        if document.conditions:
+            console.print(escape(document.conditions), style="dim", highlight=False)
         for text in table.remarks:
             console.print(_marked(text), style="bold", highlight=False)
     for text in document.method:
@@ -35,12 +37,11 @@ def print_document(document: Document, console: Console) -> None:
         console.print(escape(text), style="bold red", highlight=False)
 
 
-def _rich_tables(table: Table, conditions: str, width: int) -> Iterator[RichTable]:
+def _rich_tables(table: Table, width: int) -> Iterator[RichTable]:
     """The table; where it is too wide, in parts that all begin with the key columns."""
-    suffix = f"; {conditions}" if conditions else ""
     columns = list(zip(table.titles, *table.rows, strict=True))
     if sum(max(map(len, column)) + COLUMN_MARGIN for column in columns) < width:
-        yield _rich_table(table.title + suffix, columns, {}, table)
+        yield _rich_table(table.title, columns, {}, table)
         return
     # Titles may be broken between words, figures never.
     widths = {name: max(map(len, (*name.split(), *cells))) for name, *cells in columns}
@@ -48,15 +49,17 @@ def _rich_tables(table: Table, conditions: str, width: int) -> Iterator[RichTabl
     room = width - 1 - sum(widths[key[0]] + COLUMN_MARGIN for key in keys)
     figures = [widths[name] + COLUMN_MARGIN for name, *_ in rest]
     lack = min(sum(figures), max(width // 2, *figures)) - room
-    if lack > 0:  # the last key is a sentence, which may be broken
-        widths[keys[-1][0]] -= lack
+    if lack > 0:  # the last key may be a sentence, which may be broken, between words
+        name, *cells = keys[-1]
+        lack = min(lack, widths[name] - max(len(word) for text in (name, *cells) for word in text.split() or [""]))
+        widths[name] -= lack
         room += lack
     while rest:
         count, used = 0, 0
         while count < len(rest) and (used := used + widths[rest[count][0]] + COLUMN_MARGIN) <= room:
             count += 1
         part, rest = rest[: max(1, count)], rest[max(1, count) :]
-        yield _rich_table(title + suffix, [*keys, *part], widths, table)
+        yield _rich_table(title, [*keys, *part], widths, table)
         title = f"{table.title}, continued"
 
 

@@ -51,7 +51,7 @@ class Document:
         method: How it was measured, a paragraph each.
         provenance: Command, machine, versions, commit.
         plots: What the picture beside the page shows; empty: there is none.
-        conditions: What every table's title says too, such as the paces; may be empty.
+        conditions: What stands above every table: what each arm has, and the paces; may be empty.
     """
 
     title: str

@@ -11,9 +11,9 @@ def markdown(document: Document, picture: str | None = None) -> str:
     """Return the page; ``picture`` is the file name of the plots beside it, if there are any."""
     parts = [f"# {document.title}", *(f"**{text}**" for text in document.warnings), *document.remarks]
     parts += [f"![{document.plots}]({picture})"] if picture else []
-    suffix = f" ({document.conditions})" if document.conditions else ""
     for table in document.tables:
-        parts += [f"{'#' * table.level} {table.title}{suffix}", markdown_table(table.titles, table.rows, table.keys)]
+        parts += [f"{'#' * table.level} {table.title}", *([document.conditions] if document.conditions else [])]
+        parts += [markdown_table(table.titles, table.rows, table.keys)]
         parts += [*table.remarks, *([table.note] if table.note else [])]
     parts += ["## How it was measured", *document.method, document.provenance]
     return "\n\n".join(parts) + "\n"

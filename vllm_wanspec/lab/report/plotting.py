@@ -10,15 +10,22 @@ from vllm_wanspec.errors import WanspecError
 
 
 def draw_panels(
-    path: Path, draw: Callable[..., None], *, size: tuple[float, float], widths: tuple[float, ...], title: str = ""
+    path: Path,
+    draw: Callable[..., None],
+    *,
+    size: tuple[float, float],
+    widths: tuple[float, ...],
+    rows: int = 1,
+    title: str = "",
 ) -> bool:
-    """Draw panels side by side into a PNG.
+    """Draw panels into a PNG.
 
     Args:
         path: Its file.
         draw: Gets one axes object per panel.
         size: Inches.
-        widths: Of the panels, relative to each other.
+        widths: Of the panels of a row, relative to each other.
+        rows: Of so many panels each.
         title: Above all.
 
     Returns:
@@ -32,8 +39,8 @@ def draw_panels(
     except ImportError:
         return False
     figure = Figure(figsize=size, layout="constrained")
-    axes: Any = figure.subplots(1, len(widths), width_ratios=widths)
-    draw(*axes)
+    axes: Any = figure.subplots(rows, len(widths), width_ratios=widths)
+    draw(*axes.flat)
     if title:
         figure.suptitle(title, fontsize=10)
     try:

@@ -60,8 +60,9 @@ def measured(
     console, began_s = console_of_this_run(), time.monotonic()
     with one_line_errors(f"bench-{program.rpartition('.')[2]}"):
         check_outputs(outputs)
+        begun = Provenance.of_this_run(program)
         found = measure(console)
-        provenance = Provenance.of_this_run(program, time.monotonic() - began_s)
+        provenance = begun.after(time.monotonic() - began_s)
         data = found.as_json() | provenance.as_json()
         Publication(document(found, provenance), data).publish(outputs, console)
     if check and not found.held:

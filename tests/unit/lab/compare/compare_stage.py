@@ -9,15 +9,15 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from fake_vllm import write_stats
 from rich.console import Console
 
-from vllm_wanspec.lab.compare import run
-from vllm_wanspec.lab.compare.arms import DRAFTER
-from vllm_wanspec.lab.compare.lineup import Lineup
+from vllm_wanspec.lab.compare import prepass, run
+from vllm_wanspec.lab.compare.arms import DRAFTER, Arm
+from vllm_wanspec.lab.compare.lineup import Lineup, TargetPlan, server_name
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness import launch, machine, probes
 from vllm_wanspec.lab.harness.servers import ServerSpec, free_ports
+from vllm_wanspec.lab.records import Setting
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 
@@ -40,8 +40,8 @@ class Stage:
         """Take the place of real servers, on a machine that has vLLM and needs no time to settle."""
         monkeypatch.setattr(machine, "missing_vllm", lambda: None)
         monkeypatch.setattr(run, "plan_lineup", self.plan_lineup)
-        monkeypatch.setattr(run, "trial_spec", self.trial_spec)
-        monkeypatch.setattr(run, "STATS_SETTLE_S", 0.0)
+        for module in (run, prepass):
+            monkeypatch.setattr(module, "tuned_target", self.tuned_target)
         monkeypatch.setattr(launch, "DYING_S", 1.0)
         for name in ("SETTLE_MIN_S", "SETTLE_POLL_S"):
             monkeypatch.setattr(probes, name, 0.0)
@@ -57,25 +57,23 @@ class Stage:
     def plan_lineup(self, options: Options, folder: Path) -> Lineup:
         """A drafter without a WAN where one is needed, and the targets."""
         self.started.append("lineup")
-        needed = {arm.target.name: arm.target for arm in options.started if arm is not options.colocated}
-        ports = dict(zip(needed, free_ports(len(needed)), strict=True))
-        remote = [name for name, target in needed.items() if target.method == "remote"]
-        targets = {
-            name: self.server(name, *(["--metrics-port", str(ports[name])] if name in remote else []))
-            for name in needed
-        }
-        metrics = {name: f"http://127.0.0.1:{ports[name]}/metrics" for name in remote}
+        needed = {arm.target.name: arm.target for arm in options.started if not arm.is_tuned}
+        targets = {name: self.target(name, target.method == "remote") for name, target in needed.items()}
         sources = [self.server(DRAFTER)] if any(arm.uses_wan for arm in options.started) else []
-        names = [*(spec.name for spec in sources), *targets]
-        stats = {name: self.folder / f"{name}.pacing.json" for name in names}
-        return Lineup(tuple(sources), targets, metrics, stats, None, folder / "oracle.json")
+        stats = self.folder / f"{DRAFTER}.pacing.json" if sources else None
+        return Lineup(tuple(sources), targets, stats, None, folder / "oracle.json")
 
-    def trial_spec(self, options: Options, gamma: int, folder: Path, name: str = "draft_model") -> ServerSpec:
-        """The co-located draft model's target."""
-        self.started.append(f"{name} {gamma}")
-        spec = self.server(name)
-        write_stats(str(folder / "draft_model.pacing.json"), 5)
-        return spec
+    def target(self, name: str, remote: bool = False) -> TargetPlan:
+        """A stand-in for a target."""
+        (port,) = free_ports(1)
+        spec = self.server(name, *(["--metrics-port", str(port)] if remote else []))
+        metrics = f"http://127.0.0.1:{port}/metrics" if remote else None
+        return TargetPlan(spec, self.folder / f"{name}.pacing.json", metrics)
+
+    def tuned_target(self, options: Options, arm: Arm, setting: Setting, folder: Path) -> TargetPlan:
+        """That of an arm that the pre-pass tunes."""
+        self.started.append(server_name(arm, setting))
+        return self.target(server_name(arm, setting))
 
     @property
     def printed(self) -> str:

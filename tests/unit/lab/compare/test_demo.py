@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import typer
-from compare_runs import provenance
+from compare_runs import provenance, records
 from compare_stage import Stage, write_models
 from rich.console import Console
 from typer.testing import CliRunner
@@ -28,7 +27,6 @@ from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.harness.servers import ServerError
 from vllm_wanspec.lab.records import Batch, Cell, Reference, Request
@@ -58,7 +56,7 @@ def test_servers_are_laid_out_as_designed(stage: Stage, monkeypatch: pytest.Monk
     (stage.folder / "plain.pacing.json").write_text("stale")
     lineup = plan_lineup(options_for(stage, speculative_tokens=5), stage.folder)
     drafter, wan = lineup.sources
-    plain, wanspec = lineup.targets["plain"], lineup.targets["wanspec"]
+    plain, wanspec = (lineup.targets[name].spec for name in ("plain", "wanspec"))
     assert list(drafter.argv)[3:5] == ["drafter", str(stage.folder / "models" / "draft")]
     assert f"127.0.0.1:{drafter.port}" in wan.argv
     assert "--speculative-tokens" not in plain.argv and "--no-async-scheduling" not in plain.argv
@@ -67,12 +65,13 @@ def test_servers_are_laid_out_as_designed(stage: Stage, monkeypatch: pytest.Monk
     settings = load_settings(stage.folder / "wanspec.yaml")
     assert settings.draft_endpoints[0].url == f"http://127.0.0.1:{wan.port}"
     assert settings.metrics is not None
-    assert lineup.metrics == {"wanspec": f"http://127.0.0.1:{settings.metrics.port}/metrics"}
+    assert lineup.targets["wanspec"].metrics == f"http://127.0.0.1:{settings.metrics.port}/metrics"
+    assert lineup.targets["plain"].metrics is None
     assert settings.fallback == ("ngram",)  # as configured by default
     for spec, pace in ((drafter, "5.0+0.02"), (plain, "35.0+0.1"), (wanspec, "35.0+0.1")):
         assert spec.env is not None
         assert spec.env[PACING_ENV] == pace
-        assert spec.env[STATS_ENV] == str(lineup.stats[spec.name])
+        assert spec.env[STATS_ENV] == str(stage.folder / f"{spec.name}.pacing.json")
     assert not (stage.folder / "plain.pacing.json").exists()
 
 
@@ -91,7 +90,7 @@ def test_a_run_compares_both_targets(stage: Stage) -> None:
     assert arm.pop("ttft_ms") > 0
     # Three prompts of four steps each; what came before them, the warm-up, is not counted.
     assert arm == {"tokens_per_step": 2.0, "hits": 12, "misses": 0, "late": 0, "local_draft_passes": 0}
-    assert result["overruns"] == {"drafter": 0, "plain": 0, "wanspec": 0}
+    assert result["overruns"] == {"plain": 0, "wanspec": 0}  # the stand-in for the drafter runs no forward
     assert len(result["per_prompt"]) == 3
     assert result["per_prompt"][0].keys() == {"none_tpot_ms", "wanspec_tpot_ms"}
     assert (result["prompts"], result["max_tokens"], result["speculative_tokens"]) == (3, 8, 8)
@@ -168,22 +167,18 @@ def test_paths_that_cannot_be_written_are_found_before_the_run(stage: Stage) -> 
 PLAIN, REMOTE = Cell("none", None, 1), Cell("wanspec", 20.0, 1)
 
 
-def figures_with(stage: Stage, count: float = 4.0, wrong: tuple[str, ...] = (), **changes: Any) -> DemoFigures:
-    """One prompt of two tokens through both targets."""
+def figures_with(
+    stage: Stage, count: float = 4.0, wrong: tuple[str, ...] = (), overruns: tuple[int, int] = (0, 0)
+) -> DemoFigures:
+    """One prompt of two tokens through both targets; overruns of plain target and drafter, of 1,000 forwards."""
     names = ("hits", "misses", "late_drafts", "steps", "committed_tokens", "local_draft_passes")
-    requests = (Request(0, 10.0, 40.0, 1, 1),)
-    counters = Counters(dict.fromkeys(names, count))
-    batches = [Batch(PLAIN, 0, 0.05, requests), Batch(REMOTE, 0, 0.05, requests, counters, wrong=wrong)]
-    result = Result(
-        options=options_for(stage, 1),
-        taken=[Reference(0, "cmd", "class Cmd:", (1,), (2, 3), (None, None))],
-        trials=(),
-        gamma=None,
-        batches=batches,
-        paced={"plain": Paced(1000, 0)},
-        provenance=provenance(90.0),
-    )
-    return demo_figures(replace(result, **changes))
+    requests = (Request(0, ((10.0, 1), (50.0, 1))),)
+    plain = Counters({"target_forwards": 1000.0, "target_overruns": float(overruns[0])})
+    drafter = {"drafter_forwards": 1000.0, "drafter_overruns": float(overruns[1])}
+    counters = Counters(dict.fromkeys(names, count) | drafter)
+    batches = [Batch(PLAIN, 0, 0.05, requests, plain), Batch(REMOTE, 0, 0.05, requests, counters, wrong=wrong)]
+    references = [Reference(0, "cmd", "class Cmd:", (1,), (2, 3), (None, None))]
+    return demo_figures(Result(options_for(stage, 1), records(references, batches), provenance(90.0)))
 
 
 def report(stage: Stage, found: DemoFigures) -> str:
@@ -192,7 +187,7 @@ def report(stage: Stage, found: DemoFigures) -> str:
 
 
 def test_too_many_overruns_are_warned_about(stage: Stage) -> None:
-    text = report(stage, figures_with(stage, paced={"plain": Paced(1000, 10), "drafter": Paced(1000, 11)}))
+    text = report(stage, figures_with(stage, overruns=(10, 11)))
     assert "warning: 1.1% of the drafter" in text
     assert "of the plain server" not in text
 

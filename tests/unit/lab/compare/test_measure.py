@@ -17,15 +17,17 @@ from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.compare.arms import named_arms
-from vllm_wanspec.lab.compare.measure import Measurement, Station, best_gamma, remaining
+from vllm_wanspec.lab.compare.loads import serve
+from vllm_wanspec.lab.compare.measure import Measurement, Station, remaining
 from vllm_wanspec.lab.compare.plan import Options
+from vllm_wanspec.lab.compare.prepass import best_setting
 from vllm_wanspec.lab.compare.references import take_references, usable
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.models import Prompt
 from vllm_wanspec.lab.harness.probes import Probe
 from vllm_wanspec.lab.harness.wan_control import Wan
-from vllm_wanspec.lab.records import Cell, Journal, Reference, Trial
+from vllm_wanspec.lab.records import Cell, Journal, Load, Reference, Setting, Trial
 
 EXPECTED = tuple(range(100, 125))
 NAME = attrgetter("name")
@@ -64,8 +66,12 @@ class FakeClient:
         self.running = self.most_running = 0
         self.fail_at: int | None = None
         self.salts: list[str] = []
+        self.sampling: set[tuple[float, bool]] = set()
 
-    async def complete(self, prompt: Any, max_tokens: int, *, extra: Any = None, on_text: Any = None) -> Completion:
+    async def complete(
+        self, prompt: Any, max_tokens: int, *, temperature: float = 0.0, ignore_eos: bool = False,
+        extra: Any = None, on_text: Any = None,
+    ) -> Completion:  # fmt: skip
         if isinstance(prompt, str):
             self.log.append(f"{self.name} warm-up")
             return Completion((0,), (1,), "", 1.0, 1.0, "length")
@@ -73,6 +79,7 @@ class FakeClient:
             raise ClientError("the server is gone")
         self.log.append(f"{self.name} {prompt[0]}")
         self.salts.append(f"{prompt[0]} {extra['cache_salt']}")
+        self.sampling.add((temperature, ignore_eos))
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await asyncio.sleep(0)
@@ -91,6 +98,7 @@ class FakeProbe:
 
     def __init__(self) -> None:
         self.count = 0.0
+        self.rtt_ms = 20.5
         self.settled_at: list[float | None] = []
 
     def cpu_s(self) -> dict[str, float]:
@@ -109,8 +117,8 @@ class FakeWan:
     def __init__(self, log: list[str], near: bool = True) -> None:
         self.log, self.near = log, near
 
-    async def set(self, rtt_ms: float) -> bool:
-        self.log.append(f"R {rtt_ms:g}")
+    async def set(self, rtt_ms: float, jitter_ms: float = 0.0, loss: float = 0.0) -> bool:
+        self.log.append(f"R {rtt_ms:g}" + (f" ± {jitter_ms:g}, {loss:g}" if jitter_ms or loss else ""))
         return self.near
 
 
@@ -122,13 +130,19 @@ class Stage:
         self.screen = Console(file=io.StringIO(), width=160)
         self.clients = {arm: FakeClient(self.log, arm) for arm in map(NAME, options.started)}
         self.probes = {arm: FakeProbe() for arm in map(NAME, options.started)}
+        self.control = Path(journal.path.parent, "control.json")
         stations = {
-            arm: Station(cast(CompletionClient, self.clients[arm]), cast(Probe, self.probes[arm]))
-            for arm in map(NAME, options.started)
+            (arm.name, load): self.station(arm.name, Setting(3 * load.concurrency))
+            for arm in options.started
+            for load in options.loads(arm)
         }
         plain = cast(CompletionClient, self.clients["none"])
         wan = cast(Wan, FakeWan(self.log, near))
         self.measurement = Measurement(options, journal, plain, stations, wan, self.screen)
+
+    def station(self, arm: str, setting: Setting) -> Station:
+        client, probe = cast(CompletionClient, self.clients[arm]), cast(Probe, self.probes[arm])
+        return Station(client, probe, self.control if arm == "draft_model_lookup" else None, setting)
 
     def run(self) -> None:
         asyncio.run(self.measurement.run())
@@ -190,6 +204,7 @@ def test_a_request_is_written_down_as_the_client_saw_it(journals: Any) -> None:
     # Two readings of the processor, five counts that only settling shows.
     assert batch.counters == Counters({"hits": 2.0 + 5.0})
     assert batch.cpu_s == {"target": 0.25}
+    assert batch.rtt_ms == 20.5
     assert (batch.ties, batch.wrong) == ((), ())
 
 
@@ -258,13 +273,87 @@ def test_links_that_measure_something_else_are_told_of(journals: Any) -> None:
     assert "the links do not measure R = 20 ms" in stage.printed
 
 
-def test_the_fastest_speculation_length_is_taken_once_all_are_tried() -> None:
+def test_jitter_and_loss_are_set_with_the_round_trip(journals: Any) -> None:
+    options = options_for(repeats=1, rtt_ms=(20.0,), jitter_ms=4.0, loss=0.01, time_scale=1.5)
+    stage = Stage(options, with_references(journals()))
+    stage.run()
+    assert stage.log[0] == "R 30 ± 6, 0.01"
+
+
+def test_sampled_outputs_have_their_length_and_are_not_compared(journals: Any) -> None:
+    journal = with_references(journals(), 1)
+    stage = Stage(options_for(arms=("none", "ngram"), repeats=1, count=1, temperature=0.7), journal)
+    stage.clients["ngram"].wrong_at = 7
+    stage.run()
+    assert [batch.wrong for batch in journal.batches] == [(), ()]
+    assert stage.clients["ngram"].sampling == {(0.7, True)}
+
+
+def test_a_shared_target_is_told_its_setting_before_each_load(journals: Any) -> None:
+    arms = ("none", "draft_model_lookup")
+    options = options_for(arms=arms, concurrent_arms=arms[1:], concurrency=(1, 2), repeats=1)
+    stage = Stage(options, with_references(journals()))
+    told: list[str] = []
+    client = stage.clients["draft_model_lookup"]
+    asked = client.complete
+
+    async def complete(*arguments: Any, **named: Any) -> Completion:
+        told.append(stage.control.read_text())
+        return await asked(*arguments, **named)
+
+    client.complete = complete  # type: ignore[method-assign]
+    stage.run()
+    assert told == ['{"gamma": 3}'] * 3 + ['{"gamma": 6}'] * 3
+
+
+def test_requests_at_a_rate_are_sent_at_the_same_random_times_to_everybody() -> None:
+    references = [Reference(index, "m", "def", (index,), EXPECTED, (0,) * 25) for index in range(40)]
+
+    async def sent_s() -> list[float]:
+        at_s: list[float] = []
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+
+        async def ask(reference: Reference) -> None:
+            at_s.append(loop.time() - began_s)
+
+        await serve(Load(0, 200.0), references, ask)
+        return at_s
+
+    first, second = asyncio.run(sent_s()), asyncio.run(sent_s())
+    assert first == pytest.approx(second, abs=0.05)
+    assert 0.1 < first[-1] < 0.4  # 40 at 200 per second
+    gaps = [after - before for before, after in itertools.pairwise(first)]
+    assert max(gaps) > 2 * sum(gaps) / len(gaps)  # not one after the other at equal times
+
+
+def test_a_request_that_fails_ends_the_others() -> None:
+    references = [Reference(index, "m", "def", (index,), EXPECTED, (0,) * 25) for index in range(3)]
+
+    async def ask(reference: Reference) -> None:
+        if reference.index == 1:
+            raise ClientError("gone")
+        await asyncio.sleep(60.0)
+
+    for load in (Load(3), Load(0, 1000.0)):
+        with pytest.raises(ClientError, match="gone"):
+            asyncio.run(asyncio.wait_for(serve(load, references, ask), 5.0))
+
+
+def test_the_fastest_setting_is_taken_once_all_are_tried_under_a_load() -> None:
     options = options_for(arms=("draft_model",), gammas=(2, 3, 4))
-    trials = [Trial(2, 22.0), Trial(3, 20.0)]
-    assert best_gamma(options, trials) is None
-    assert best_gamma(options, [*trials, Trial(4, 20.0)]) == 3
-    assert best_gamma(options_for(arms=("draft_model",), gammas=(6,)), []) == 6
-    assert best_gamma(options_for(gammas=(6,)), []) is None
+    (arm,), alone, eight = options.started, Load(), Load(8)
+    trials = [Trial("draft_model", alone, Setting(gamma), ms) for gamma, ms in ((2, 22.0), (3, 20.0))]
+    trials += [Trial("draft_model", eight, Setting(gamma), 30.0 + gamma) for gamma in (2, 3, 4)]
+    trials += [Trial("draft_model_lookup", alone, Setting(4), 1.0)]  # of another arm
+    assert best_setting(options, trials, arm, alone) is None
+    trials.append(Trial("draft_model", alone, Setting(4), 20.0))
+    assert best_setting(options, trials, arm, alone) == Setting(3)
+    assert best_setting(options, trials, arm, eight) == Setting(2)
+    (only,) = options_for(arms=("draft_model",), gammas=(6,)).started
+    assert best_setting(options_for(arms=("draft_model",), gammas=(6,)), [], only, alone) == Setting(6)
+    plain = options_for(arms=("none",))
+    assert best_setting(plain, [], plain.started[0], alone) is None
 
 
 class TextClient:
@@ -285,7 +374,7 @@ class TextClient:
 
 
 def take(journal: Journal, client: TextClient, draft: bool, **changes: Any) -> None:
-    prompts = [Prompt(f"m{index}", str(index)) for index in range(len(client.lengths))]
+    prompts = [Prompt(f"m{index}", str(index), "comment") for index in range(len(client.lengths))]
     plain = cast(CompletionClient, client)
     ranking = cast(CompletionClient, client) if draft else None
     asyncio.run(take_references(journal, options_for(**changes), prompts, plain, ranking))
@@ -299,6 +388,7 @@ def test_prompts_are_taken_in_order_until_there_are_enough_long_texts(journals: 
     assert [one.index for one in usable(journal, options_for(count=3))] == [0, 2, 3]
     first = journal.references[0]
     assert (first.generated, first.time_ms) == (60, 5.0 * 29)  # of the part before it repeats itself
+    assert first.kind == "comment"
     assert journal.references[1].ranks == (None,) * 20  # nobody asks about what is not used
     assert (first.expected, first.ranks, first.prompt_ids) == (tuple(range(30)), (0,) * 30, (0,))
 
@@ -326,6 +416,18 @@ def test_all_texts_are_used_where_no_number_is_wanted(journals: Any) -> None:
     other = journals("other")
     with pytest.raises(ConfigError, match=r"only 0 of 1 prompts have 24 tokens .*: nothing to measure"):
         take(other, TextClient([20]), draft=False, count=None)
+
+
+def test_a_shorter_repeat_cuts_a_text_earlier(journals: Any) -> None:
+    class Repeating(TextClient):
+        async def complete(self, prompt: str, max_tokens: int, on_text: Any) -> Completion:
+            ids = (*range(30), *range(10), *range(100, 140))  # ten tokens come again
+            return Completion((0,), ids, "", 0.0, 1.0, None, tuple((1.0 * place, 1) for place in range(len(ids))))
+
+    for name, span, cut in (("sixteen", 16, 80), ("eight", 8, 30)):
+        journal = journals(name)
+        take(journal, Repeating([0]), draft=False, count=1, repeat_span=span)
+        assert len(journal.references[0].expected) == cut
 
 
 def test_whole_texts_are_used_however_short_they_are(journals: Any) -> None:

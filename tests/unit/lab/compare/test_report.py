@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compare_runs import TIMES_MS, full_run, options, reference
+from compare_runs import FAR_MS, TIMES_MS, full_run, options, records, reference
 from rich.console import Console
 
 import vllm_wanspec
@@ -22,13 +23,12 @@ from vllm_wanspec.lab.compare.plots import draw_figures
 from vllm_wanspec.lab.compare.report import as_json, bench_report
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.harness.pacing_counts import Paced
 from vllm_wanspec.lab.harness.running import Outputs
-from vllm_wanspec.lab.records import Batch
+from vllm_wanspec.lab.records import Batch, Serving
 from vllm_wanspec.lab.report.console import print_document
 from vllm_wanspec.lab.report.markdown import markdown
 
-PACED = "paced to 35 + 0.1 ms (target), 5 + 0.02 ms (draft)"
+PACED = "Pace: paced to 35 + 0.1 ms (target), 5 + 0.02 ms (draft)"
 RED = "\x1b[31m"
 
 
@@ -65,12 +65,20 @@ def lines_of(text: str, *parts: str) -> list[str]:
 def with_wrong(count: int) -> Result:
     """The first of wanspec's requests at 30 ms has a wrong output, ``count`` times over."""
     run = full_run()
-    place = next(place for place, one in enumerate(run.batches) if one.cell == ("wanspec", 30.0, 1))
+    place = next(place for place, one in enumerate(run.batches) if one.cell == ("wanspec", 30.0, 1, None))
     batches: list[Batch] = list(run.batches)
     batches[place] = replace(
         batches[place], wrong=tuple(f"[module{n}]: token 3 differs" for n in range(count)), ties=("", "")
     )
-    return replace(run, batches=batches)
+    return with_records(run, batches)
+
+
+def with_records(run: Result, batches: list[Batch], **changes: Any) -> Result:
+    parts = run.records
+    made = records(
+        list(parts.references.values()), batches, parts.trials, changes.get("servings", list(parts.servings.values()))
+    )
+    return replace(run, records=made)
 
 
 def test_the_console_shows_all_tables() -> None:
@@ -78,41 +86,73 @@ def test_the_console_shows_all_tables() -> None:
     text = report(run)
     found = figures(run)
     row = found.row("wanspec", 30.0)
-    assert row is not None and row.to_draft_model is not None and row.to_ideal is not None
+    assert row is not None and row.to_draft_model is not None and row.to_draft_model_lookup is not None
+    assert row.to_ideal is not None
     line = lines_of(text, "wanspec ", "│ 30 ", f"{row.tpot_ms:.2f}")[0]
-    ratio = row.to_draft_model
-    assert f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" in line
-    assert f"{row.ideal_tpot_ms:.2f}" in line and f"{row.to_ideal.value:.3f}" in line
-    assert lines_of(text, "draft_model", "3,456")
-    assert lines_of(text, "draft_model", "≈ 4")  # above one stream
-    assert lines_of(text, "wanspec", "22,320", "20,448", "65%", "1,000")
-    assert lines_of(text, "4 (best)", "22.00")
-    assert lines_of(text, "drafter", "20,000", "0.10%")
-    assert lines_of(text, "✓", "÷ draft_model, R = 30 ms", "0.900")
+    for ratio in (row.to_draft_model, row.to_draft_model_lookup):
+        assert f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" in line
+    assert lines_of(text, "wanspec ", "│ 30 ", f"{row.ideal_tpot_ms:.2f}", f"{row.to_ideal.value:.3f}")
+    assert lines_of(text, "draft_model ", "1,152")  # 48 forwards each
+    assert lines_of(text, "wanspec ", "65%", "360", "144", "120", "7,440", "6,936", "1,000")
+    assert lines_of(text, "draft_model ", "γ = 4 (best)", "22.00")
+    assert lines_of(text, "draft_model ", "concurrency 8", "γ = 3 (best)", "22.00")
+    assert lines_of(text, "ngram ", "γ = 8, n-grams of 2 to 4 (best)")
+    assert lines_of(text, "drafter", "0.00%")
+    assert lines_of(text, "✓", "without lookup ÷ plain, R = 500 ms", "1.020")
+    assert lines_of(text, "wanspec ", "│ 30 ", "prose", "12")
     assert "All bars hold." in text
-    assert "First token at 8 streams, R = 30 ms: 80.0 ms with the rule for late drafts, 80.0 ms without." in text
     assert "INVALID" not in text and "INCOMPLETE" not in text and "DIFFERENT" not in text
 
 
-def test_every_title_says_the_pace() -> None:
-    titles = ["Single stream", "Several streams at a time", "Details", "What was asked for"]
-    for title in titles:
-        assert lines_of(report(full_run()), f"{title}; {PACED}")
-    bare = full_run(options=options(target_pace=None, draft_pace=None), paced={})
-    for title in titles:
-        assert lines_of(report(bare), f"{title}; not paced")
-    page = page_of(full_run())
-    headings = [line for line in page.splitlines() if line.startswith("## ") and "How" not in line]
-    assert len(headings) == 6
-    assert all(line.endswith(f"({PACED})") for line in headings)
-    assert "nothing is paced" in page_of(bare)
-    assert "paced to" not in page_of(bare)
+LOOKUP = (
+    "Prompt lookup: ours in `lookup`, `draft_model_lookup`, `wanspec`, `wanspec_no_wait`; vLLM's in `ngram`; none in "
+    "the others. "
+)
+AHEAD = (
+    "Async scheduling: in no arm, plain vLLM's included (its CPU build has none; on a GPU plain and co-located arms "
+    "would have it). "
+)
 
 
-def test_every_title_says_the_time_scale() -> None:
+def under_tables(page: str) -> list[str]:
+    """What stands below each table's heading."""
+    blocks = page.split("\n\n")
+    return [after for block, after in itertools.pairwise(blocks) if block.startswith("## ")][:-1]
+
+
+def test_every_table_says_what_the_arms_have() -> None:
+    run = full_run()
+    have = under_tables(page_of(run))
+    assert len(have) == 9
+    assert set(have) == {f"{LOOKUP}{AHEAD}{PACED}."}
+    assert words(report(run)).count(words(have[0])) == 9
+    bare = full_run(options=options(target_pace=None, draft_pace=None))
+    assert all(text.endswith("Pace: not paced.") for text in under_tables(page_of(bare)))
+    assert "nothing is paced" in page_of(bare) and "paced to" not in page_of(bare)
+
+
+def test_async_scheduling_is_told_as_it_was_observed() -> None:
+    run = full_run()
+
+    def observed(ahead: dict[str, bool | None]) -> Result:
+        facts = {
+            arm.name: {"observed": {"async_scheduling": ahead.get(arm.name, False)}} for arm in run.options.started
+        }
+        servings = [Serving(name, (name,), one) for name, one in facts.items()]
+        return with_records(run, list(run.batches), servings=servings)
+
+    some = observed({"none": True, "draft_model": True})
+    assert "Async scheduling: in `none`, `draft_model` alone. " in some.haves
+    assert "- `draft_model`: vLLM's co-located draft model, its γ tuned (no lookup, async scheduling)" in page_of(some)
+    assert "(our lookup, no async scheduling)" in page_of(some)
+    assert "Async scheduling: not observed in all arms. " in observed({"none": None}).haves
+    on_gpu = replace(run, provenance=replace(run.provenance, machine="a machine, NVIDIA GPU"))
+    assert "Async scheduling: in no arm. " in on_gpu.haves
+
+
+def test_every_table_says_the_time_scale() -> None:
     run = full_run(options=options(time_scale=1.5))
-    headings = [line for line in page_of(run).splitlines() if line.startswith("## ") and "How" not in line]
-    assert all(line.endswith(f"({PACED}, these and R × 1.5)") for line in headings)
+    assert all(text.endswith(f"{PACED}, these and R × 1.5.") for text in under_tables(page_of(run)))
     assert "R = 30 ms took 45 ms" in page_of(run)
     assert "Times are as measured" not in page_of(full_run())
     assert (json_of(run)["time_scale"], json_of(run)["pacing"]) == (1.5, json_of(full_run())["pacing"])
@@ -125,14 +165,15 @@ def test_no_figure_is_broken_in_a_narrow_terminal(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     for row in figures(run).rows:
-        for ratio in (row.to_draft_model, row.to_constrained, row.to_none):
+        for ratio in (row.to_draft_model, row.to_draft_model_lookup, row.to_constrained, row.to_none):
             if ratio is not None:
                 assert lines_of(text, row.cell.arm, f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})")
         assert lines_of(text, row.cell.arm, f" {row.tpot_ms:.2f} ")
-        assert lines_of(text, row.cell.arm, f" {row.throughput_tok_s:.1f} ")
-    assert lines_of(text, "wanspec", " 22,320 ")
+        if not row.cell.single:
+            assert lines_of(text, row.cell.arm, f" {row.throughput_tok_s:.1f} ")
+    assert lines_of(text, "wanspec", " 7,440 ")
     if width < 100:
-        assert "Single stream, continued; paced" in text
+        assert "Single stream, continued" in text
 
 
 def test_wrong_outputs_are_red_and_named() -> None:
@@ -150,27 +191,48 @@ def test_wrong_outputs_are_red_and_named() -> None:
 
 
 def test_what_makes_figures_worthless_is_said() -> None:
-    text = words(report(full_run(paced={"wanspec": Paced(1000, 25), "drafter": Paced(9, 0)}, ended_by="Ctrl-C")))
-    assert "INCOMPLETE: Ctrl-C." in text
-    assert "INVALID: more forwards than 1% took longer than their pace (2.5% of wanspec)" in text
-    assert "INVALID" in report(full_run(paced={})) and "it is unknown how many" in words(report(full_run(paced={})))
     run = full_run()
-    idle = [replace(one, counters=Counters({"drafted_tokens": 0, "num_accepted_tokens": 0})) for one in run.batches]
-    assert "Nothing was drafted in wanspec, wanspec_dead" in words(report(replace(run, batches=idle)))
+
+    def changed(**counters: float) -> Result:
+        batches = [replace(one, counters=Counters({**one.counters.values, **counters})) for one in run.batches]
+        return replace(with_records(run, batches), ended_by="Ctrl-C")
+
+    text = words(report(changed(target_forwards=1000.0, target_overruns=25.0)))
+    assert "INCOMPLETE: Ctrl-C." in text
+    assert "INVALID: more forwards than 1% took longer than their pace (2.5% of none's, 2.5% of" in text
+    off = [replace(one, rtt_ms=15.0) if one.cell == ("wanspec", 30.0, 1, None) else one for one in run.batches]
+    told = words(report(with_records(run, off)))
+    assert "INVALID: wanspec, R = 30 ms: the link measured 15.0 ms where 30.0 ms were emulated." in told
+    assert "Nothing was drafted in wanspec, wanspec_no_lookup" in words(report(changed(drafted_tokens=0.0)))
+
+
+def test_a_cell_that_was_too_slow_in_a_valid_run_is_named() -> None:
+    run = full_run()
+    cell = ("wanspec", 30.0, 8, None)
+    slow = [
+        replace(one, counters=Counters({**one.counters.values, "drafter_overruns": 48.0})) if one.cell == cell else one
+        for one in run.batches
+    ]
+    text = words(report(with_records(run, slow)))
+    assert "INVALID" not in text
+    told = (
+        "more than 1% of the forwards were slower than their pace in wanspec, R = 30 ms, concurrency 8 (drafter 2.0%)."
+    )
+    assert f"DOUBTFUL: {told}" in text
+    assert "DOUBTFUL" not in report(run)
 
 
 def test_missed_and_open_bars_are_named() -> None:
-    text = report(full_run(times_ms=TIMES_MS | {70.0: 23.0, 100.0: 30.0}))
-    assert "Bars missed: ÷ none_constrained, R = 100 ms." in text
-    assert lines_of(text, "✗", "R = 70 ms (hoped for)")
-    some = report(full_run(options=options(concurrency=(1,))))
-    assert "2 of 16 bars cannot be judged: their rows are missing." in some
-    assert lines_of(some, "│ – │", "throughput")
+    text = report(full_run(times_ms=TIMES_MS | {FAR_MS: 40.0}))
+    assert "Bars missed: without lookup ÷ plain, R = 500 ms." in text
+    assert lines_of(text, "✗", "R = 500 ms")
+    some = report(full_run(options=options(concurrency=(1,), far_rtt_ms=())))
+    assert "1 of 4 bars cannot be judged: their rows are missing." in some
     assert "Several streams" not in some
 
 
 def test_a_run_without_any_figures_can_be_shown(tmp_path: Path) -> None:
-    run = full_run(batches=[], trials=[], gamma=None, taken=[], paced={}, ended_by="a server did not start")
+    run = full_run(batches=[], trials=[], references=[], ended_by="a server did not start")
     text = report(run)
     assert "INCOMPLETE: a server did not start." in text
     assert "Single stream" not in text
@@ -182,32 +244,51 @@ def test_a_run_without_any_figures_can_be_shown(tmp_path: Path) -> None:
 
 def test_json_has_everything(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bench.json"
-    write(full_run(taken=[reference(n, (0, None, 0, 0) * 6) for n in range(24)]), path)
+    write(full_run(references=[reference(n, (0, None, 0, 0) * 6) for n in range(24)]), path)
     data = json.loads(path.read_text())
     assert (data["command"], data["commit"], data["seconds"]) == ("wanspec bench --check", "abc1234", 3700.0)
     assert (data["complete"], data["ended_by"], data["valid"], data["held"]) == (True, None, True, True)
     assert data["pacing"] == {"target": "35.0+0.1", "draft": "5.0+0.02"}
-    assert data["overruns"] == {"none": 0.0003, "wanspec": 0.002, "drafter": 0.001}
-    assert data["references"][1] == {"index": 1, "name": "module1", "tokens": 24, "agreement": 0.75, "outside": 0.25}
-    assert data["trials"][2] == {"gamma": 4, "tpot_ms": 22}
-    assert data["gamma"] == 4
+    assert data["overruns"]["drafter"] == 0 and data["paced_forwards"]["drafter"] == 100 * 24 * (7 + 8) + 2 * 2400
+    assert data["references"][1] == {
+        "index": 1,
+        "name": "module1",
+        "kind": "prose",
+        "tokens": 24,
+        "agreement": 0.75,
+        "outside": 0.25,
+    }
     assert data["options"]["target_pace"] == "35.0+0.1"
-    assert {"machine", "versions", "commit", "seconds", "bars"} <= data.keys()
+    assert {"machine", "versions", "commit", "seconds", "bars", "faults"} <= data.keys()
     rows = {(row["arm"], row["rtt_ms"], row["concurrency"]): row for row in data["rows"]}
-    assert len(rows) == 19
+    assert len(rows) == 9 + 7 + 8 + 4
     wanted = {"gamma", "tpot_ms", "ttft_ms", "throughput_tok_s", "tokens_per_step", "local_draft_passes", "drafted"}
     wanted |= {"wasted", "ratio_to_draft_model", "ratio_ci", "ideal_tpot_ms", "ratio_to_ideal", "wait_s", "cpu_target"}
+    wanted |= {"p50_ms", "p95_ms", "p99_ms", "ratio_to_draft_model_lookup", "measured_rtt_ms", "accepted_lookup"}
+    wanted |= {"target_overruns", "drafter_overruns", "ratio_to_ideal_width", "setting", "rate"}
     assert wanted <= rows["wanspec", 30.0, 1].keys()
-    assert rows["draft_model", None, 1]["gamma"] == 4
+    assert (rows["draft_model", None, 1]["gamma"], rows["draft_model", None, 8]["gamma"]) == (4, 3)
     low, high = rows["wanspec", 30.0, 1]["constrained_ci"]
     assert low < rows["wanspec", 30.0, 1]["ratio_to_constrained"] < high
     assert rows["none", None, 1]["acceptance"] is None
-    raw = [dict(zip(data["batch_columns"], one, strict=True)) for one in data["batches"]]
-    assert len(raw) == 15 * 24 * 3 + 4 * 3
-    assert raw[0]["arm"] == "none" and raw[0]["num_drafts"] is None
-    request = dict(zip(data["request_columns"], raw[-1]["requests"][23], strict=True))
-    assert request["prompt"] == 23 and request["tokens"] == 39 and request["ttft_ms"] == 80
-    assert len(lines_of(path.read_text(), '["none", null, 1, 0')) == 24  # one line each
+    kinds = {(one["arm"], one["rtt_ms"], one["kind"]): one for one in data["kinds"]}
+    assert kinds["wanspec", 30.0, "prose"]["prompts"] == 12
+    arm = data["arms"]["draft_model"]
+    assert arm["settings"] == {"concurrency 1": "γ = 4", "concurrency 8": "γ = 3"}
+    assert (arm["lookup"], arm["async_scheduling"]) == ("none", False)
+    assert arm["servers"]["draft_model"]["command"][0] == "python"
+    assert len(lines_of(path.read_text(), '{"batch": {"cell": ["none", null, 1, null]')) == 24  # one line each
+
+
+def test_all_figures_can_be_computed_again_from_the_file(tmp_path: Path) -> None:
+    run = full_run(8)
+    write(run, tmp_path / "bench.json")
+    data = json.loads((tmp_path / "bench.json").read_text())
+    again = Result.of_json(data)
+    assert figures(again) == figures(run)
+    assert again.records.references[0].ranks == run.records.references[0].ranks
+    assert json.loads(json.dumps(json_of(again))) == data
+    assert page_of(again) == page_of(run)
 
 
 def test_paths_in_the_checkout_are_told_from_there(tmp_path: Path) -> None:
@@ -219,7 +300,7 @@ def test_paths_in_the_checkout_are_told_from_there(tmp_path: Path) -> None:
 
 
 def test_ranks_that_nobody_asked_for_are_no_disagreement(tmp_path: Path) -> None:
-    run = full_run(taken=[reference(0, (None,) * 30)], options=options(target_pace=None), paced={})
+    run = full_run(references=[reference(0, (None,) * 30)], options=options(target_pace=None))
     write(run, tmp_path / "bench.json")
     data = json.loads((tmp_path / "bench.json").read_text())
     assert data["references"][0]["agreement"] is None and data["references"][0]["outside"] is None
@@ -238,7 +319,7 @@ def test_the_page_has_sound_tables_and_the_plot(tmp_path: Path) -> None:
     write(full_run(), markdown_path=tmp_path / "bench.md")
     page = (tmp_path / "bench.md").read_text()
     tables = [block.splitlines() for block in page.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 6
+    assert len(tables) == 9
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
     assert "- `wanspec_dead`: remote drafts where nobody answers" in page
@@ -279,7 +360,7 @@ def test_tree_arms_stand_beside_the_others(tmp_path: Path) -> None:
     more = [replace(one, cell=one.cell._replace(arm=arm.name)) for arm in trees for one in remote]
     idle = [replace(one, counters=Counters({"drafted_tokens": 0})) for one in more if one.cell.arm == "plain"]
     batches = [*run.batches, *(one for one in more if one.cell.arm == "wide"), *idle]
-    run = replace(run, options=replace(run.options, arms=(*run.options.arms, *trees)), batches=batches)
+    run = replace(with_records(run, batches), options=replace(run.options, arms=(*run.options.arms, *trees)))
     page = page_of(run)
     assert lines_of(page, "| wide | 0 |") and lines_of(page, "| wide | 20 |") and lines_of(page, "| plain | 20 |")
     assert "- `wide`: remote drafts without prompt lookup, asking for `running_branches=64`" in page

@@ -16,12 +16,14 @@ from vllm_wanspec.lab.compare import measure
 from vllm_wanspec.lab.compare.arms import named_arms
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.compare.report import bench_report
+from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.run import run_compare
-from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness import machine, provenance
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.models import read_prompts
 from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.harness.servers import ServerError
+from vllm_wanspec.lab.records import Load, Setting
 from vllm_wanspec.lab.report.writing import Publication
 
 ARMS = ("none", "draft_model", "wanspec_dead")
@@ -73,18 +75,51 @@ def test_a_run_tries_every_length_measures_all_and_leaves_no_journal(stage: Benc
     assert [reference.name for reference in result.references] == ["line 1", "line 2", "line 3"]
     assert {len(reference.expected) for reference in result.references} == {26}
     assert len(result.batches) == 3 * 3 * 2
-    assert result.gamma in (2, 3)
-    tries = ["draft_model γ=2 2", "draft_model γ=3 3"]
-    assert stage.started == ["lineup", *tries, f"draft_model {result.gamma}"]
+    gamma = gamma_of(result)
+    assert stage.started == ["lineup", "draft_model-2", "draft_model-3", f"draft_model-{gamma}"]
+    assert [(trial.arm, trial.setting) for trial in result.records.trials] == [
+        ("draft_model", Setting(2)),
+        ("draft_model", Setting(3)),
+    ]
+    known = {name: (one.arms, one.facts["observed"]) for name, one in result.records.servings.items()}
+    observed = {"async_scheduling": False, "draft_tokens": 0}
+    assert known == {name: (arms, observed) for name, arms in (
+        ("none", ("none",)),
+        ("wanspec_dead", ("wanspec_dead",)),
+        (f"draft_model-{gamma}", ("draft_model",)),
+    )}  # fmt: skip
     # 26 tokens in pairs; the warm-up is not counted.
     assert result.paced["none"].steps == 13 * 3 * 2
     data = json.loads((stage.folder / "bench.json").read_text())
     assert (data["complete"], len(data["rows"])) == (True, 3)
+    assert (data["commit"], data["versions"]) == (result.provenance.commit, result.provenance.versions)
     dead = next(batch for batch in result.batches if batch.cell.arm == "wanspec_dead")
     assert dead.counters.get("steps") == 13
     assert not stage.journal.exists()
     known = json.loads((stage.folder / "logs" / "oracle.json").read_text())
     assert [len(expected) for _, expected in known] == [26, 26, 26]
+
+
+def gamma_of(result: Result) -> int:
+    setting = result.setting(result.options.arm("draft_model"), Load())
+    assert setting is not None
+    return setting.draft_tokens
+
+
+def test_what_another_commit_measured_is_not_gone_on_with(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.extra["wanspec_dead"] = ["--fail-after", "50"]
+    with pytest.raises((ServerError, ClientError)):
+        stage.run()
+    monkeypatch.setattr(provenance, "git_commit", lambda: "0000000")
+    with pytest.raises(ConfigError, match="is the journal of a run with another commit: delete it"):
+        stage.run()
+
+
+def test_the_commit_is_that_of_the_beginning(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    commits = iter(["1111111"])
+    monkeypatch.setattr(provenance, "git_commit", lambda: next(commits))
+    assert stage.run(arms=("none",), repeats=1).provenance.commit == "1111111"
+    assert json.loads((stage.folder / "bench.json").read_text())["commit"] == "1111111"
 
 
 def test_a_run_whose_server_dies_keeps_what_it_has_and_goes_on(stage: BenchStage) -> None:
@@ -102,10 +137,10 @@ def test_a_run_whose_server_dies_keeps_what_it_has_and_goes_on(stage: BenchStage
     stage.started.clear()
     result = stage.run()
     assert f"{done} requests are done" in stage.printed
-    assert stage.started == ["lineup", f"draft_model {result.gamma}"]  # no pre-pass again
+    assert stage.started == ["lineup", f"draft_model-{gamma_of(result)}"]  # no pre-pass again
     keys = [(batch.cell, batch.repeat, one.prompt) for batch in result.batches for one in batch.requests]
     assert len(keys) == len(set(keys)) == 18
-    assert result.paced["none"].steps >= 13 * 3 * 2
+    assert result.paced["none"].steps == 13 * 3 * 2
     assert not stage.journal.exists()
 
 
@@ -142,8 +177,48 @@ def test_too_few_long_texts_are_told(stage: BenchStage) -> None:
 
 def test_one_length_needs_no_pre_pass(stage: BenchStage) -> None:
     result = stage.run(arms=("none", "draft_model"), gammas=(4,), repeats=1)
-    assert (result.gamma, result.trials) == (4, ())
-    assert stage.started == ["lineup", "draft_model 4"]
+    assert (gamma_of(result), result.records.trials) == (4, [])
+    assert stage.started == ["lineup", "draft_model-4"]
+
+
+def test_texts_may_come_from_a_tuned_arm(stage: BenchStage) -> None:
+    result = stage.run(arms=("draft_model",), gammas=(2, 3), repeats=1)
+    gamma = gamma_of(result)
+    tried = ["draft_model-2", "draft_model-3"]
+    assert stage.started == ["lineup", "draft_model-2", *tried, f"draft_model-{gamma}"]
+    assert len(result.batches) == 3 and result.wrong == ()
+
+
+def test_a_result_is_reported_again_from_its_file(stage: BenchStage) -> None:
+    stage.run()
+    path, again = stage.folder / "bench.json", stage.folder / "again.json"
+    page = stage.folder / "again.md"
+    done = CliRunner().invoke(app, ["report", str(path), "--json", str(again), "--markdown", str(page)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(again.read_text()) == json.loads(path.read_text())
+    assert page.read_text().startswith("# Remote drafting beside the alternatives")
+    assert (stage.folder / "again.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "cannot read"),
+        ("{", "is not JSON"),
+        ("[]", "has no records"),
+        ('{"rows": []}', "has no records"),
+        ('{"records": [], "options": {}}', "these are not the options of a run"),
+        ('{"records": [{"batch": {}}], "options": 3}', "this is not a result of wanspec bench"),
+    ],
+)
+def test_what_is_no_result_cannot_be_reported(tmp_path: Path, text: str | None, problem: str) -> None:
+    path = tmp_path / "r.json"
+    if text is not None:
+        path.write_text(text)
+    done = CliRunner().invoke(app, ["report", str(path)])
+    assert done.exit_code == 2
+    assert done.output.startswith("wanspec report: ") and problem in done.output
+    assert done.output.count("\n") == 1
 
 
 def test_without_vllm_nothing_begins(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +291,10 @@ def test_ctrl_c_ends_the_command_and_keeps_the_journal(stage: BenchStage, monkey
         (("--trees", "none=off"), "wanspec bench: --trees: the name 'none' is that of an arm of --arms"),
         (("--rtt-ms", "fast"), "wanspec bench: --rtt-ms: 'fast' is not a list of numbers"),
         (("--gammas", "2.5"), "wanspec bench: --gammas: '2.5' is not a list of numbers"),
+        (("--ngrams", "8:4-2"), "wanspec bench: --ngrams: '8:4-2' is not a list as in 8:2-4,4:1-3"),
+        (("--ngrams", "8"), "wanspec bench: --ngrams: '8' is not a list as in 8:2-4"),
+        (("--loss", "0.9"), "wanspec bench: --loss: 0.9 is not from 0 to 0.5"),
+        (("--rates", "0"), "wanspec bench: --rates: 0 is not from 0.01 to 1000"),
         (("--target-pace", "quick"), "wanspec bench: --target-pace: 'quick' is not a pace"),
         (("--prompts", "/nowhere"), "wanspec bench: prompts: cannot read /nowhere"),
         (("--json", "/nowhere/bench.json"), "wanspec bench: --json: cannot write /nowhere/bench.json"),

@@ -9,7 +9,7 @@ import pytest
 from vllm_wanspec.emulate.pacing import PACING_ENV, STATS_ENV, Pacing
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness.client import ClientError
-from vllm_wanspec.lab.harness.launch import dying_servers_explain, wan_spec
+from vllm_wanspec.lab.harness.launch import dying_servers_explain, vllm_spec, wan_spec
 from vllm_wanspec.lab.harness.servers import ServerError, ServerGroup
 from vllm_wanspec.sim.controller import DrafterError
 
@@ -37,6 +37,19 @@ def test_other_errors_do_not_wait_for_a_death() -> None:
     with pytest.raises(WanspecError, match="no hits"), dying_servers_explain(group):
         raise WanspecError("no hits")
     assert group.waited_s == []
+
+
+@pytest.mark.parametrize(("pace", "setting"), [(Pacing(35.0, 0.1), "35.0+0.1"), (None, "0.0+0.0")])
+def test_a_server_with_a_statistics_file_counts_whether_it_is_paced_or_not(
+    pace: Pacing | None, setting: str, tmp_path: Path
+) -> None:
+    stats = tmp_path / "plain.json"
+    stats.write_text("of a former run")
+    spec = vllm_spec("plain", ["vllm"], 1234, None, pace, stats)
+    assert spec.env is not None
+    assert (spec.env[PACING_ENV], spec.env[STATS_ENV]) == (setting, str(stats))
+    assert not stats.exists()
+    assert not {PACING_ENV, STATS_ENV} & (vllm_spec("plain", ["vllm"], 1234, None, None, None).env or {}).keys()
 
 
 def test_the_wan_proxy_is_started_with_its_settings() -> None:

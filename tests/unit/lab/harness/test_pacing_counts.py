@@ -12,14 +12,11 @@ from vllm_wanspec.emulate.pacing import STATS_WIDTH, Pacer, Pacing
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness import pacing_counts
 from vllm_wanspec.lab.harness.pacing_counts import (
-    DRAFTS,
     READ_ATTEMPTS,
     Paced,
     PacingCounts,
-    check_paced,
-    paced_since,
+    check_counted,
     read_counts,
-    read_paced,
 )
 
 #: Ten steps at 35 + 0.1 ms per row, each of one row, and thirty draft forwards at 5 + 0.02.
@@ -44,14 +41,8 @@ def test_what_a_pacer_writes_is_read_after_each_forward(tmp_path: Path) -> None:
     pacer.run_draft(lambda: None, tokens=1)
     then = read_counts(path)
     assert then is not None
-    grown = then.since(first)
-    assert (grown.steps, grown.draft_steps, grown.draft_paced_ms_total) == (0, 2, 1.0)
-    assert (grown.async_scheduling, grown.num_spec_tokens) == (True, 7)
-
-
-def test_counts_are_subtracted_and_settings_are_the_later_ones() -> None:
-    earlier = PacingCounts(4, 1, 140.5, 30.0, 10, 0, 50.25, 15.0, True, 0)
-    assert COUNTS.since(earlier) == PacingCounts(6, 0, 210.5, 50.0, 20, 2, 100.35, 25.0, False, 3)
+    assert (then.steps, then.draft_steps, then.draft_paced_ms_total) == (1, 2, 1.0)
+    assert (then.async_scheduling, then.num_spec_tokens) == (True, 7)
 
 
 def test_a_text_that_is_being_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,34 +72,12 @@ def test_a_file_that_holds_no_counts_is_given_up(text: str, tmp_path: Path, monk
     assert sum(slept_s) < 0.1
 
 
-def test_a_draft_model_that_runs_unpaced_is_seen() -> None:
-    assert COUNTS.kept(Pacing(35.0, 0.1)) and COUNTS.drafts_kept(Pacing(5.0, 0.02))
-    assert not COUNTS.kept(Pacing(35.0, 0.2)) and not COUNTS.drafts_kept(Pacing(5.0, 0.03))
-    assert not replace(COUNTS, draft_paced_ms_total=0.0).drafts_kept(Pacing(5.0, 0.02))  # only counted
-    assert not replace(COUNTS, draft_steps=0, draft_paced_ms_total=0.0).drafts_kept(Pacing(5.0, 0.02))  # not seen
-    assert not replace(COUNTS, draft_paced_ms_total=150.6 - 5.02).drafts_kept(Pacing(5.0, 0.02))  # one of thirty
-    assert not replace(COUNTS, paced_ms_total=0.0).kept(Pacing(35.0, 0.1))
-
-
-def test_a_server_that_paces_nothing_makes_a_run_invalid(tmp_path: Path) -> None:
+def test_a_server_that_counts_nothing_makes_a_run_invalid(tmp_path: Path) -> None:
     path = tmp_path / "plain.json"
-    assert read_paced({"plain": path}) == {}
     with pytest.raises(WanspecError, match="plain: no model forward was paced"):
-        check_paced({"plain": path}, read_paced({"plain": path}))
-    write(path, replace(COUNTS, steps=4, overruns=1, draft_steps=0))
-    check_paced({"plain": path}, read_paced({"plain": path}))
-    assert read_paced({"plain": path}) == {"plain": Paced(4, 1)}
+        check_counted({"plain": path})
+    check_counted({"plain": write(path, COUNTS)})
 
 
-def test_only_what_came_after_a_count_counts(tmp_path: Path) -> None:
-    path = write(tmp_path / "plain.json", replace(COUNTS, steps=104, overruns=3, draft_steps=0))
-    assert paced_since({"plain": path}, {"plain": Paced(4, 1)}) == {"plain": Paced(100, 2)}
-    assert Paced(100, 2).share == 0.02
-    assert paced_since({"plain": path}, {}) == {}
-
-
-def test_paces_are_read_with_the_draft_model_as_a_server_of_its_own(tmp_path: Path) -> None:
-    write(tmp_path / "a", replace(COUNTS, draft_steps=40))
-    write(tmp_path / "b", replace(COUNTS, steps=5, overruns=0, draft_steps=0, draft_overruns=0))
-    found = read_paced({"draft_model": tmp_path / "a", "none": tmp_path / "b", "ngram": tmp_path / "missing"})
-    assert found == {"draft_model": Paced(10, 1), DRAFTS: Paced(40, 2), "none": Paced(5, 0)}
+def test_the_share_of_overruns() -> None:
+    assert (Paced(100, 2).share, Paced(0, 0).share) == (0.02, 0.0)

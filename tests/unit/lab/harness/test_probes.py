@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from metrics_pages import served
 from vllm_wanspec.emulate.pacing import COUNT_ONLY, Pacer, Pacing
 from vllm_wanspec.lab.harness import probes
 from vllm_wanspec.lab.harness.probes import Probe
+from vllm_wanspec.lab.target.colocated import counts_path
 
 
 def test_counters_are_read_from_target_controller_and_drafter_once_they_rest() -> None:
@@ -56,17 +58,18 @@ def stats_files(folder: Path) -> tuple[dict[str, Path], dict[str, Pacer]]:
 
 def test_forwards_are_those_that_their_processes_have_counted(tmp_path: Path) -> None:
     paths, pacers = stats_files(tmp_path)
-    pages = {"/target": lambda: "", "/controller": lambda: "wanspec_local_draft_passes_total 0\nwanspec_hits_total 4\n"}
+    pages = {"/target": lambda: "", "/controller": lambda: "wanspec_hits_total 4\n"}
 
     async def main() -> None:
         async with served(pages) as (http, url):
             probe = Probe(http, f"{url}/target", f"{url}/controller", None, {}, paths)
-            assert (await probe.read()).values == {"hits": 4.0, "local_draft_passes": 0.0}  # as long as nothing has run
+            assert (await probe.read()).values == {"hits": 4.0}  # as long as nothing has run
             pacers["target"].run(lambda: None, 1)
             before = await probe.read()
             pacers["target"].pacing = Pacing(0.0, 1e-9)  # which no work can keep
             for _ in range(2):
                 pacers["target"].run(lambda: None, 1)
+            pacers["target"].draft_pacing = Pacing(0.5)
             for _ in range(6):
                 pacers["target"].run_draft(lambda: None, 1)
             pacers["drafter"].run(lambda: None, 1)
@@ -76,9 +79,43 @@ def test_forwards_are_those_that_their_processes_have_counted(tmp_path: Path) ->
                 "target_overruns": 2,
                 "local_draft_passes": 6,
                 "local_draft_overruns": 0,
+                "local_draft_paced_ms": 3.0,
                 "drafter_forwards": 1,
                 "drafter_overruns": 0,
             }
+
+    asyncio.run(main())
+
+
+def test_the_round_trip_is_the_link_s_own() -> None:
+    links = iter(["", *(f'wanspec_drafter_rtt_seconds{{drafter="a"}} {seconds}\n' for seconds in (0.0, 0.0304))])
+    pages = {"/target": lambda: "", "/controller": lambda: next(links)}
+
+    async def main() -> None:
+        async with served(pages) as (http, url):
+            probe = Probe(http, f"{url}/target", f"{url}/controller", None, {})
+            for wanted in (None, None, pytest.approx(30.4)):  # nothing served, nothing measured yet, measured
+                await probe.read()
+                assert probe.rtt_ms == wanted
+
+    asyncio.run(main())
+
+
+def test_a_co_located_draft_model_with_lookup_tells_whose_its_tokens_were(tmp_path: Path) -> None:
+    control = tmp_path / "control.json"
+    counts = {"accepted_draft": 21, "accepted_lookup": 5, "offered_draft": 36, "offered_lookup": 9}
+    counts_path(control).write_text(json.dumps(counts))
+
+    async def main() -> None:
+        async with served({"/target": lambda: ""}) as (http, url):
+            found = await Probe(http, f"{url}/target", None, None, {}, control=control).read()
+            wanted = {
+                "accepted_main_line": 21.0,
+                "accepted_branch": 0.0,
+                "accepted_lookup": 5.0,
+                "drafted_tokens": 36.0,
+            }
+            assert found.values == wanted
 
     asyncio.run(main())
 

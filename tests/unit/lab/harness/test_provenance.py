@@ -32,24 +32,25 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_in_a_clean_checkout_names_its_commit(checkout: Path) -> None:
-    found = Provenance.of_this_run("wanspec", 1234.56)
+    found = Provenance.of_this_run("wanspec")
     head = git(checkout, "rev-parse", "--short", "HEAD")
     assert found.commit == head
     (checkout / "result.json").write_text("{1}")  # what a run writes afterwards does not count
-    assert found.as_json() == {
+    assert found.after(1234.56).as_json() == {
         "seconds": 1234.6,
         "machine": machine.describe(),
         "versions": machine.versions(),
         "commit": head,
         "command": "wanspec --json 'two words.json'",
     }
-    assert Provenance.of_this_run("wanspec", 1.0).commit == f"{head}-dirty"
+    assert Provenance.of_this_run("wanspec").commit == f"{head}-dirty"
+    assert Provenance.of_json(found.after(1234.5).as_json() | {"more": 1}) == found.after(1234.5)
 
 
 def test_a_run_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "checkout", lambda: tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench"])
-    found = Provenance.of_this_run("python -m bench", 1.0)
+    found = Provenance.of_this_run("python -m bench").after(1.0)
     assert (found.commit, found.command) == (None, "python -m bench")
     assert "commit unknown; 1 s." in str(found)
 

@@ -44,14 +44,19 @@ def run(measure: Callable[[Console], Found], outputs: Outputs, check: bool = Fal
     return 0
 
 
-def test_the_commit_is_asked_before_the_result_makes_it_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_is_asked_when_the_run_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
     path.write_text("{}")
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@localhost"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
         subprocess.run([*git, *arguments], check=True, timeout=60)
     monkeypatch.setattr(machine, "checkout", lambda: tmp_path)
-    assert run(lambda console: Found(True), Outputs(path)) == 0
+
+    def measure(console: Console) -> Found:
+        path.write_text("{1}")  # by whoever works beside it
+        return Found(True)
+
+    assert run(measure, Outputs(path)) == 0
     data = json.loads(path.read_text())
     assert data["held"] is True
     assert data["commit"] and "dirty" not in data["commit"]

@@ -112,7 +112,7 @@ def test_the_report() -> None:
     page = markdown(overhead_document(found, HERE))
     assert "| target case | 6.12 | 6.00 | 1.020 | 1.020–1.020 | 1.020–1.020 | ≤ 1.05 – |" in page
     assert "| drafter case | 5.10 | 6.00 | 0.800 | 0.800–0.850 | 0.800–0.850 | ≥ 0.9 ✗ |" in page
-    assert page.count("(not paced)") == 2
+    assert page.count("\n\nnot paced\n\n") == 2
     assert "Different output: dead drafter, x, token 3" in page
     assert "DISTURBED: other programs took up to 30% of the drafter's core" in page
     assert "Not judged" in page
