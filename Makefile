@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width unit test test-all fuzz docs lint install \
+.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width bench-more unit test test-all fuzz docs lint install \
 	clean help
 
 BIN := .venv/bin
@@ -34,6 +34,13 @@ bench: install  ## remote drafting beside plain vLLM, lookup and co-located draf
 		--concurrent-arms none,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup --concurrent-rtt-ms 30 \
 		--count 64 --time-scale 1.25 --json docs/results/bench.json --markdown docs/results/bench.md
 	echo "make bench: $$SECONDS s"
+
+# One condition changed at a time; takes about an hour and a half and two quiet cores. What is measured already, at this
+# commit, is not measured again.
+bench-more: install  ## the same under loads, sampling, jitter, losses and longer paces (about 90 minutes)
+	@mkdir -p docs/results/more
+	$(BIN)/python -m vllm_wanspec.lab.compare.more --folder docs/results/more --markdown docs/results/more.md
+	echo "make bench-more: $$SECONDS s"
 
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install  ## the serving path with 64 sessions, in microseconds

@@ -49,15 +49,18 @@ class Cell(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the pre-pass tries for an arm: draft tokens per step, and for vLLM's prompt lookup the n-grams sought."""
+    """What the pre-pass tries for an arm: draft tokens per step, for vLLM's prompt lookup the n-grams sought, and where
+    tokens are sampled how a co-located draft model samples its own (vLLM's ``draft_sample_method``; empty: greedily).
+    """
 
     draft_tokens: int
     ngram_min: int = 0
     ngram_max: int = 0
+    sampling: str = ""
 
     def __str__(self) -> str:
         ngrams = f", n-grams of {self.ngram_min} to {self.ngram_max}" if self.ngram_max else ""
-        return f"γ = {self.draft_tokens}{ngrams}"
+        return f"γ = {self.draft_tokens}{ngrams}" + (f", {self.sampling} drafts" if self.sampling else "")
 
 
 @dataclass(frozen=True, slots=True)

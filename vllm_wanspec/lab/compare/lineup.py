@@ -123,7 +123,8 @@ def server_name(arm: Arm, setting: Setting | None) -> str:
     if setting is None or arm.target.method == "draft_model_lookup":
         return arm.target.name
     ngrams = f"-{setting.ngram_min}-{setting.ngram_max}" if setting.ngram_max else ""
-    return f"{arm.target.name}-{setting.draft_tokens}{ngrams}"
+    sampling = f"-{setting.sampling}" if setting.sampling else ""
+    return f"{arm.target.name}-{setting.draft_tokens}{ngrams}{sampling}"
 
 
 def tuned_target(options: Options, arm: Arm, setting: Setting, folder: Path) -> TargetPlan:
@@ -142,6 +143,7 @@ def tuned_target(options: Options, arm: Arm, setting: Setting, folder: Path) -> 
     config: dict[str, Any] = {"method": arm.target.method, "num_speculative_tokens": setting.draft_tokens}
     if arm.target.method == "draft_model":
         config["model"] = options.draft
+        config |= {"draft_sample_method": setting.sampling} if setting.sampling else {}
     else:
         config |= {"prompt_lookup_min": setting.ngram_min, "prompt_lookup_max": setting.ngram_max}
     return _target(options, name, [*argv, *_speculative(config)], port, folder)

@@ -30,6 +30,8 @@ DEFAULT_GAMMAS = (1, 2, 3, 4, 5, 6)
 DEFAULT_NGRAMS = (Setting(8, 2, 4), Setting(4, 2, 4), Setting(8, 1, 3), Setting(8, 3, 5))
 DEFAULT_COUNT = 72
 MAX_SPECULATIVE_TOKENS = 64
+#: How vLLM's co-located draft model may sample its tokens where the target samples; else it takes the most probable.
+PROBABILISTIC = "probabilistic"
 MAX_TIME_SCALE = 20.0
 
 
@@ -151,7 +153,12 @@ class Options:
         """What the pre-pass tries for an arm; nothing where there is nothing to tune."""
         if not arm.is_tuned:
             return ()
-        return self.ngrams if arm.target.method == "ngram" else tuple(map(Setting, self.gammas))
+        if arm.target.method == "ngram":
+            return self.ngrams
+        settings = tuple(map(Setting, self.gammas))
+        if arm.target.method == "draft_model" and self.temperature > 0.0:
+            settings += tuple(setting._replace(sampling=PROBABILISTIC) for setting in settings)
+        return settings
 
     def loads(self, arm: Arm) -> tuple[Load, ...]:
         """The loads under which an arm is measured."""
