@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any
 
 TOKENS_PER_CHUNK = 2
@@ -44,8 +44,8 @@ def generate(ids: list[int], count: int, differ_at: int | None) -> Iterator[int]
 
 
 def write_stats(path: str, steps: int) -> None:
-    """Write a pacing statistics file atomically."""
-    scratch = Path(path + ".tmp")
+    """Write a pacing statistics file atomically, whatever other requests do."""
+    scratch = Path(f"{path}.{get_ident()}.tmp")
     scratch.write_text(json.dumps({"steps": steps, "overruns": 0}))
     scratch.replace(path)
 

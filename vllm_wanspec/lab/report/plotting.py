@@ -32,7 +32,7 @@ def draw_panels(
     except ImportError:
         return False
     figure = Figure(figsize=size, layout="constrained")
-    axes: Any = figure.subplots(1, len(widths), width_ratios=widths)
+    axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     draw(*axes)
     if title:
         figure.suptitle(title, fontsize=10)
