@@ -119,7 +119,8 @@ async def measure_dtypes(
 
 async def _compared(plain: CompletionClient, row: DtypeRow, pairs: Sequence[tuple[Text, tuple[int, ...]]]) -> DtypeRow:
     found = [await divergence(plain, text, ids) for text, ids in pairs]
-    return dataclasses.replace(row, divergences=tuple(one for one in found if one is not None))
+    differing = sorted((one for one in found if one is not None), key=lambda one: (one.name, one.position))
+    return dataclasses.replace(row, divergences=tuple(differing))
 
 
 async def divergence(plain: CompletionClient, text: Text, answer: Sequence[int]) -> Divergence | None:
