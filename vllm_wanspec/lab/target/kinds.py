@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.launch import plain_command
-from vllm_wanspec.lab.harness.servers import ServerSpec, wanspec_command
+from vllm_wanspec.lab.harness.launch import dying_servers_explain, plain_command, start
+from vllm_wanspec.lab.harness.servers import Server, ServerGroup, ServerSpec, wanspec_command
 
 PLAIN, COLOCATED, REMOTE = "plain", "draft_model", "remote"
 #: Without a GPU many servers share the memory; this is room for 40,000 of the demo target's tokens.
@@ -34,3 +38,29 @@ def lean(spec: ServerSpec) -> ServerSpec:
         return spec
     env = {key: value for key, value in (spec.env or {}).items() if key != CACHE_ENV}
     return dataclasses.replace(spec, argv=[*spec.argv, *LEAN_FLAGS], env=env)
+
+
+@contextlib.contextmanager
+def started_in_turn(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iterator[dict[str, Server]]:
+    """Start servers one after the other, each with its deadline to itself; stop them when the block ends.
+
+    Many that share a core would all be late together.
+
+    Args:
+        specs: Servers in the order in which to start them.
+        folder: Existing folder for their logs.
+        console: Where to show progress.
+
+    Yields:
+        The servers by name.
+
+    Raises:
+        ServerError: One of them did not start, or had died when the block ended.
+    """
+    with ServerGroup(folder) as group:
+        servers: dict[str, Server] = {}
+        with dying_servers_explain(group):
+            for spec in specs:
+                servers |= start(group, [spec], console)
+            yield servers
+        console.print("stopping the servers", style="dim")
