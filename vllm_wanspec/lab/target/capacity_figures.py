@@ -99,8 +99,15 @@ class Row:
 
     @property
     def overruns(self) -> dict[str, float]:
-        """The share of forwards that took longer than their pace, by server, where that is too many."""
-        return {name: paced.share for name, paced in self.paced.items() if paced.share > MAX_OVERRUN_SHARE}
+        """The share of forwards that took longer than their pace, by server, where that is too many.
+
+        A single one is not, though a row may have fewer than a hundred forwards: the whole run is judged as well.
+        """
+        return {
+            name: paced.share
+            for name, paced in self.paced.items()
+            if paced.overruns > 1 and paced.share > MAX_OVERRUN_SHARE
+        }
 
     @property
     def is_valid(self) -> bool:
@@ -217,8 +224,23 @@ class CapacityResult:
 
     @property
     def held(self) -> bool:
-        """Whether every row means something: no bar is set on what it says."""
-        return bool(self.rows) and all(row.is_valid for row in self.rows)
+        """Whether every row means something and the run kept its paces: no bar is set on what the rows say."""
+        return bool(self.rows) and all(row.is_valid for row in self.rows) and not self.overruns
+
+    @property
+    def paced(self) -> dict[str, Paced]:
+        """The forwards of all rows, by load and server."""
+        sums: dict[str, Paced] = {}
+        for row in self.rows:
+            for name, paced in row.paced.items():
+                before = sums.get(key := f"{row.load}, {name}", Paced(0, 0))
+                sums[key] = Paced(before.steps + paced.steps, before.overruns + paced.overruns)
+        return sums
+
+    @property
+    def overruns(self) -> dict[str, float]:
+        """The share of forwards that took longer than their pace, by load and server, where that is too many."""
+        return {name: paced.share for name, paced in self.paced.items() if paced.share > MAX_OVERRUN_SHARE}
 
     def row(self, load: Load, arm: Arm, rtt_ms: float | None, clients: int) -> Row | None:
         """Return a row that means something."""
@@ -283,6 +305,7 @@ class CapacityResult:
         """Return what the result file has beside where it comes from."""
         return {
             "held": self.held,
+            "paced": {name: paced._asdict() for name, paced in self.paced.items()},
             **self.options.as_json(),
             "capacities": [one.as_json() for one in self.compared()],
             "factors": [

@@ -87,6 +87,7 @@ def test_of_a_curve_that_rises_again_the_largest_number_counts() -> None:
 def test_a_row_that_lost_its_pace_or_its_text_is_left_out() -> None:
     good = row(COLOCATED, 1, 10.0, paced={"t": Paced(100, 1)})
     assert good.is_valid
+    assert row(COLOCATED, 1, 10.0, paced={"t": Paced(50, 1)}).is_valid  # one alone says little
     late = row(COLOCATED, 1, 10.0, paced={"t": Paced(100, 2), "d": Paced(100, 0)})
     assert late.overruns == {"t": 0.02}
     assert not late.is_valid
@@ -95,6 +96,12 @@ def test_a_row_that_lost_its_pace_or_its_text_is_left_out() -> None:
     assert row(COLOCATED, 1, 10.0, ties=("x",)).is_valid
     assert result(good).held
     assert not result(good, late).held
+    # One of a hundred in each of two rows is as many as may be; one of 99 is more.
+    assert result(good, good).held
+    edge = row(COLOCATED, 1, 10.0, paced={"t": Paced(98, 1)})
+    assert edge.is_valid
+    assert not result(good, edge).held
+    assert result(good, edge).overruns == {"heavy, t": 2 / 198}
     assert not result().held
     assert result(late).row(LOAD, late.arm, None, 1) is None
     assert result(late, good).row(LOAD, good.arm, None, 1) is good
@@ -111,7 +118,7 @@ def full() -> CapacityResult:
     colocated = [row(COLOCATED, n, rate) for n, rate in ((1, 40.0), (2, 20.0), (4, 10.0))]
     near = [row(REMOTE, n, rate, 0.0) for n, rate in ((1, 80.0), (2, 40.0), (4, 20.0))]
     far = [row(REMOTE, n, rate, 30.0, drafted=1.0, tokens=15) for n, rate in ((1, 30.0), (2, 24.0), (4, 12.0))]
-    late = row(ADAPTIVE, 4, 11.0, 0.0, paced={"drafter": Paced(50, 1)})
+    late = row(ADAPTIVE, 4, 11.0, 0.0, paced={"drafter": Paced(100, 2)})
     tied = row(PLAIN, 1, 25.0, ties=("plain: os, token 4",))
     return result(tied, *colocated, *near, *far, late)
 
@@ -159,6 +166,7 @@ def test_the_report(tmp_path: Path) -> None:
         "and 1/1.82 (1 + γ·t_d/t_v) for all 2."
     ) in page
     assert "**INVALID: heavy, adaptive, R = 0 ms, γ = 2, 4 clients: 2.0% of the forwards of drafter took longer" in page
+    assert "**INVALID: heavy, drafter: 2.0% of all forwards took longer than their pace.**" in page
     assert "**Floating-point tie: plain: os, token 4**" in page
     assert page.count("paced, emulated WAN; times 2 × as long") == 2
     assert draw_capacity(full(), tmp_path / "c.png")
@@ -186,7 +194,7 @@ def test_the_result_file() -> None:
     assert len(data["factors"]) == 6
     plain, last = data["rows"][0], data["rows"][-1]
     assert (plain["arm"], plain["gamma"], plain["rtt_ms"], plain["ties"]) == (PLAIN, None, None, ["plain: os, token 4"])
-    assert (last["arm"], last["valid"], last["paced"]) == (ADAPTIVE, False, {"drafter": {"steps": 50, "overruns": 1}})
+    assert (last["arm"], last["valid"], last["paced"]) == (ADAPTIVE, False, {"drafter": {"steps": 100, "overruns": 2}})
     assert (last["rate"], last["tokens_per_step"], last["drafted_per_step"]) == (11, 2, 2)
 
 
