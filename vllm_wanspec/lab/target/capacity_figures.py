@@ -262,6 +262,8 @@ class CapacityResult:
         """Compare capacities at the rates that co-located drafting gives all but its largest number of clients."""
         ours = self.curve(load, Arm(REMOTE, gamma), rtt_ms)
         theirs = self.curve(load, Arm(COLOCATED, gamma))
+        if not theirs:
+            return []
         per_step = self._per_step(load, gamma)
         found = []
         for _, rate in theirs[:-1]:

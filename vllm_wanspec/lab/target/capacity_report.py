@@ -209,4 +209,5 @@ def _draw_load(axes: Any, result: CapacityResult, load: Load) -> None:
     axes.set_ylabel("tokens per second and client")
     axes.set_title(f"{load.name}: target {load.target}, co-located draft {load.draft}", fontsize=9)
     axes.grid(True, alpha=0.3)
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)

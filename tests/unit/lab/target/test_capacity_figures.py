@@ -173,6 +173,21 @@ def test_the_report(tmp_path: Path) -> None:
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 
+def test_a_run_of_which_nothing_is_left_is_reported_too(tmp_path: Path) -> None:
+    late = {"t": Paced(10, 2)}
+    found = result(
+        *(row(kind, 1, 10.0, paced=late) for kind in (PLAIN, COLOCATED)), row(REMOTE, 1, 9.0, 0.0, paced=late)
+    )
+    page = markdown(capacity_document(found, HERE))
+    assert "| 1 | – | – | – | – | – | – | – | – | – | – |" in page
+    assert page.count("**INVALID: heavy, ") == 4  # three rows, and the server
+    assert found.compared() == []
+    assert json.loads(json.dumps(found.as_json()))["factors"] == []
+    assert draw_capacity(found, tmp_path / "c.png")
+    # Nothing but remote drafting's rows.
+    assert result(row(REMOTE, 1, 9.0, 0.0)).compared() == []
+
+
 def test_the_result_file() -> None:
     data = json.loads(json.dumps(full().as_json()))
     assert data["held"] is False
