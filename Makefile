@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width bench-more unit test test-all fuzz docs lint install \
-	clean help
+.PHONY: demo bench bench-capacity bench-dtype bench-hotpath bench-more bench-overhead bench-trees bench-width unit test \
+	test-all fuzz docs lint install clean help
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -41,6 +41,20 @@ bench-more: install  ## the same under loads, sampling, jitter, losses and longe
 	@mkdir -p docs/results/more
 	$(BIN)/python -m vllm_wanspec.lab.compare.more --folder docs/results/more --markdown docs/results/more.md
 	echo "make bench-more: $$SECONDS s"
+
+# How many clients one target serves, with drafts of its own and with remote ones; takes about a quarter of an hour and
+# two quiet cores.
+bench-capacity: install  ## clients that a target serves at a rate, drafts co-located or remote (about 15 minutes)
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.lab.target.capacity --json docs/results/capacity.json \
+		--markdown docs/results/capacity.md
+	echo "make bench-capacity: $$SECONDS s"
+
+# Whether remote drafting changes more greedy texts than vLLM's own speculation does; takes about ten minutes.
+bench-dtype: install  ## greedy texts that part from plain vLLM's, in bfloat16 and float32 (about ten minutes)
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.lab.target.dtype --json docs/results/dtype.json --markdown docs/results/dtype.md
+	echo "make bench-dtype: $$SECONDS s"
 
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install  ## the serving path with 64 sessions, in microseconds

@@ -14,7 +14,8 @@ from vllm_wanspec.lab.compare.plan import Options, cells
 from vllm_wanspec.lab.compare.prepass import best_setting
 from vllm_wanspec.lab.compare.references import is_usable
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.harness.pacing_counts import DRAFTS, MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.harness.probes import paced_of
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.wan_control import expected_ms, is_off
 from vllm_wanspec.lab.records import Batch, Cell, Load, Records, Reference, Setting
@@ -125,14 +126,9 @@ class Result:
         """Forwards by server, and those that took longer than their pace; `DRAFTS` are the co-located draft model's."""
         found: dict[str, Paced] = {}
         for batch in self.batches:
-            arm = self.options.arm(batch.cell.arm)
-            sides = {"target": arm.target.name, "drafter": arm.target.drafter, "local_draft": DRAFTS}
-            for side, name in sides.items():
-                count = "passes" if side == "local_draft" else "forwards"
-                steps, overruns = batch.counters.get(f"{side}_{count}"), batch.counters.get(f"{side}_overruns")
-                if steps and overruns is not None:
-                    before = found.get(name, Paced(0, 0))
-                    found[name] = Paced(before.steps + int(steps), before.overruns + int(overruns))
+            target = self.options.arm(batch.cell.arm).target
+            for name, paced in paced_of(batch.counters, target.name, target.drafter).items():
+                found[name] = found.get(name, Paced(0, 0)).plus(paced)
         return found
 
     def faults(self, servers: Sequence[str] | None = None) -> list[str]:

@@ -87,6 +87,10 @@ class Paced(NamedTuple):
     steps: int
     overruns: int
 
+    def plus(self, more: Paced) -> Paced:
+        """Return the sum."""
+        return Paced(self.steps + more.steps, self.overruns + more.overruns)
+
     @property
     def share(self) -> float:
         """Overruns per forward; 0 without any."""
