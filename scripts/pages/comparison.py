@@ -17,7 +17,11 @@ from pages.results import (
     used,
 )
 
+NOBODY = "–"
+"""For who has no part in an arm, or was not counted."""
 README_RTTS_MS = (0.0, 30.0, 70.0)
+SIDES = ("target", "draft")
+WHO = ("main_line", "branch", "lookup")
 ARMS = {
     "none": ("plain vLLM", "no"),
     "none_constrained": ("plain vLLM as remote drafts need it", "no"),
@@ -27,6 +31,9 @@ ARMS = {
     CO_LOCATED_LOOKUP: ("co-located draft model", "ours"),
     NO_LOOKUP: ("**remote**", "no"),
     WITH_LOOKUP: ("**remote**", "ours"),
+    "oracle": ("the target's own text as drafts", "no"),
+    "wanspec_dead": ("remote, nobody answers", "no"),
+    "wanspec_random": ("remote, random drafts", "no"),
 }
 """The arms that are shown: what each is, and which prompt lookup it has."""
 
@@ -131,7 +138,7 @@ def _rtt(row: Row) -> str:
 
 
 def _main_cells(row: Row) -> list[str]:
-    accepted = [row.get(f"accepted_{who}") for who in ("main_line", "branch", "lookup")]
+    accepted = [row.get(f"accepted_{who}") for who in WHO]
     between = [row.get(f"{name}_ms") for name in ("p50", "p95", "p99")]
     return [
         number(row["tpot_ms"], 2),
@@ -139,7 +146,7 @@ def _main_cells(row: Row) -> list[str]:
         ratio(row, "ratio_to_draft_model_lookup", "lookup_ci"),
         ratio(row, "ratio_to_none", "none_ci"),
         number(row.get("tokens_per_step"), 2),
-        NOT_MEASURED if None in accepted else ", ".join(number(count) for count in accepted),
+        ", ".join(NOBODY if count is None else number(count) for count in accepted),
         NOT_MEASURED if None in between else ", ".join(number(value, 1) for value in between),
         passes(row),
     ]
@@ -177,21 +184,115 @@ def bench_streams(results: Results) -> str:
 
 
 def bench_ideal(results: Results) -> str:
-    """How far remote drafting is from what a drafter across the same round trip could do at best."""
+    """How far each arm is from what its kind of drafting could do at best on the same texts."""
     lines = [
         [
-            ARMS[arm][1],
-            f"{rtt:g}",
+            ARMS[row["arm"]][0],
+            ARMS[row["arm"]][1],
+            _rtt(row),
             number(row.get("tpot_ms"), 2),
             number(row.get("ideal_tpot_ms"), 2),
             ratio(row, "ratio_to_ideal", "ideal_ci"),
+            number(row.get("ideal_width_tpot_ms"), 2),
+            ratio(row, "ratio_to_ideal_width", "ideal_width_ci"),
         ]
-        for arm in (NO_LOOKUP, WITH_LOOKUP)
-        for rtt in results.rtts(arm)
-        if (row := results.bench_row(arm, rtt))
+        for row in _single_rows(results)
+        if row.get("ideal_tpot_ms") is not None
     ]
-    titles = ("lookup", "R ms", "ms per token", "ideal, ms per token", "÷ ideal (95 %)")
+    titles = (
+        "",
+        "lookup",
+        "R ms",
+        "ms per token",
+        "ideal, ms per token",
+        "÷ ideal (95 %)",
+        "ideal as wide, ms per token",
+        "÷ ideal as wide (95 %)",
+    )
+    return f"{table(titles, lines, 2)}\n\n{results.conditions()} Source: {results.source('bench')}."
+
+
+def attribution(results: Results) -> str:
+    """Where the time of a token goes: what a step takes, and for what, and how many tokens it yields."""
+    data = results["bench"]
+    paces = [[float(part) * data["time_scale"] for part in data["pacing"][side].split("+")] for side in SIDES]
+    (target_ms, per_token_ms), (draft_ms, per_row_ms) = paces
+    lines = []
+    for row in _single_rows(results):
+        per_step, tokens = row.get("tokens_per_step"), row.get("tokens")
+        if not per_step or not tokens or row.get("local_draft_passes") is None:
+            continue
+        steps = tokens / per_step
+        taken = sum(row.get(f"accepted_{who}") or 0 for who in WHO)
+        verified = quotient(taken, row.get("acceptance")) or 0.0
+        forward_ms = target_ms + per_token_ms * (1.0 + verified / steps)
+        # One pass per draft token and step, its prefill's included.
+        passes_ms = row["local_draft_passes"] / (steps + row["requests"]) * (draft_ms + per_row_ms)
+        step_ms = row["tpot_ms"] * per_step
+        lines.append(
+            [
+                ARMS[row["arm"]][0],
+                ARMS[row["arm"]][1],
+                _rtt(row),
+                number(row["tpot_ms"], 2),
+                number(per_step, 2),
+                number(step_ms, 1),
+                number(forward_ms, 1),
+                number(passes_ms, 1),
+                number(step_ms - forward_ms - passes_ms, 1),
+            ]
+        )
+    titles = (
+        "",
+        "lookup",
+        "R ms",
+        "ms per token",
+        "tokens per step",
+        "ms per step",
+        "of these the target's forward, at its pace",
+        "draft passes on the target's side, at theirs",
+        "everything else",
+    )
+    return f"{table(titles, lines, 2)}\n\nConditions as above. Source: {results.source('bench')}."
+
+
+def kinds(results: Results) -> str:
+    """Remote drafting by kind of prompt."""
+    found = results["bench"].get("kinds", [])
+    rows = [row for row in found if row["arm"] in (NO_LOOKUP, WITH_LOOKUP) and row["rtt_ms"] in README_RTTS_MS]
+
+    def against(row: Row, key: str) -> str:
+        value = row.get(key)
+        return NOT_MEASURED if value is None else f"{value[0]:.3f} ({value[1]:.3f}–{value[2]:.3f})"
+
+    lines = [
+        [
+            row["kind"],
+            number(row["prompts"]),
+            ARMS[row["arm"]][1],
+            f"{row['rtt_ms']:g}",
+            number(row["tpot_ms"], 2),
+            against(row, "ratio_to_draft_model"),
+            against(row, "ratio_to_draft_model_lookup"),
+        ]
+        for row in sorted(rows, key=lambda row: (row["kind"], row["arm"], row["rtt_ms"]))
+    ]
+    titles = (
+        "kind of prompt",
+        "prompts",
+        "lookup of remote drafts",
+        "R ms",
+        "ms per token",
+        "÷ co-located without lookup (95 %)",
+        "÷ co-located with lookup (95 %)",
+    )
     return f"{table(titles, lines)}\n\nConditions as above. Source: {results.source('bench')}."
+
+
+def _single_rows(results: Results) -> list[Row]:
+    """The rows of single streams, in the order of `ARMS`."""
+    rows = [row for row in results["bench"]["rows"] if row["concurrency"] == 1 and row["arm"] in ARMS]
+    return sorted(rows, key=lambda row: list(ARMS).index(row["arm"]))
 
 
 def sizing(results: Results) -> str:

@@ -20,6 +20,8 @@ def writers(results: Results) -> dict[str, Callable[[], str]]:
         "bench main": comparison.bench_main,
         "bench streams": comparison.bench_streams,
         "bench ideal": comparison.bench_ideal,
+        "bench kinds": comparison.kinds,
+        "attribution": comparison.attribution,
         "sizing": comparison.sizing,
         "sizing trees": costs.sizing_trees,
         "trees": costs.trees,

@@ -319,7 +319,6 @@ class CapacityResult:
         """Return what the result file has beside where it comes from."""
         return {
             "held": self.held,
-            "measured_rtt_ms": rounded(self.measured_rtt_ms),
             "paced": {name: paced._asdict() for name, paced in self.paced.items()},
             **self.options.as_json(),
             "capacities": [one.as_json() for one in self.compared()],

@@ -137,7 +137,7 @@ def test_the_report() -> None:
 
 
 def test_what_is_started(tmp_path: Path) -> None:
-    models = DemoModels(Path("T"), Path("D"), Path("P"))
+    models = DemoModels(Path("T"), Path("D"), Path("P"), Path("bench_P"))
     specs, metrics = plan_targets(DtypeOptions(gamma=3), models, tmp_path)
     kinds = (PLAIN, COLOCATED, REMOTE)
     names = [f"{kind}-{one}" for one in (FLOAT32, BFLOAT16) for kind in kinds]
@@ -159,7 +159,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("target", "draft"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    (tmp_path / "prompts.jsonl").write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
+    for name in ("prompts.jsonl", "bench_prompts.jsonl"):
+        (tmp_path / name).write_text('{"module": "a", "prompt": "def f(x):"}\n{"prompt": "import os"}\n')
 
     def targets(options: DtypeOptions, models: DemoModels, folder: Path) -> tuple[list[ServerSpec], dict[str, str]]:
         real, metrics = plan_targets(options, models, folder)
