@@ -20,7 +20,7 @@ from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.compare.arms import tree_arms
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.plots import draw_figures
-from vllm_wanspec.lab.compare.report import as_json, bench_report
+from vllm_wanspec.lab.compare.report import SOURCE_COLUMNS, as_json, bench_report
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.running import Outputs
@@ -156,6 +156,18 @@ def test_every_table_says_the_time_scale() -> None:
     assert "R = 30 ms took 45 ms" in page_of(run)
     assert "Times are as measured" not in page_of(full_run())
     assert (json_of(run)["time_scale"], json_of(run)["pacing"]) == (1.5, json_of(full_run())["pacing"])
+
+
+def test_who_the_accepted_tokens_came_from_stands_under_their_names() -> None:
+    """Each of 24 requests took 15 tokens of the main line, 6 of branches and 5 of lookup; 310 were drafted for it."""
+    found = figures(full_run())
+    row = next(row for row in found.rows if row.cell == ("wanspec", 30.0, 1, None))
+    shown = {name: text(row) for name, text in SOURCE_COLUMNS}
+    names = ("from main line", "from branches", "from lookup", "drafted", "wasted")
+    assert [shown[name] for name in names] == ["360", "144", "120", "7,440", "6,936"]
+    told = row.as_json()
+    names = ("accepted_main_line", "accepted_branch", "accepted_lookup", "drafted", "wasted")
+    assert [told[name] for name in names] == [360.0, 144.0, 120.0, 7440.0, 6936.0]
 
 
 @pytest.mark.parametrize("width", [72, 80, 100, 132])

@@ -239,6 +239,7 @@ def test_the_command_measures(stage: BenchStage) -> None:
     assert done.exit_code == 0, done.output
     options = json.loads((stage.folder / "bench.json").read_text())["options"]
     assert (options["target"], options["arms"], options["count"]) == ("big", ["none"], 2)
+    assert (options["target_pace"], options["draft_pace"]) == ("35.0+0.1", "5.0+0.02")
     assert CliRunner().invoke(app, command(stage, "--check")).exit_code == 1  # such a run cannot tell
 
 
