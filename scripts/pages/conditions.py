@@ -25,13 +25,12 @@ from pages.results import (
     scaled,
     table,
 )
-from pages.sentences import beside, by_place, capital, compared, enumerated, time_taken
+from pages.sentences import beside, by_place, capital, compared, enumerated, speed, than
 from vllm_wanspec.lab.compare.studies import BASE, RTT_MS, STUDIES
 
 COMMAND = "bench-more"
 ONE_STREAM = (BASE, "t07", "t10", "jitter", "loss", "cut8")
-TOKENS = ("fewer tokens per second", "more tokens per second", "as many tokens per second")
-GOODPUT = ("less goodput", "more goodput", "the same goodput")
+ORDER = ", in this order"
 WITH = ("with {} stream", "with {} streams")
 AT_RATE = ("at {} request per second", "at {} requests per second")
 AT_TRIP = "at R = {} ms"
@@ -51,9 +50,7 @@ def one_stream(results: Results) -> str:
         times = [(number(row.get("tpot_ms"), 2), ratio(row, side.ratio, side.interval)) for side, row in rows]
         lines.append([title, *(cell for pair in times for cell in pair)])
         if name in names:
-            base = {"rows": []} if name == BASE else unchanged
-            parts = [_changed(row, side, _remote(base, side)) for side, row in rows]
-            said.append(f"{title}: {parts[0][0].lower()}{parts[0][1:]} {' '.join(parts[1:])}")
+            said.append(f"{title}: {_changed(rows, {} if name == BASE else unchanged)}")
     titles = (
         "",
         "remote without lookup: ms per token",
@@ -93,12 +90,11 @@ def streams(results: Results) -> str:
     said = []
     for side in SIDES:
         pairs = [(load, *_pair(data, side, concurrency=load)) for load in loads]
-        times = [(time_taken(ours.get(side.interval)), load) for load, ours, _ in pairs]
-        speeds = [(_against(ours, theirs, "throughput_tok_s", 1, TOKENS), load) for load, ours, theirs in pairs]
+        times = [(speed(ours.get(side.interval)), load) for load, ours, _ in pairs]
+        speeds = [(_against(ours, theirs, "throughput_tok_s", 1), load) for load, ours, theirs in pairs]
         said.append(
-            f"{capital(side.text)} a token of remote drafting takes, beside a co-located one, "
-            f"{by_place(times, *WITH)}. Beside co-located drafts the target gives {by_place(speeds, *WITH)} (no "
-            "intervals)."
+            f"{capital(side.text)} a token of remote drafting is, beside a co-located one, {by_place(times, *WITH)}. "
+            f"Tokens per second, which have no interval, are {by_place(speeds, *WITH)}."
         )
     return _block(titles, lines, said, results, "streams", f"R = {RTT_MS:g} ms.")
 
@@ -115,9 +111,10 @@ def rates(results: Results) -> str:
         lines.append([f"{rate:g}", *(number(row.get("goodput"), 2) for row in rows)])
     for side in SIDES:
         pairs = [(_pair(data, side, rate=rate), rate) for rate in loads]
-        goods = [(_against(ours, theirs, "goodput", 2, GOODPUT), rate) for (ours, theirs), rate in pairs]
+        goods = [(_against(ours, theirs, "goodput", 2), rate) for (ours, theirs), rate in pairs]
         said.append(
-            f"{capital(side.text)} remote drafting has, beside co-located drafting, {by_place(goods, *AT_RATE)}."
+            f"{capital(side.text)} the goodput of remote drafting is, beside that of co-located drafting, "
+            f"{by_place(goods, *AT_RATE)}."
         )
     first_ms, gap_ms = (limit * data["time_scale"] for limit in data["options"]["slo_ms"])
     titles = (
@@ -159,19 +156,19 @@ def scale(results: Results) -> str:
         "÷ ideal (95 %)",
         "÷ ideal as wide (95 %)",
     )
-    times = [(time_taken(row.get("ratio_ci")), row["rtt_ms"]) for row in rows]
+    times = [(speed(row.get("ratio_ci")), row["rtt_ms"]) for row in rows]
     said = []
     if rows:
         said.append(
-            "Without lookup on either side a token of remote drafting takes, beside a co-located one, "
+            "Without lookup on either side a token of remote drafting is, beside a co-located one, "
             f"{by_place(times, AT_TRIP, AT_TRIP)}."
         )
     here, usual = row_of(data, NO_LOOKUP, RTT_MS), _remote(_read(results, BASE), SIDES[0])
     if here.get("ideal_ci") and usual.get("ideal_ci"):
         said.append(
             f"At R = {RTT_MS:g} ms it takes {here['ratio_to_ideal']:.2f} times the ideal's, "
-            f"{beside(here['ideal_ci'], usual['ideal_ci'])} at the time scale of the other conditions "
-            f"({usual['ratio_to_ideal']:.2f} times)."
+            f"{than(beside(here['ideal_ci'], usual['ideal_ci']))} the {usual['ratio_to_ideal']:.2f} times at the time "
+            "scale of the other conditions."
         )
     return _block(titles, lines, said, results, "scale5", f"One stream. {scaled(data)}.")
 
@@ -190,8 +187,8 @@ def useless(results: Results) -> str:
             for row in rows
         ]
         if rows and arm != "none":
-            times = [(time_taken(row.get("none_ci")), row["concurrency"]) for row in rows]
-            said.append(f"{capital(name)}: beside plain vLLM a token takes {by_place(times, *WITH)}.")
+            times = [(speed(row.get("none_ci")), row["concurrency"]) for row in rows]
+            said.append(f"{capital(name)}: beside plain vLLM a token is {by_place(times, *WITH)}.")
     return _block(("", "streams", "ms per token", "÷ plain (95 %)"), lines, said, results, "useless", "No lookup.")
 
 
@@ -224,19 +221,24 @@ def _pair(data: dict[str, Any], side: Side, **load: float) -> tuple[Row, Row]:
 # Text
 
 
-def _changed(row: Row, side: Side, base: Row) -> str:
+def _changed(rows: Sequence[tuple[Side, Row]], base: dict[str, Any]) -> str:
     """Say how remote drafting stands to the co-located model, and whether that is otherwise with nothing changed."""
-    ends, before = row.get(side.interval), base.get(side.interval)
-    if ends is None:
-        return f"{capital(side.text)} it has not been measured."
-    taken = time_taken(ends)
-    link = "as" if taken.endswith("same time") else "than"
-    said = f"{capital(side.text)} a token of remote drafting takes {taken} {link} a co-located one"
-    return f"{said}." if before is None else f"{said}; the ratio is {beside(ends, before)} with nothing changed."
+    ends = [(side, row.get(side.interval)) for side, row in rows]
+    peers = ("co-located drafting", *["it"] * (len(ends) - 1))
+    parts = [f"{than(speed(found))} {peer} {side.text}" for peer, (side, found) in zip(peers, ends, strict=True)]
+    said = f"remote drafting is {enumerated(parts)}."
+    others = [_remote(base, side).get(side.interval) for side, _ in ends] if base else []
+    pairs = [(found, other) for (_, found), other in zip(ends, others, strict=bool(base)) if found and other]
+    if not pairs:
+        return said
+    verdicts = dict.fromkeys(than(beside(found, other)) for found, other in pairs)
+    which = "The ratio is" if len(pairs) == 1 else "Both ratios are" if len(verdicts) == 1 else "The ratios are"
+    what = "that" if len(pairs) == 1 else "those"
+    return f"{said} {which} {enumerated([*verdicts])} {what} with nothing changed{ORDER * (len(verdicts) > 1)}."
 
 
-def _against(ours: Row, theirs: Row, key: str, digits: int, words: tuple[str, str, str]) -> str:
-    return compared(ours.get(key), theirs.get(key), digits, words)
+def _against(ours: Row, theirs: Row, key: str, digits: int) -> str:
+    return compared(ours.get(key), theirs.get(key), digits)
 
 
 def _block(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-UNKNOWN_TIME = "a time that has not been measured"
-UNKNOWN = "not measured"
+UNKNOWN, EVEN = "not measured", "indistinguishable"
+PREPOSITIONS = {UNKNOWN: "against", EVEN: "from"}
 
 
 def capital(text: str) -> str:
@@ -18,37 +18,33 @@ def enumerated(parts: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else "nothing"
 
 
-def time_taken(ends: Sequence[float] | None) -> str:
-    """Return which time a ratio of times speaks of, by the ends of its interval."""
+def speed(ends: Sequence[float] | None) -> str:
+    """Return what a ratio of times says, by the ends of its interval: an adjective."""
     if ends is None:
-        return UNKNOWN_TIME
-    return "less time" if ends[1] < 1.0 else "more time" if ends[0] > 1.0 else "within the interval the same time"
+        return UNKNOWN
+    return "faster" if ends[1] < 1.0 else "slower" if ends[0] > 1.0 else EVEN
 
 
 def beside(ends: Sequence[float], others: Sequence[float]) -> str:
-    """Return how an interval lies to another, to be followed by a clause such as *at R = 0 ms*."""
-    if ends[1] < others[0]:
-        return "less than"
-    return "more than" if ends[0] > others[1] else "within the intervals the same as"
+    """Return how an interval lies to another: an adjective."""
+    return "lower" if ends[1] < others[0] else "higher" if ends[0] > others[1] else EVEN
 
 
-def compared(value: float | None, other: float | None, digits: int, words: tuple[str, str, str]) -> str:
-    """Compare figures without intervals, as they are shown.
+def than(adjective: str) -> str:
+    """Return an adjective with its preposition."""
+    return f"{adjective} {PREPOSITIONS.get(adjective, 'than')}"
 
-    Args:
-        value: The one.
-        other: What it is held against.
-        digits: Decimals with which both are shown.
-        words: For a lower value, a higher one, and the same.
-    """
+
+def compared(value: float | None, other: float | None, digits: int) -> str:
+    """Compare figures without intervals as they are shown, with so many decimals: an adjective."""
     if value is None or other is None:
         return UNKNOWN
     first, second = round(value, digits), round(other, digits)
-    return words[0] if first < second else words[1] if first > second else words[2]
+    return "lower" if first < second else "higher" if first > second else "equal"
 
 
 def by_place(found: Iterable[tuple[str, float]], one: str, many: str) -> str:
-    """Return verdicts with where each holds: ``less time with 1 and 2 streams, more time with 16 streams``.
+    """Return verdicts with where each holds: ``faster with 1 and 2 streams and slower with 16 streams``.
 
     Args:
         found: Verdict and place, in order.
@@ -62,4 +58,4 @@ def by_place(found: Iterable[tuple[str, float]], one: str, many: str) -> str:
         f"{verdict} {(one if len(where) == 1 and where[0] == '1' else many).format(enumerated(where))}"
         for verdict, where in places.items()
     ]
-    return enumerated(parts) if len(parts) < 3 else f"{'; '.join(parts)}"
+    return enumerated(parts) if len(parts) < 3 else "; ".join(parts)

@@ -97,10 +97,11 @@ def _said(found: list[Row], rtt_ms: float) -> str:
     below = sum(one["ratio"] < one["identity"] for one in exact)
     batched = [one for one in exact if one["batched"] is not None]
     under = sum(one["ratio"] < one["batched"] for one in batched)
+    times = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
     return (
-        f"At R = {rtt_ms:g} ms as many clients get a rate as with co-located drafts, times {ratios[0]:.2f} to "
-        f"{ratios[-1]:.2f}. Where the number is known and not only bounded, that is less than {IDENTITY} in {below} of "
-        f"{len(exact)} rows, and less than the {BATCHED} in {under} of {len(batched)}."
+        f"At R = {rtt_ms:g} ms {times} times as many clients get a rate as with co-located drafts. Of the {len(exact)} "
+        f"rows in which that is known and not only bounded, {below} are below {IDENTITY}; of {len(batched)} that have "
+        f"a {BATCHED}, {under} are below it."
     )
 
 
@@ -114,7 +115,7 @@ def _reason(data: dict[str, Any], load: str) -> str:
     return (
         f"With {most['clients']} clients, γ = {gamma}, R = {rtt_ms:g} ms each gets {most['rate']:.2f} times the rate: "
         f"a step verifies {most['drafted']:.1f} drafts per client, brings {most['tokens']:.2f} times the tokens and "
-        f"takes 1/{most['time']:.2f} of the time."
+        f"takes {1.0 / most['time']:.2f} of the time."
     )
 
 
@@ -182,4 +183,4 @@ def _often(ours: Row, theirs: Row) -> str:
         return "not measured"
     if mine[1] > other[2]:
         return "more often"
-    return "less often" if mine[2] < other[1] else "within the intervals as often"
+    return "less often" if mine[2] < other[1] else "indistinguishably often"

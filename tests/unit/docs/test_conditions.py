@@ -70,16 +70,14 @@ def test_one_thing_changed_is_held_against_nothing_changed(tmp_path: Path) -> No
     assert "| Jitter of 5 ms | not measured | not measured | not measured | not measured |" in text
     told = [line for line in text.splitlines() if line.startswith("- ")]
     assert told == [
-        "- One stream, nothing changed: without lookup on either side a token of remote drafting takes less time than "
-        "a co-located one. With our lookup on both sides a token of remote drafting takes within the interval the same "
-        "time as a co-located one.",
-        "- Sampling at T = 1: without lookup on either side a token of remote drafting takes less time than a "
-        "co-located one; the ratio is more than with nothing changed. With our lookup on both sides a token of remote "
-        "drafting takes more time than a co-located one; the ratio is within the intervals the same as with nothing "
+        "- One stream, nothing changed: remote drafting is faster than co-located drafting without lookup on either "
+        "side and indistinguishable from it with our lookup on both sides.",
+        "- Sampling at T = 1: remote drafting is faster than co-located drafting without lookup on either side and "
+        "slower than it with our lookup on both sides. The ratios are higher than and indistinguishable from those with "
+        "nothing changed, in this order.",
+        "- One segment in a hundred lost: remote drafting is slower than co-located drafting without lookup on either "
+        "side and not measured against it with our lookup on both sides. The ratio is higher than that with nothing "
         "changed.",
-        "- One segment in a hundred lost: without lookup on either side a token of remote drafting takes more time "
-        "than a co-located one; the ratio is more than with nothing changed. With our lookup on both sides it has not "
-        "been measured.",
     ]
     assert text.endswith(
         "24 prompts once, time scale 1.25; A machine; all else as above. Source: "
@@ -112,12 +110,11 @@ def test_streams(tmp_path: Path) -> None:
     text = block(tmp_path, "more streams")
     assert "| 1 | 20.5 | 38.0 | 41.0 | 0.850 (0.800–0.900) | not measured | not measured | not measured |" in text
     assert (
-        "- Without lookup on either side a token of remote drafting takes, beside a co-located one, less time with 1 "
-        "stream; within the interval the same time with 2 streams; more time with 16 streams. Beside co-located drafts "
-        "the target gives more tokens per second with 1 stream; as many tokens per second with 2 streams; fewer tokens "
-        "per second with 16 streams (no intervals)." in text
+        "- Without lookup on either side a token of remote drafting is, beside a co-located one, faster with 1 stream; "
+        "indistinguishable with 2 streams; slower with 16 streams. Tokens per second, which have no interval, are "
+        "higher with 1 stream; equal with 2 streams; lower with 16 streams." in text
     )
-    assert "beside a co-located one, a time that has not been measured with 1, 2 and 16 streams." in text
+    assert "beside a co-located one, not measured with 1, 2 and 16 streams." in text
 
 
 def test_goodput_at_rates(tmp_path: Path) -> None:
@@ -135,8 +132,8 @@ def test_goodput_at_rates(tmp_path: Path) -> None:
     text = block(tmp_path, "more rates")
     assert "| 3 | not measured | not measured | 2.00 | 1.50 |" in text
     assert (
-        "- With our lookup on both sides remote drafting has, beside co-located drafting, the same goodput at 1 "
-        "request per second and less goodput at 3 requests per second." in text
+        "- With our lookup on both sides the goodput of remote drafting is, beside that of co-located drafting, equal "
+        "at 1 request per second and lower at 3 requests per second." in text
     )
     assert "first token came within 625 ms and 95 % of the others within 125 ms" in text  # 1.25 times the limits
 
@@ -147,13 +144,13 @@ def test_long_paces(tmp_path: Path) -> None:
     study(tmp_path, "scale5", near, here, time_scale=5.0)
     text = block(tmp_path, "more scale")
     assert "| 0 | 40.0 | 0.550 (0.500–0.600) | 36.4 | 1.100 (1.050–1.150) | not measured |" in text
-    assert "less time at R = 0 ms and within the interval the same time at R = 30 ms." in text
+    assert "faster at R = 0 ms and indistinguishable at R = 30 ms." in text
     assert "of the other conditions" not in text
     assert "(R = 30 ms took 150 ms)" in text
     study(tmp_path, "base", remote(0.8, 0.9, ratio_to_ideal=1.5, ideal_ci=[1.4, 1.6]))
     assert (
-        "- At R = 30 ms it takes 1.20 times the ideal's, less than at the time scale of the other conditions (1.50 "
-        "times)." in block(tmp_path, "more scale")
+        "- At R = 30 ms it takes 1.20 times the ideal's, lower than the 1.50 times at the time scale of the other "
+        "conditions." in block(tmp_path, "more scale")
     )
 
 
@@ -166,6 +163,6 @@ def test_useless_drafters(tmp_path: Path) -> None:
     text = block(tmp_path, "more useless")
     assert "| remote, nobody answers | 8 | 40.00 | 1.010 (1.005–1.020) |" in text
     assert (
-        "- Remote, nobody answers: beside plain vLLM a token takes within the interval the same time with 1 stream and "
-        "more time with 8 streams." in text
+        "- Remote, nobody answers: beside plain vLLM a token is indistinguishable with 1 stream and slower with 8 "
+        "streams." in text
     )

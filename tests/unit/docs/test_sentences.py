@@ -1,7 +1,7 @@
 """Sentences that have to be true whatever the figures are."""
 
 import pytest
-from pages.sentences import UNKNOWN, UNKNOWN_TIME, beside, by_place, capital, compared, enumerated, time_taken
+from pages.sentences import EVEN, UNKNOWN, beside, by_place, capital, compared, enumerated, speed, than
 
 WITH = ("with {} stream", "with {} streams")
 
@@ -9,29 +9,36 @@ WITH = ("with {} stream", "with {} streams")
 @pytest.mark.parametrize(
     ("ends", "said"),
     [
-        ([0.8, 0.99], "less time"),
-        ([0.8, 1.0], "within the interval the same time"),
-        ([1.0, 1.3], "within the interval the same time"),
-        ([1.01, 1.3], "more time"),
-        (None, UNKNOWN_TIME),
+        ([0.8, 0.99], "faster"),
+        ([0.8, 1.0], EVEN),
+        ([1.0, 1.3], EVEN),
+        ([1.01, 1.3], "slower"),
+        (None, UNKNOWN),
     ],
 )
-def test_an_interval_says_less_or_more_only_where_all_of_it_does(ends: list[float] | None, said: str) -> None:
-    assert time_taken(ends) == said
+def test_an_interval_says_faster_or_slower_only_where_all_of_it_does(ends: list[float] | None, said: str) -> None:
+    assert speed(ends) == said
 
 
 def test_two_intervals_differ_only_where_they_do_not_overlap() -> None:
-    assert beside([0.5, 0.6], [0.7, 0.8]) == "less than"
-    assert beside([0.7, 0.8], [0.5, 0.6]) == "more than"
-    assert beside([0.5, 0.7], [0.7, 0.8]) == beside([0.7, 0.8], [0.5, 0.7]) == "within the intervals the same as"
+    assert beside([0.5, 0.6], [0.7, 0.8]) == "lower"
+    assert beside([0.7, 0.8], [0.5, 0.6]) == "higher"
+    assert beside([0.5, 0.7], [0.7, 0.8]) == beside([0.7, 0.8], [0.5, 0.7]) == EVEN
+
+
+def test_prepositions() -> None:
+    assert [than(word) for word in ("lower", EVEN, UNKNOWN)] == [
+        "lower than",
+        "indistinguishable from",
+        "not measured against",
+    ]
 
 
 def test_figures_without_interval_are_compared_as_they_are_shown() -> None:
-    words = ("fewer", "more", "as many")
-    assert compared(1.24, 1.2, 1, words) == "as many"
-    assert compared(1.24, 1.2, 2, words) == "more"
-    assert compared(1.2, 1.24, 2, words) == "fewer"
-    assert compared(None, 1.0, 1, words) == compared(1.0, None, 1, words) == UNKNOWN
+    assert compared(1.24, 1.2, 1) == "equal"
+    assert compared(1.24, 1.2, 2) == "higher"
+    assert compared(1.2, 1.24, 2) == "lower"
+    assert compared(None, 1.0, 1) == compared(1.0, None, 1) == UNKNOWN
 
 
 def test_verdicts_with_their_places() -> None:

@@ -66,14 +66,15 @@ def test_clients_that_get_a_rate_beside_theory(tmp_path: Path) -> None:
     assert "| 4 | 4.5 | 4.0 | ≥ 5.0 | ≥ 1.25 | 3.6 | 0.90 | 1.45 | – |" in text
     # The bound of 1.25 may or may not reach the theory: it is in the range, and not held against anything.
     assert (
-        "- At R = 0 ms as many clients get a rate as with co-located drafts, times 1.25 to 1.50. Where the number is "
-        "known and not only bounded, that is less than 1 + γ·t_d/t_v in 0 of 1 rows, and less than the batched form in "
-        "1 of 1." in text
+        "- At R = 0 ms 1.25 to 1.50 times as many clients get a rate as with co-located drafts. Of the 1 rows in which "
+        "that is known and not only bounded, 0 are below 1 + γ·t_d/t_v; of 1 that have a batched form, 1 are below it."
+        in text
     )
-    assert "less than 1 + γ·t_d/t_v in 1 of 1 rows, and less than the batched form in 0 of 0." in text
+    assert "- At R = 30 ms 0.90 times as many" in text
+    assert "1 are below 1 + γ·t_d/t_v; of 0 that have a batched form, 0 are below it." in text
     assert (
         "- With 4 clients, γ = 4, R = 30 ms each gets 0.90 times the rate: a step verifies 2.5 drafts per client, "
-        "brings 0.75 times the tokens and takes 1/1.20 of the time." in text
+        "brings 0.75 times the tokens and takes 0.83 of the time." in text
     )
     assert text.endswith(
         "Paced, emulated WAN, paces and R × 1.5; A machine. Source: [capacity.json](results:capacity.json), commit "
@@ -120,7 +121,7 @@ def test_diverging_texts(tmp_path: Path) -> None:
         "| bfloat16 | 8 | 25.0 % (20.0–30.0 %) | 25.0 % (20.0–30.0 %) | 50.0 % (40.0–60.0 %) | 3.0 % (1.0–10.0 %) |"
     ) in text
     assert "In float32 texts of remote drafting part from plain vLLM's, beside those of vLLM's co-located draft" in text
-    assert "model, within the intervals as often with 1 request at a time." in text
+    assert "model, indistinguishably often with 1 request at a time." in text
     assert "less often with 1 request at a time and more often with 8 requests at a time." in text
     assert "- Of plain vLLM's own texts 75.0 % (60.0–80.0 %) differ between bfloat16 and float32." in text
     assert text.endswith("Source: [dtype.json](results:dtype.json), commit abcdef1.")
