@@ -73,8 +73,8 @@ def test_one_thing_changed_is_held_against_nothing_changed(tmp_path: Path) -> No
         "- One stream, nothing changed: remote drafting is faster than co-located drafting without lookup on either "
         "side and indistinguishable from it with our lookup on both sides.",
         "- Sampling at T = 1: remote drafting is faster than co-located drafting without lookup on either side and "
-        "slower than it with our lookup on both sides. The ratios are higher than and indistinguishable from those with "
-        "nothing changed, in this order.",
+        "slower than it with our lookup on both sides. The ratios are higher than and indistinguishable from those "
+        "with nothing changed, in this order.",
         "- One segment in a hundred lost: remote drafting is slower than co-located drafting without lookup on either "
         "side and not measured against it with our lookup on both sides. The ratio is higher than that with nothing "
         "changed.",
