@@ -24,8 +24,8 @@ def capacity(results: Results) -> str:
     said = [] if data["held"] or left_out else [INVALID]
     said.append(
         f"Closed loops of greedy requests, {data['max_tokens']} tokens each; no prompt lookup in any arm; both sides "
-        "at the same γ. A client's rate is interpolated between the numbers of clients that were tried; ≥: more were "
-        f"not tried. {IDENTITY} is what a step with co-located drafts takes ÷ one without drafting, at the paces and "
+        "at the same γ. Numbers of clients are interpolated between those that were tried; ≥: more were not tried. "
+        f"{IDENTITY} is what a step with co-located drafts takes ÷ one without drafting, at the paces and "
         "the co-located number of clients; the batched form knows the constant part of a forward too. No intervals: "
         "each row was measured once."
     )
@@ -89,7 +89,8 @@ def _ratio(one: Row) -> str:
 
 def _said(found: list[Row], rtt_ms: float) -> str:
     """Hold the quotients at a round trip against theory; nothing where there is none."""
-    known = [one for one in found if one["rtt_ms"] == rtt_ms and one["ratio"] is not None]
+    rows = [one for one in found if one["rtt_ms"] == rtt_ms]
+    known = [one for one in rows if one["ratio"] is not None]
     if not known:
         return ""
     ratios = sorted(one["ratio"] for one in known)
@@ -98,10 +99,14 @@ def _said(found: list[Row], rtt_ms: float) -> str:
     batched = [one for one in exact if one["batched"] is not None]
     under = sum(one["ratio"] < one["batched"] for one in batched)
     times = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
+    notes = ["lower bounds included"] if len(exact) < len(known) else []
+    if few := len(rows) - len(known):
+        notes.append(f"in {few} of {len(rows)} rows fewer than were tried")
+    said = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"At R = {rtt_ms:g} ms {times} times as many clients get a rate as with co-located drafts. Of the {len(exact)} "
-        f"rows in which that is known and not only bounded, {below} are below {IDENTITY}; of {len(batched)} that have "
-        f"a {BATCHED}, {under} are below it."
+        f"At R = {rtt_ms:g} ms {times} times as many clients get a rate as with co-located drafts{said}. Rows in which "
+        f"that is below {IDENTITY}: {below} of {len(exact)}; below the {BATCHED}: {under} of {len(batched)} (without "
+        "bounds)."
     )
 
 
