@@ -72,8 +72,8 @@ def test_clients_that_get_a_rate_beside_theory(tmp_path: Path) -> None:
     )
     assert (
         "- At R = 30 ms 0.90 times as many clients get a rate as with co-located drafts (in 1 of 2 rows fewer than "
-        "were tried). Rows in which that is below 1 + γ·t_d/t_v: 1 of 1; below the batched form: 0 of 0 (without bounds)."
-        in text
+        "were tried). Rows in which that is below 1 + γ·t_d/t_v: 1 of 1; below the batched form: 0 of 0 (without "
+        "bounds)." in text
     )
     assert (
         "- With 4 clients, γ = 4, R = 30 ms each gets 0.90 times the rate: a step verifies 2.5 drafts per client, "
