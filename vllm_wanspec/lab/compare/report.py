@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_wanspec.lab.compare.figures import Bar, Figures, KindRow, figures, kind_rows
+from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.compare.plots import draw_figures
 from vllm_wanspec.lab.compare.result import Result, label
 from vllm_wanspec.lab.compare.rows import Row
@@ -273,7 +274,7 @@ def as_json(run: Result, found: Figures) -> dict[str, Any]:
         "differences": list(run.wrong),
         **run.overruns_json(),
         "references": [_reference_json(reference, ranked) for reference in run.references],
-        "options": {name: _shown(value) for name, value in options.as_json().items()},
+        "options": shown_options(options),
         "records": run.records.as_json(),
         **run.provenance.as_json(),
     }
@@ -292,9 +293,10 @@ def _arm_json(run: Result, name: str) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> Any:
-    """An option's value, without the way to the checkout."""
-    return machine.portable(value) if isinstance(value, str) else value
+def shown_options(options: Options) -> dict[str, Any]:
+    """Return the options as result files have them: without the way to the checkout."""
+    values = options.as_json().items()
+    return {name: machine.portable(value) if isinstance(value, str) else value for name, value in values}
 
 
 def _reference_json(reference: Reference, ranked: bool) -> dict[str, Any]:

@@ -19,12 +19,13 @@ from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.compare import more
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.lineup import server_name, tuned_target
-from vllm_wanspec.lab.compare.more import run_studies
+from vllm_wanspec.lab.compare.more import measured, run_studies
 from vllm_wanspec.lab.compare.more_report import more_report, sentences
 from vllm_wanspec.lab.compare.plan import Options, cells
+from vllm_wanspec.lab.compare.report import bench_report
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.studies import STUDIES, base_options, study_options
-from vllm_wanspec.lab.harness import provenance
+from vllm_wanspec.lab.harness import machine, provenance
 from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.records import Load, Setting
 from vllm_wanspec.lab.report.markdown import markdown
@@ -142,6 +143,17 @@ def made_up(name: str) -> Result:
         ]
     found = records(references, batches, trials(options), servings(options))
     return Result(options, found, full_run(1).provenance)
+
+
+def test_a_study_of_models_in_the_checkout_is_known_again(tmp_path: Path) -> None:
+    models = machine.checkout() / "examples" / "demo_models"
+    mine = replace(study("base"), target=str(models / "target"), prompts=models / "bench_prompts.jsonl")
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(bench_report(replace(made_up("base"), options=mine)).data))
+    found = measured(path, mine, "abc1234")  # though its file does not say where the checkout lies
+    assert found is not None
+    assert found.options.target == "examples/demo_models/target"
+    assert measured(path, replace(mine, target=str(models / "other")), "abc1234") is None
 
 
 def test_every_study_is_a_table_with_two_sentences(tmp_path: Path) -> None:
