@@ -349,6 +349,19 @@ def test_a_round_trip_that_is_not_what_it_should_be_makes_a_run_invalid(measured
     assert all(f"wanspec, R = 30 ms: the link measured {measured_ms:.1f} ms" in text for text in faults)
 
 
+def test_a_cell_whose_round_trip_nobody_measured_makes_a_run_invalid() -> None:
+    run = full_run()
+    unknown = [replace(one, rtt_ms=None) if one.cell == WANSPEC else one for one in run.batches]
+    assert with_batches(run, unknown).faults() == ["wanspec, R = 30 ms: no link measured the round trip"]
+
+
+@pytest.mark.parametrize(("measured_ms", "fault"), [(15.0, True), (26.4, True), (26.6, False), (90.0, False)])
+def test_losses_make_round_trips_longer_and_never_shorter(measured_ms: float, fault: bool) -> None:
+    run = full_run(24, options=options(loss=0.01))
+    off = [replace(one, rtt_ms=measured_ms) if one.cell == WANSPEC else one for one in run.batches]
+    assert bool(with_batches(run, off).faults()) is fault
+
+
 def test_the_round_trip_is_judged_at_the_time_scale() -> None:
     run = full_run(24, options=options(time_scale=1.5))
     assert run.faults() == []
