@@ -224,7 +224,7 @@ def attribution(results: Results) -> str:
             continue
         steps = tokens / per_step
         taken = sum(row.get(f"accepted_{who}") or 0 for who in WHO)
-        verified = quotient(taken, row.get("acceptance")) or 0.0
+        verified = row.get("verified") or quotient(taken, row.get("acceptance")) or 0.0
         forward_ms = target_ms + per_token_ms * (1.0 + verified / steps)
         # One pass per draft token and step, its prefill's included.
         passes_ms = row["local_draft_passes"] / (steps + row["requests"]) * (draft_ms + per_row_ms)

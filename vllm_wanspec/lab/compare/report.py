@@ -250,7 +250,11 @@ def _warnings(run: Result, found: Figures) -> list[str]:
 
 def _slow(row: Row) -> str:
     """Name a cell in which a side was too slow; nothing where none was."""
-    sides = (("target", row.target_overruns), ("drafter", row.drafter_overruns))
+    sides = (
+        ("target", row.target_overruns),
+        ("drafter", row.drafter_overruns),
+        ("draft model beside the target", row.local_draft_overruns),
+    )
     shares = [f"{side} {share:.1%}" for side, share in sides if share is not None and share > MAX_OVERRUN_SHARE]
     return f"{label(row.cell)} ({', '.join(shares)})" if shares else ""
 

@@ -123,7 +123,7 @@ class Result:
 
     @cached_property
     def paced(self) -> dict[str, Paced]:
-        """Forwards by server, and those that took longer than their pace; `DRAFTS` are the co-located draft model's."""
+        """Forwards by server, and those slower than their pace; `DRAFTS` marks those of co-located draft models."""
         found: dict[str, Paced] = {}
         for batch in self.batches:
             target = self.options.arm(batch.cell.arm).target

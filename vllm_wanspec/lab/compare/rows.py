@@ -72,7 +72,8 @@ class Row:
     seconds: float  # duration of all batches
     throughput_tok_s: float | None  # tokens, first ones included, per second
     tokens_per_step: float | None  # tokens after the first per verification step
-    acceptance: float | None  # share of the verified drafts that were right
+    verified: float | None  # draft tokens that the target verified
+    acceptance: float | None  # share of them that were right
     accepted_main_line: float | None  # draft tokens that the target took: of the draft model's most probable path …
     accepted_branch: float | None  # … of a side branch …
     accepted_lookup: float | None  # … of prompt lookup, ours or vLLM's
@@ -87,6 +88,7 @@ class Row:
     cpu_drafter: float | None  # of the drafter's
     target_overruns: float | None  # share of the target's forwards that took longer than their pace
     drafter_overruns: float | None  # of the drafter's
+    local_draft_overruns: float | None  # of those of a draft model in the target's process
     ideal_tpot_ms: float | None  # time per token at best: this round trip, lookup and γ, any width of tree
     ideal_width_tpot_ms: float | None  # the same with the width of tree, and the pace at it, that were used
     ties: int  # outputs that part from the target's own at a floating-point tie
@@ -180,8 +182,8 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
     def to_ideal(one: Mapping[int, Timed]) -> Interval | None:
         return paired(timed, {key: one[key[0]] for key in timed if key[0] in one}, seed)
 
-    def overruns(side: str) -> float | None:
-        return divided(gained.get(f"{side}_overruns"), gained.get(f"{side}_forwards"))
+    def overruns(side: str, forwards: str = "forwards") -> float | None:
+        return divided(gained.get(f"{side}_overruns"), gained.get(f"{side}_{forwards}"))
 
     return Row(
         cell=cell,
@@ -198,6 +200,7 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
         seconds=seconds,
         throughput_tok_s=_throughput(own),
         tokens_per_step=divided(tokens, sum(request.steps for request in requests)),
+        verified=verified,
         acceptance=divided(accepted, verified),
         **sources,
         local_draft_passes=_counted(own, "local_draft_passes"),
@@ -211,6 +214,7 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
         cpu_drafter=divided(_sum(batch.cpu_s.get("drafter") for batch in own), seconds),
         target_overruns=overruns("target"),
         drafter_overruns=overruns("drafter"),
+        local_draft_overruns=overruns("local_draft", "passes"),
         ideal_tpot_ms=total(best.unlimited.values()).per_token_ms,
         ideal_width_tpot_ms=total(best.as_wide.values()).per_token_ms,
         ties=sum(len(batch.ties) for batch in own),
