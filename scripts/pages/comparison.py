@@ -79,21 +79,27 @@ def passes(*rows: Row) -> str:
 
 
 def crossover(results: Results) -> str:
-    """Say from which round trip on the co-located model is as good, lookup on neither side."""
+    """Say from which round trip on the co-located model is as good, lookup on neither side and on both."""
     pacing = results["bench"]["pacing"]["target"].split("+")
     steps = 100.0 / sum(map(float, pacing))
-    as_good = [
-        rtt
-        for rtt in results.rtts(NO_LOOKUP)
-        if (results.bench_row(NO_LOOKUP, rtt).get("ratio_ci") or (0, 0))[1] >= 1.0
-    ]
-    if not results.has_lookup_apart():
+    bare = _as_good(results, NO_LOOKUP, "ratio_ci") if results.has_lookup_apart() else None
+    helped = _as_good(results, WITH_LOOKUP, "lookup_ci")
+    if bare is None:
         found = "from which R on a co-located model is as good was not measured without lookup"
-    elif as_good:
-        found = f"a co-located model is as good from R = {as_good[0]:g} ms on, without lookup on either side"
     else:
-        found = f"a co-located model was as good at no R up to {results.rtts(NO_LOOKUP)[-1]:g} ms, without lookup"
+        found = f"a co-located model is as good {bare}, without lookup on either side"
+    found += f"; with ours on both sides {helped or 'that was not measured'}"
     return f"For the demo pair, {found}; R = 100 ms is {steps:.2f} target steps ({results.source('bench')})."
+
+
+def _as_good(results: Results, arm: str, interval: str) -> str | None:
+    """From which round trip on an arm is not known to beat its co-located peer; None where one was not compared."""
+    rtts = results.rtts(arm)
+    ends = {rtt: results.bench_row(arm, rtt).get(interval) for rtt in rtts}
+    if not rtts or None in ends.values():
+        return None
+    as_good = [rtt for rtt in rtts if ends[rtt][1] >= 1.0]
+    return f"from R = {as_good[0]:g} ms on" if as_good else f"at no R up to {rtts[-1]:g} ms"
 
 
 def useless_drafter(results: Results) -> str:

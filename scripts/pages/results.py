@@ -37,8 +37,14 @@ class Results:
         return data
 
     def source(self, name: str) -> str:
-        """Return which file, of which commit, has a figure: in every block there is one."""
-        return f"[{name}.json]({RESULTS}{name}.json), commit {self[name]['commit']}"
+        """Return which file, of which commit, has a figure, and whether its run counts: in every block there is one."""
+        void = "" if self.counts(name) else ", **incomplete or invalid**"
+        return f"[{name}.json]({RESULTS}{name}.json), commit {self[name]['commit']}{void}"
+
+    def counts(self, name: str) -> bool:
+        """Whether a run came to its end, was valid, and had no wrong output."""
+        data = self[name]
+        return bool(data.get("valid", True) and data.get("complete", True) and not data.get("differences"))
 
     def bench_row(self, arm: str, rtt_ms: float | None = None, streams: int = 1) -> Row:
         """Return a row of the comparison; an empty one where it was not measured."""
@@ -62,7 +68,7 @@ class Results:
         data = self["bench"]
         options, scale, versions = data["options"], data["time_scale"], data["versions"]
         target, draft = pace(data["pacing"]["target"]), pace(data["pacing"]["draft"])
-        said = [] if data.get("valid", True) and data.get("complete", True) else [INVALID]
+        said = [] if self.counts("bench") else [INVALID]
         said += [
             f"Real vLLM ({versions['vllm']}) in every arm on {data['machine']}; model forwards paced by sleeping to "
             f"{target} "

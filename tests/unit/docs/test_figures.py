@@ -98,8 +98,10 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_count_says_so_first(tmp_path: Path) -> None:
-    for changes in ({"valid": False}, {"complete": False}):
+    for changes in ({"valid": False}, {"complete": False}, {"differences": ["wanspec: token 3"]}):
         assert "**This run is incomplete or invalid.**" in bench(tmp_path, "bench main", **changes)
+        for name in ("bench main", "bench streams", "bench kinds", "crossover", "useless drafter", "sizing"):
+            assert "commit abcdef1, **incomplete or invalid**" in bench(tmp_path, name, **changes)
     assert "invalid" not in bench(tmp_path, "bench main", valid=True, complete=True)
 
 
@@ -117,6 +119,20 @@ def test_from_where_on_a_co_located_model_is_as_good(tmp_path: Path) -> None:
     assert "as good at no R up to 0 ms" in bench(tmp_path, "crossover", rows=near)
     mixed = [row for row in ROWS if row["arm"] != "wanspec_no_lookup"]
     assert "was not measured without lookup" in bench(tmp_path, "crossover", rows=mixed)
+    alone = [row for row in ROWS if row["arm"] != "wanspec"]
+    assert "with ours on both sides that was not measured" in bench(tmp_path, "crossover", rows=alone)
+
+
+def test_both_comparisons_say_where_they_turn(tmp_path: Path) -> None:
+    far = row("wanspec", 30.0, ratio_to_draft_model_lookup=1.02, lookup_ci=[0.99, 1.05])
+    text = bench(tmp_path, "crossover", rows=[*ROWS, far])
+    assert "as good from R = 70 ms on, without lookup on either side; with ours on both sides from R = 30 ms on" in text
+    assert "with ours on both sides at no R up to 0 ms" in bench(tmp_path, "crossover")
+
+
+def test_a_peer_that_was_not_measured_is_not_beaten(tmp_path: Path) -> None:
+    alone = [{**row, "ratio_ci": None} for row in ROWS]
+    assert "was not measured without lookup" in bench(tmp_path, "crossover", rows=alone)
 
 
 def test_a_useless_drafter_is_told_of_only_where_lookup_does_not_hide_it(tmp_path: Path) -> None:
