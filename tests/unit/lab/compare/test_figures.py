@@ -234,6 +234,13 @@ def test_the_ideal_is_that_of_the_measured_prompts() -> None:
     assert row.to_ideal.low < row.to_ideal.value < row.to_ideal.high
 
 
+def test_sampled_texts_have_no_ideal() -> None:
+    """Ranks are those of the greedy texts."""
+    greedy, sampled = (row_of(full_run(options=options(temperature=t)), WANSPEC) for t in (0.0, 0.7))
+    assert greedy.ideal_tpot_ms is not None and greedy.to_ideal is not None
+    assert (sampled.ideal_tpot_ms, sampled.ideal_width_tpot_ms, sampled.to_ideal) == (None, None, None)
+
+
 def test_the_ideal_is_scaled_like_the_run() -> None:
     plain = run_of(batch(BARE, [request(0, 780.0)]), taken=[reference(0, (0, None, 0, None, 1) * 6)])
     ideal_ms = row_of(plain, BARE).ideal_tpot_ms
