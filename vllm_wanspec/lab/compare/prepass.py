@@ -84,9 +84,14 @@ async def _try_all(
             console.print(text, style="dim", highlight=False)
 
 
+def trial_count(options: Options, load: Load) -> int:
+    """Return how many prompts a setting is tried with; with fewer a load of so many at a time would not be reached."""
+    return max(options.trial_prompts, 2 * load.concurrency)
+
+
 async def _tpot_ms(options: Options, journal: Journal, console: Console, client: CompletionClient, load: Load) -> float:
     """Milliseconds per token of the first prompts under a load."""
-    references = usable(journal, options)[: options.trial_prompts]
+    references = usable(journal, options)[: trial_count(options, load)]
     times: list[Timed] = []
     with progress_bar(console) as progress:
         task = progress.add_task("pre-pass", total=len(references))
