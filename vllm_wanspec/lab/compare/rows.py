@@ -37,6 +37,8 @@ RATIOS = (
     ("to_ideal_width", "ratio_to_ideal_width", "ideal_width_ci"),
     ("throughput_cost", "throughput_cost", "throughput_ci"),
 )
+#: Fewer repeats have no interval over repeats.
+MIN_RUNS = 2
 NO_NUMBERS = {
     "cell",
     "setting",
@@ -150,6 +152,8 @@ class Row:
             ratio: Interval | None = getattr(self, name)
             found[value_name] = ratio and rounded(ratio.value)
             found[interval_name] = ratio and [rounded(ratio.low), rounded(ratio.high)]
+        if len(self.throughput_runs) < MIN_RUNS:
+            found["throughput_ci"] = None
         return found
 
 

@@ -469,6 +469,9 @@ def test_throughput_is_paired_by_repeat() -> None:
     cost = row_of(run, remote).throughput_cost
     assert cost == pytest.approx((0.9, 0.8, 2.8 / 3.0))
     assert row_of(run, remote).throughput_runs == pytest.approx((10 / 0.8, 10 / 2.8, 10 / 9.0))
+    assert row_of(run, remote).as_json()["throughput_ci"] == [0.8, 0.9333]
+    once = row_of(run_of(*run.batches[0:3:2]), remote).as_json()
+    assert (once["throughput_cost"], once["throughput_ci"]) == (0.8, None)  # one repeat says nothing of others
 
 
 def test_a_run_without_anything_has_no_rows() -> None:
