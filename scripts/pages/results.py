@@ -14,6 +14,9 @@ INVALID = "**This run is incomplete or invalid.**"
 CO_LOCATED, CO_LOCATED_LOOKUP = "draft_model", "draft_model_lookup"
 NO_LOOKUP, WITH_LOOKUP = "wanspec_no_lookup", "wanspec"
 
+MAX_OVERRUN_SHARE = 0.01
+"""A row with more forwards than this that were slower than their pace is named, as the run's own page does."""
+
 Row = dict[str, Any]
 
 
@@ -79,6 +82,8 @@ class Results:
                 f"Paces and round trips alike are × {scale:g}, times are as measured (R = 30 ms took {30 * scale:g} "
                 "ms)."
             )
+        if slow := [_name(row) for row in data["rows"] if _slowest(row) > MAX_OVERRUN_SHARE]:
+            said.append(f"**Doubtful, since more than 1 % of their forwards were too slow: {', '.join(slow)}.**")
         repeats = "once" if options["repeats"] == 1 else f"{options['repeats']} times"
         said.append(
             f"{options['count']} prompts {repeats}, up to {options['max_tokens']} tokens each, greedy; intervals: 95 "
@@ -91,6 +96,16 @@ class Results:
         if "cpu" in versions["vllm"]:
             said.append("No arm has async scheduling: vLLM's CPU build has none.")
         return " ".join(said)
+
+
+def _slowest(row: Row) -> float:
+    """The share of forwards slower than their pace, of the side that has most of them."""
+    return max(row.get(f"{side}_overruns") or 0.0 for side in ("target", "drafter", "local_draft"))
+
+
+def _name(row: Row) -> str:
+    trip = "" if row["rtt_ms"] is None else f" at R = {row['rtt_ms']:g} ms"
+    return f"`{row['arm']}`{trip}, {row['concurrency']} at a time"
 
 
 def pace(text: str) -> str:

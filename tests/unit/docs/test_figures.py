@@ -105,6 +105,14 @@ def test_a_run_that_does_not_count_says_so_first(tmp_path: Path) -> None:
     assert "invalid" not in bench(tmp_path, "bench main", valid=True, complete=True)
 
 
+def test_a_row_whose_forwards_were_too_slow_is_named(tmp_path: Path) -> None:
+    slow = [row("draft_model", local_draft_overruns=0.011), row("wanspec", 30.0, concurrency=8, drafter_overruns=0.02)]
+    kept = [row("none", target_overruns=0.01), row("lookup", drafter_overruns=None)]
+    text = bench(tmp_path, "five rows", rows=[*slow, *kept])
+    assert "too slow: `draft_model`, 1 at a time, `wanspec` at R = 30 ms, 8 at a time.**" in text
+    assert "too slow" not in bench(tmp_path, "five rows", rows=kept)
+
+
 @pytest.mark.parametrize(("version", "said"), [("0.32.0+cpu", True), ("0.32.0", False)])
 def test_async_scheduling_is_absent_from_the_cpu_build_alone(tmp_path: Path, version: str, said: bool) -> None:
     text = bench(tmp_path, "five rows", versions={"vllm": version}, time_scale=1)

@@ -116,9 +116,11 @@ SINGLE_NOTE = (
     "counted there."
 )
 SOURCE_NOTE = (
-    "`accepted`: share of the verified drafts that the target took, and below it how many, by who made them. "
-    "`drafted`: tokens that a draft model computed; `wasted`: those of them that the target did not take. Bytes: per "
-    "token, to the drafter (up) and from it. `waited`: by the rule for late drafts."
+    "`accepted`: share of the verified drafts that the target took, and beside it how many, by who made them; those "
+    "of a request's last step count although its text ends before them. `drafted`: tokens that a draft model "
+    "computed, of co-located ones those that were verified, without what is drafted after a request's last step; "
+    "`wasted`: those of them that the target did not take. Bytes: per token, to the drafter (up) and from it. "
+    "`waited`: by the rule for late drafts."
 )
 IDEAL_NOTE = (
     "`ideal`: each arm at its best for these texts: its round trip, lookup or none, γ; forwards at their paces, and "
@@ -146,9 +148,9 @@ def bench_report(run: Result) -> Publication:
 
 
 METHOD = (
-    "Ratios: sums over prompts, paired by prompt; intervals: 95 %, bootstrap over prompts (of throughput: over "
-    "repeats). The proxy's round trip is changed without a restart. vLLM's own arms run at the settings that were "
-    "fastest in a pre-pass, under each load (tables below)."
+    "Ratios: sums over prompts, paired by prompt; intervals: 95 %, bootstrap over prompts; throughput has none. The "
+    "proxy's round trip is changed without a restart. vLLM's own arms run at the settings that were fastest in a "
+    "pre-pass, under each load (tables below)."
 )
 BAR_TITLES = ("", "time per token, or what else is said", "at most", "is", "95 % up to")
 BAR_NOTE = f"The upper end of the interval is judged. {UNKNOWN}: this run cannot tell."
@@ -241,11 +243,16 @@ def _warnings(run: Result, found: Figures) -> list[str]:
     idle = dict.fromkeys(row.cell.arm for row in found.rows if row.cell.arm in remote and row.drafted == 0)
     texts = run.warnings(run.faults())
     texts += [f"Nothing was drafted in {', '.join(idle)}."] if idle else []
+    return texts + doubtful(run, found)
+
+
+def doubtful(run: Result, found: Figures) -> list[str]:
+    """Name the cells in which a side was too slow, though the run as a whole may be valid."""
     slow = [text for row in found.rows if (text := _slow(row))]
-    if slow and run.options.target_pace is not None:  # the run as a whole may be valid still
-        problem = f"more than {MAX_OVERRUN_SHARE:.0%} of the forwards were slower than their pace"
-        texts.append(f"DOUBTFUL: {problem} in {'; '.join(slow)}.")
-    return texts
+    if not slow or run.options.target_pace is None:
+        return []
+    problem = f"more than {MAX_OVERRUN_SHARE:.0%} of the forwards were slower than their pace"
+    return [f"DOUBTFUL: {problem} in {'; '.join(slow)}."]
 
 
 def _slow(row: Row) -> str:
