@@ -206,8 +206,9 @@ def _tables(run: Result, found: Figures) -> Iterator[Table]:
 def _open_note(run: Result) -> str:
     first_ms, gap_ms = run.options.slo_ms
     return (
-        f"`goodput`: requests whose first token came within {first_ms:g} ms, and 95 % of the others within {gap_ms:g} "
-        f"ms of the one before, these times the time scale. {SINGLE_NOTE}"
+        f"`goodput`: the rate × the share of its requests whose first token came within {first_ms:g} ms, and 95 % of "
+        f"the others within {gap_ms:g} ms of the one before, these times the time scale; rates are as measured. "
+        f"{SINGLE_NOTE}"
     )
 
 

@@ -70,7 +70,7 @@ class Row:
     p50_ms: float | None  # between a token and the next, over all requests; 0 for two that came together
     p95_ms: float | None
     p99_ms: float | None
-    goodput: float | None  # requests per second that were fast enough, under a rate
+    goodput: float | None  # a rate × the share of its requests that were fast enough
     seconds: float  # duration of all batches
     throughput_tok_s: float | None  # tokens, first ones included, per second
     tokens_per_step: float | None  # tokens after the first per verification step
@@ -200,7 +200,7 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
         median_tpot_ms=median(one.per_token_ms for one in by_prompt.values()),
         ttft_ms=median(request.ttft_ms for request in requests),
         **{f"p{share}_ms": percentile(gaps_ms, share / 100) if gaps_ms else None for share in (50, 95, 99)},
-        goodput=_goodput(result.options, cell, requests, seconds),
+        goodput=_goodput(result.options, cell, requests),
         seconds=seconds,
         throughput_tok_s=_throughput(own),
         tokens_per_step=divided(tokens, sum(request.steps for request in requests)),
@@ -258,13 +258,16 @@ def _unscheduled(result: Result, batches: list[Batch]) -> list[Batch]:
     return batches if plain is not None and result.observed(plain, "async_scheduling") is False else []
 
 
-def _goodput(options: Options, cell: Cell, requests: Sequence[Request], seconds: float) -> float | None:
-    """Requests per second whose first token, and 95 of 100 later ones, came soon enough; None without a rate."""
+def _goodput(options: Options, cell: Cell, requests: Sequence[Request]) -> float | None:
+    """The part of the rate whose first token, and 95 of 100 later ones, came soon enough; None without a rate.
+
+    Not what came per second of the batch: that ends with the last answer, long after the last arrival.
+    """
     if cell.rate is None:
         return None
     ttft_ms, gap_ms = (options.emulated_ms(limit_ms) for limit_ms in options.slo_ms)
     good = [one for one in requests if one.ttft_ms <= ttft_ms and percentile(one.gaps_ms or [0.0], 0.95) <= gap_ms]
-    return divided(len(good), seconds)
+    return cell.rate * len(good) / len(requests) if requests else None
 
 
 def times(batches: Iterable[Batch]) -> dict[tuple[int, int], Timed]:
