@@ -100,7 +100,7 @@ class Results:
 
 def _slowest(row: Row) -> float:
     """The share of forwards slower than their pace, of the side that has most of them."""
-    return max(row.get(f"{side}_overruns") or 0.0 for side in ("target", "drafter", "local_draft"))
+    return max(float(row.get(f"{side}_overruns") or 0.0) for side in ("target", "drafter", "local_draft"))
 
 
 def _name(row: Row) -> str:
