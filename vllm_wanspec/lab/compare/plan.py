@@ -269,7 +269,9 @@ class Block(NamedTuple):
 
     def takes(self, cell: Cell, number: int) -> bool:
         """Whether the prompt of this number goes through a cell here."""
-        return cell.rtt_ms is not None or (number + self.repeat) % self.turns == self.turn
+        # Each round of turns begins one later: prompts come in turns themselves, of their kinds.
+        turn = (number + number // self.turns + self.repeat) % self.turns
+        return cell.rtt_ms is not None or turn == self.turn
 
 
 def blocks(options: Options) -> list[Block]:

@@ -136,7 +136,7 @@ def test_arms_without_a_wan_are_measured_in_every_block() -> None:
     options = options_for(arms=("none", "wanspec_dead", "wanspec"), rtt_ms=(0.0, 10.0), repeats=1)
     found = [[{cell.arm for cell in mine} for mine in orders(block, 4)] for block in blocks(options)]
     every, far = {"none", "wanspec_dead", "wanspec"}, {"wanspec"}
-    assert found == [[every, far, every, far], [far, every, far, every]]
+    assert found == [[every, far, far, every], [far, every, every, far]]
 
 
 def test_a_cell_of_several_streams_is_in_one_block() -> None:
