@@ -67,7 +67,7 @@ def five_rows(results: Results) -> str:
         "÷ co-located without lookup (95 %)",
         "with lookup: ms per token",
         "÷ co-located with lookup (95 %)",
-        "draft passes on the target's side, both together",
+        "draft passes on the target's side per token, both halves",
     )
     return (
         f"{table(titles, lines)}\n\nOne stream. In the left half no arm has prompt lookup, in the right half every "
@@ -76,9 +76,10 @@ def five_rows(results: Results) -> str:
 
 
 def passes(*rows: Row) -> str:
-    """Return how often a draft model ran on the target's side, over all rows that were measured."""
-    known = [row["local_draft_passes"] for row in rows if row.get("local_draft_passes") is not None]
-    return number(sum(known)) if known else NOT_MEASURED
+    """Return how often a draft model ran on the target's side for each token, over all rows that were measured."""
+    known = [row for row in rows if row.get("local_draft_passes") is not None and row.get("tokens")]
+    ran, tokens = (sum(row[key] for row in known) for key in ("local_draft_passes", "tokens"))
+    return number(ran / tokens, 2) if known else NOT_MEASURED
 
 
 def crossover(results: Results) -> str:
@@ -142,7 +143,7 @@ def bench_sources(results: Results) -> str:
         "tokens per step",
         "accepted: main line, branch, lookup",
         "ms between tokens: p50, p95, p99",
-        "draft passes on the target's side",
+        "draft passes on the target's side per token",
     )
     return (
         f"{table(titles, lines, 2)}\n\nAccepted drafts by who made them ({NOBODY}: an arm has no such drafts, or "

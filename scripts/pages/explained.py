@@ -61,6 +61,7 @@ def attribution(results: Results) -> str:
                 number(forward_ms, 1),
                 number(passes_ms, 1),
                 number(step_ms - forward_ms - passes_ms, 1),
+                number((forward_ms + passes_ms) / per_step, 2),
             ]
         )
     titles = (
@@ -73,6 +74,7 @@ def attribution(results: Results) -> str:
         "of these the target's forward, at its pace",
         "draft passes on the target's side, at theirs",
         "everything else",
+        "ms per token at the paces alone",
     )
     return f"{table(titles, lines, 2)}\n\n{results.conditions()} Source: {results.source('bench')}."
 
@@ -82,6 +84,8 @@ SERVERS = ("target", "draft")
 
 def _verified(row: Row) -> float:
     """How many drafts the target verified; 0 where none was, or nobody counted them."""
+    if row.get("verified") is not None:
+        return float(row["verified"])
     taken = [row[f"accepted_{who}"] for who in WHO if row.get(f"accepted_{who}") is not None]
     steps = row["tokens"] / row["tokens_per_step"]
     return quotient(sum(taken) if taken else row["tokens"] - steps, row.get("acceptance")) or 0.0

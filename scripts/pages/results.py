@@ -14,6 +14,9 @@ INVALID = "**This run is incomplete or invalid.**"
 CO_LOCATED, CO_LOCATED_LOOKUP = "draft_model", "draft_model_lookup"
 NO_LOOKUP, WITH_LOOKUP = "wanspec_no_lookup", "wanspec"
 
+MAX_OVERRUN_SHARE = 0.01
+"""A row with more forwards than this that were slower than their pace is named, as the run's own page does."""
+
 Row = dict[str, Any]
 
 
@@ -65,8 +68,9 @@ class Results:
         return data
 
     def source(self, name: str) -> str:
-        """Return which file, of which commit, has a figure: in every block there is one."""
-        return f"[{name}.json]({RESULTS}{name}.json), commit {self[name]['commit']}"
+        """Return which file, of which commit, has a figure, and whether its run counts: in every block there is one."""
+        void = "" if counts(self[name]) else ", **incomplete or invalid**"
+        return f"[{name}.json]({RESULTS}{name}.json), commit {self[name]['commit']}{void}"
 
     def bench_row(self, arm: str, rtt_ms: float | None = None, streams: int = 1) -> Row:
         """Return a row of the comparison; an empty one where it was not measured."""
@@ -99,6 +103,8 @@ class Results:
         ]
         if data["time_scale"] != 1:
             said.append(f"{scaled(data)}.")
+        if slow := [_name(row) for row in data["rows"] if _slowest(row) > MAX_OVERRUN_SHARE]:
+            said.append(f"**Doubtful, since more than 1 % of their forwards were too slow: {', '.join(slow)}.**")
         said.append(
             f"{prompts(data)}, up to {data['options']['max_tokens']} tokens each, greedy; intervals: 95 %, over "
             "prompts."
@@ -128,8 +134,8 @@ def row_of(data: dict[str, Any], arm: str, rtt_ms: float | None = None, **load: 
 
 
 def counts(data: dict[str, Any]) -> bool:
-    """Whether a run is valid and came to its end."""
-    return bool(data.get("valid", True) and data.get("complete", True))
+    """Whether a run came to its end, was valid, and had no wrong output."""
+    return bool(data.get("valid", True) and data.get("complete", True) and not data.get("differences"))
 
 
 def prompts(data: dict[str, Any]) -> str:
@@ -148,6 +154,16 @@ def scaled(data: dict[str, Any]) -> str:
 def not_yet(command: str, file: str) -> str:
     """Return the sentence that stands where a file is missing."""
     return f"This has not been measured yet: `make {command}` writes `docs/results/{file}`."
+
+
+def _slowest(row: Row) -> float:
+    """The share of forwards slower than their pace, of the side that has most of them."""
+    return max(float(row.get(f"{side}_overruns") or 0.0) for side in ("target", "drafter", "local_draft"))
+
+
+def _name(row: Row) -> str:
+    trip = "" if row["rtt_ms"] is None else f" at R = {row['rtt_ms']:g} ms"
+    return f"`{row['arm']}`{trip}, {row['concurrency']} at a time"
 
 
 def pace(text: str) -> str:

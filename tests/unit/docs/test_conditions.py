@@ -67,7 +67,7 @@ def test_one_thing_changed_is_held_against_nothing_changed(tmp_path: Path) -> No
     study(tmp_path, "loss", remote(1.1, 1.3))
     text = block(tmp_path, "more one stream")
     assert "| Sampling at T = 1 | 40.00 | 0.850 (0.800–0.900) | 40.00 | 1.200 (1.050–1.300) |" in text
-    assert "| Jitter of 5 ms | not measured | not measured | not measured | not measured |" in text
+    assert f"| {STUDIES['jitter'].title} | not measured | not measured | not measured | not measured |" in text
     told = [line for line in text.splitlines() if line.startswith("- ")]
     assert told == [
         "- One stream, nothing changed: remote drafting is faster than co-located drafting without lookup on either "

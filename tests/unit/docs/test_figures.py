@@ -17,6 +17,7 @@ def row(arm: str, rtt_ms: float | None = None, tpot_ms: float = 40.0, **more: An
         "tpot_ms": tpot_ms,
         "gamma": None,
         "tokens_per_step": 1.5,
+        "tokens": 100,
         "local_draft_passes": 0,
         **more,
     }
@@ -81,10 +82,10 @@ def test_each_half_of_readme_s_table_is_divided_by_a_co_located_model_with_the_s
         "0.750 (0.700–0.800)",
         "40.00",
         "0.800 (0.790–0.810)",
-        "0",
+        "0.00",
     ]
-    assert line(text, "plain vLLM")[1:] == ["40.00", "2.000 (1.900–2.100)", "30.00", "1.200 (1.100–1.300)", "0"]
-    assert line(text, "co-located draft model")[-1] == "341"
+    assert line(text, "plain vLLM")[1:] == ["40.00", "2.000 (1.900–2.100)", "30.00", "1.200 (1.100–1.300)", "0.00"]
+    assert line(text, "co-located draft model")[-1] == "1.71"  # 341 of 200 tokens
     assert "72 prompts once" in text
     assert "best γ, 4" in text
     assert "R = 30 ms took 45 ms" in text
@@ -98,9 +99,19 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_count_says_so_first(tmp_path: Path) -> None:
-    for changes in ({"valid": False}, {"complete": False}):
+    for changes in ({"valid": False}, {"complete": False}, {"differences": ["wanspec: token 3"]}):
         assert "**This run is incomplete or invalid.**" in bench(tmp_path, "bench main", **changes)
+        for name in ("bench main", "bench streams", "bench kinds", "crossover", "useless drafter", "sizing"):
+            assert "commit abcdef1, **incomplete or invalid**" in bench(tmp_path, name, **changes)
     assert "invalid" not in bench(tmp_path, "bench main", valid=True, complete=True)
+
+
+def test_a_row_whose_forwards_were_too_slow_is_named(tmp_path: Path) -> None:
+    slow = [row("draft_model", local_draft_overruns=0.011), row("wanspec", 30.0, concurrency=8, drafter_overruns=0.02)]
+    kept = [row("none", target_overruns=0.01), row("lookup", drafter_overruns=None)]
+    text = bench(tmp_path, "five rows", rows=[*slow, *kept])
+    assert "too slow: `draft_model`, 1 at a time, `wanspec` at R = 30 ms, 8 at a time.**" in text
+    assert "too slow" not in bench(tmp_path, "five rows", rows=kept)
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.32.0+cpu", True), ("0.32.0", False)])
@@ -146,8 +157,8 @@ def test_the_main_table_has_every_arm(tmp_path: Path) -> None:
 
 def test_where_tokens_came_from(tmp_path: Path) -> None:
     text = bench(tmp_path, "bench sources")
-    assert "| **remote** | ours | 0 | 1.50 | 40, 10, 25 | 1.0, 90.0, 100.0 | 0 |" in text
-    assert "| plain vLLM | no |  | 1.50 | –, –, – | not measured | 0 |" in text
+    assert "| **remote** | ours | 0 | 1.50 | 40, 10, 25 | 1.0, 90.0, 100.0 | 0.00 |" in text
+    assert "| plain vLLM | no |  | 1.50 | –, –, – | not measured | 0.00 |" in text
 
 
 def test_kinds_of_prompts(tmp_path: Path) -> None:

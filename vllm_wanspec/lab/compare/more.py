@@ -16,7 +16,7 @@ from rich.console import Console
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.compare.more_report import more_report
 from vllm_wanspec.lab.compare.plan import Options
-from vllm_wanspec.lab.compare.report import bench_report
+from vllm_wanspec.lab.compare.report import bench_report, shown_options
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.run import run_compare
 from vllm_wanspec.lab.compare.studies import STUDIES, base_options, study_options
@@ -34,7 +34,7 @@ def measured(path: Path, options: Options, commit: str | None) -> Result | None:
         found = Result.of_json(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, ConfigError):
         return None
-    same = found.options.as_json() == options.as_json() and found.provenance.commit == commit
+    same = found.options.as_json() == shown_options(options) and found.provenance.commit == commit
     return found if same and found.ended_by is None else None
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 from vllm_wanspec.lab.compare.figures import Figures, figures
 from vllm_wanspec.lab.compare.plots import COLOURS
-from vllm_wanspec.lab.compare.report import ARM, CONCURRENT_COLUMNS, OPEN_COLUMNS, SINGLE_COLUMNS, STREAMS, TRIP
+from vllm_wanspec.lab.compare.report import (
+    ARM,
+    CONCURRENT_COLUMNS,
+    OPEN_COLUMNS,
+    SINGLE_COLUMNS,
+    STREAMS,
+    TRIP,
+    doubtful,
+)
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.rows import Row
 from vllm_wanspec.lab.compare.studies import BASE, RTT_MS, STUDIES
@@ -40,7 +48,11 @@ def more_report(results: Mapping[str, Result]) -> Publication:
 
 
 def _document(results: Mapping[str, Result], found: Mapping[str, Figures]) -> Document:
-    warnings = [f"{name}: {text}" for name, result in results.items() for text in result.warnings(result.faults())]
+    warnings = [
+        f"{name}: {text}"
+        for name, result in results.items()
+        for text in (*result.warnings(result.faults()), *doubtful(result, found[name]))
+    ]
     sources = [f"- {name}: {result.provenance}" for name, result in results.items()]
     said = {
         name: f"- {name}: {result.conditions(f'{len(result.references)} prompts')}" for name, result in results.items()

@@ -123,7 +123,7 @@ class Result:
 
     @cached_property
     def paced(self) -> dict[str, Paced]:
-        """Forwards by server, and those that took longer than their pace; `DRAFTS` are the co-located draft model's."""
+        """Forwards by server, and those slower than their pace; `DRAFTS` marks those of co-located draft models."""
         found: dict[str, Paced] = {}
         for batch in self.batches:
             target = self.options.arm(batch.cell.arm).target
@@ -153,15 +153,17 @@ class Result:
             )
 
     def _trip_faults(self) -> Iterator[str]:
-        options = self.options
-        if options.loss:
-            return  # which makes round trips longer, as it should
+        options, any_measured = self.options, any(batch.rtt_ms is not None for batch in self.batches)
         for cell, batches in self.by_cell.items():
-            measured_ms = median(batch.rtt_ms for batch in batches)
-            if cell.rtt_ms is None or measured_ms is None:
+            if cell.rtt_ms is None or not any_measured:
                 continue
+            measured_ms = median(batch.rtt_ms for batch in batches)
             wanted_ms = expected_ms(options.emulated_ms(cell.rtt_ms), options.emulated_ms(options.jitter_ms))
-            if is_off(measured_ms, wanted_ms):
+            if measured_ms is None:
+                yield f"{label(cell)}: no link measured the round trip"
+            elif options.loss and measured_ms >= wanted_ms:
+                continue  # losses make round trips longer, as they should, and none shorter
+            elif is_off(measured_ms, wanted_ms):
                 yield f"{label(cell)}: the link measured {measured_ms:.1f} ms where {wanted_ms:.1f} ms were emulated"
 
     def _count_faults(self) -> Iterator[str]:

@@ -40,7 +40,7 @@ STUDIES: dict[str, Study] = {
     ),
     "t07": Study("Sampling at T = 0.7", {"temperature": 0.7}),
     "t10": Study("Sampling at T = 1", {"temperature": 1.0}),
-    "jitter": Study("Jitter of 5 ms", {"jitter_ms": 5.0}),
+    "jitter": Study("Jitter of up to 5 ms each way, 5 ms more per round trip in the mean", {"jitter_ms": 5.0}),
     "loss": Study("One segment in a hundred lost", {"loss": 0.01}),
     "cut8": Study("Texts cut where 8 tokens repeat", {"repeat_span": 8}),
     "scale5": Study(

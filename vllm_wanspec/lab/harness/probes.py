@@ -131,8 +131,8 @@ class Probe:
 
 
 def paced_of(gained: Counters, target: str, drafter: str) -> dict[str, Paced]:
-    """Return the forwards among what a probe read, by who ran them; the co-located draft model's are `DRAFTS`."""
-    names = {"target_forwards": target, "drafter_forwards": drafter, "local_draft_passes": DRAFTS}
+    """Return the forwards that a probe counted, by who ran them; `DRAFTS` marks those of a co-located draft model."""
+    names = {"target_forwards": target, "drafter_forwards": drafter, "local_draft_passes": f"{target}{DRAFTS}"}
     found: dict[str, Paced] = {}
     for counter, name in names.items():
         steps, overruns = gained.get(counter), gained.get(f"{counter.rpartition('_')[0]}_overruns")

@@ -19,12 +19,14 @@ from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.compare import more
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.lineup import server_name, tuned_target
-from vllm_wanspec.lab.compare.more import run_studies
+from vllm_wanspec.lab.compare.more import measured, run_studies
 from vllm_wanspec.lab.compare.more_report import more_report, sentences
 from vllm_wanspec.lab.compare.plan import Options, cells
+from vllm_wanspec.lab.compare.report import bench_report
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.compare.studies import STUDIES, base_options, study_options
-from vllm_wanspec.lab.harness import provenance
+from vllm_wanspec.lab.harness import machine, provenance
+from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.running import Outputs
 from vllm_wanspec.lab.records import Load, Setting
 from vllm_wanspec.lab.report.markdown import markdown
@@ -144,6 +146,17 @@ def made_up(name: str) -> Result:
     return Result(options, found, full_run(1).provenance)
 
 
+def test_a_study_of_models_in_the_checkout_is_known_again(tmp_path: Path) -> None:
+    models = machine.checkout() / "examples" / "demo_models"
+    mine = replace(study("base"), target=str(models / "target"), prompts=models / "bench_prompts.jsonl")
+    path = tmp_path / "base.json"
+    path.write_text(json.dumps(bench_report(replace(made_up("base"), options=mine)).data))
+    found = measured(path, mine, "abc1234")  # though its file does not say where the checkout lies
+    assert found is not None
+    assert found.options.target == "examples/demo_models/target"
+    assert measured(path, replace(mine, target=str(models / "other")), "abc1234") is None
+
+
 def test_every_study_is_a_table_with_two_sentences(tmp_path: Path) -> None:
     results = {name: made_up(name) for name in STUDIES}
     made = more_report(results)
@@ -164,6 +177,17 @@ def test_every_study_is_a_table_with_two_sentences(tmp_path: Path) -> None:
     assert "At 8 streams, time per token ÷ plain: wanspec_dead 1.006" in list(sentences("useless", found))[1]
     made.publish(Outputs(None, tmp_path / "more.md"), Console(file=io.StringIO()))
     assert (tmp_path / "more.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_with_a_cell_that_was_too_slow_says_so() -> None:
+    result = made_up("streams")
+    slow = [
+        replace(one, counters=Counters({**one.counters.values, "target_overruns": 1.0})) if one.cell[2] == 16 else one
+        for one in result.batches
+    ]
+    run = replace(result, records=records(result.references, slow, result.records.trials))
+    page = markdown(more_report({"streams": run}).document)
+    assert "streams: DOUBTFUL: more than 1% of the forwards were slower than their pace in none, concurrency 16" in page
 
 
 def test_some_studies_alone_make_a_page_too(tmp_path: Path) -> None:

@@ -234,6 +234,22 @@ def test_a_cell_that_was_too_slow_in_a_valid_run_is_named() -> None:
     assert "DOUBTFUL" not in report(run)
 
 
+def test_a_peer_whose_drafts_were_too_slow_in_a_valid_run_is_named() -> None:
+    """20 of its 1,152 draft forwards at 8 streams: of those of both its cells they are 0.9 %."""
+    run = full_run()
+    cell = ("draft_model", None, 8, None)
+    slow = [
+        replace(one, counters=Counters({**one.counters.values, "local_draft_overruns": 20.0}))
+        if one.cell == cell
+        else one
+        for one in run.batches
+    ]
+    text = words(report(with_records(run, slow)))
+    assert "INVALID" not in text
+    assert "slower than their pace in draft_model, concurrency 8 (draft model beside the target 1.7%)" in text
+    assert lines_of(report(run), "draft_model_lookup drafts", "1,152")  # each peer's of its own
+
+
 def test_missed_and_open_bars_are_named() -> None:
     text = report(full_run(times_ms=TIMES_MS | {FAR_MS: 40.0}))
     assert "Bars missed: without lookup ÷ plain, R = 500 ms." in text
