@@ -8,6 +8,7 @@ from vllm_wanspec.lab.stats import (
     Interval,
     Timed,
     divided,
+    is_more_often,
     median,
     median_interval,
     paired_ratio,
@@ -102,3 +103,10 @@ def test_a_share_has_wilson_s_interval() -> None:
     assert wilson(64, 64) == pytest.approx((1.0, 0.94338, 1.0), abs=1e-5)
     assert wilson(5, 10) == pytest.approx((0.5, 0.23659, 0.76341), abs=1e-5)
     assert wilson(0, 0) is None
+
+
+def test_more_often_by_discordant_pairs() -> None:
+    # One-sided: 5 of 5 is 1/32, 4 of 4 is 1/16; 9 of 10 is 11/1024, 8 of 10 is 56/1024.
+    assert is_more_often(5, 0) and not is_more_often(4, 0)
+    assert is_more_often(9, 1) and not is_more_often(8, 2)
+    assert not is_more_often(0, 0) and not is_more_often(0, 9)

@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE
 from vllm_wanspec.lab.harness.provenance import Provenance
-from vllm_wanspec.lab.report.cells import UNKNOWN, number
+from vllm_wanspec.lab.report.cells import AHEAD, UNKNOWN, number
 from vllm_wanspec.lab.report.document import Column, Document, Table, table_of
 from vllm_wanspec.lab.report.plotting import draw_panels
 from vllm_wanspec.lab.stats import divided
@@ -25,7 +25,7 @@ def capacity_document(result: CapacityResult, provenance: Provenance) -> Documen
     """What a run found, for people."""
     options = result.options
     tables = [table for load in options.loads for table in (_rates(result, load), _capacities(result, load))]
-    scale = "" if options.time_scale == 1.0 else f"; times {options.time_scale:g} × as long"
+    scale = "" if options.time_scale == 1.0 else f", times {options.time_scale:g} × as long"
     return Document(
         title="How many clients a target serves when it does not draft",
         tables=tables,
@@ -34,7 +34,10 @@ def capacity_document(result: CapacityResult, provenance: Provenance) -> Documen
         method=_method(options),
         provenance=str(provenance),
         plots="Tokens per second and client against the number of clients",
-        conditions=f"paced, emulated WAN{scale}",
+        conditions=(
+            f"Prompt lookup: none in any arm. Async scheduling: {AHEAD}. Paced, emulated WAN{scale}; the remote "
+            "drafter has a core of its own and hardly slows down with clients, as if it had no bound."
+        ),
     )
 
 

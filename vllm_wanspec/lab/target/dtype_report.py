@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,9 @@ from typing import Any
 
 from vllm_wanspec.lab.harness.client import TIE_NATS
 from vllm_wanspec.lab.harness.provenance import Provenance
-from vllm_wanspec.lab.report.cells import UNKNOWN, number
+from vllm_wanspec.lab.report.cells import AHEAD, UNKNOWN, number
 from vllm_wanspec.lab.report.document import Column, Document, table_of
-from vllm_wanspec.lab.stats import Interval, rounded, wilson
+from vllm_wanspec.lab.stats import Interval, is_more_often, rounded, wilson
 from vllm_wanspec.lab.target.kinds import COLOCATED, PLAIN, REMOTE
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -166,8 +167,9 @@ class DtypeResult:
 
 
 def _is_above(ours: DtypeRow, theirs: DtypeRow) -> bool:
-    """Whether all of our interval lies above all of theirs."""
-    return ours.share is not None and theirs.share is not None and ours.share.low > theirs.share.high
+    """Whether ours differ more often, judged by the prompts of which one alone differs."""
+    own, other = (Counter(one.name for one in row.divergences) for row in (ours, theirs))
+    return is_more_often((own - other).total(), (other - own).total())
 
 
 def dtype_document(result: DtypeResult, provenance: Provenance) -> Document:
@@ -191,7 +193,7 @@ def dtype_document(result: DtypeResult, provenance: Provenance) -> Document:
         remarks=[_compared(ours, theirs) for ours, theirs in result.pairs()],
         method=_method(result.options),
         provenance=str(provenance),
-        conditions="not paced, no WAN",
+        conditions=f"Prompt lookup: ours in remote drafting alone. Async scheduling: {AHEAD}. Not paced, no WAN.",
     )
 
 

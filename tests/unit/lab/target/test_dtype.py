@@ -89,8 +89,8 @@ def test_ties_are_counted_apart() -> None:
 
 def test_what_holds() -> None:
     theirs = row(COLOCATED, [0.1] * 8)
-    assert result(theirs, row(REMOTE, [0.1] * 10)).held  # 16 % beside 13 %
-    assert not result(theirs, row(REMOTE, [0.1] * 30)).held  # from 35 % on, beside 23 % at most
+    assert result(theirs, row(REMOTE, [0.1] * 10)).held  # two more: one chance in four
+    assert not result(theirs, row(REMOTE, [0.1] * 30)).held  # 22 more, and none fewer
     assert result(row(COLOCATED, [0.1] * 30), row(REMOTE, [])).held
     assert not result(theirs).held
     assert not result(row(REMOTE, [])).held  # nothing beside it
