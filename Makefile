@@ -30,9 +30,8 @@ bench: install  ## remote drafting beside plain vLLM, lookup and co-located draf
 	@mkdir -p docs/results
 	$(BIN)/wanspec bench \
 		--arms none,ngram,lookup,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup,oracle,wanspec_dead,wanspec_random \
-		--rtt-ms 0,10,20,30,50,70,100 --far-rtt-ms 500 --concurrency 1,8 \
-		--concurrent-arms none,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup --concurrent-rtt-ms 30 \
-		--count 64 --time-scale 1.25 --json docs/results/bench.json --markdown docs/results/bench.md
+		--rtt-ms 0,10,20,30,50,70,100 --far-rtt-ms 500 --count 72 --time-scale 1.25 \
+		--json docs/results/bench.json --markdown docs/results/bench.md
 	echo "make bench: $$SECONDS s"
 
 # One condition changed at a time; takes about an hour and a half and two quiet cores. What is measured already, at this

@@ -96,7 +96,7 @@ class Results:
         data = self["bench"]
         versions = data["versions"]
         target, draft = pace(data["pacing"]["target"]), pace(data["pacing"]["draft"])
-        said = [] if counts(data) else [INVALID]
+        said = [] if counts(data) else [why_not(data)]
         said += [
             f"Real vLLM ({versions['vllm']}) in every arm on {data['machine']}; model forwards paced by sleeping to "
             f"{target} (target) and {draft} (draft), the WAN emulated by a proxy.",
@@ -136,6 +136,13 @@ def row_of(data: dict[str, Any], arm: str, rtt_ms: float | None = None, **load: 
 def counts(data: dict[str, Any]) -> bool:
     """Whether a run came to its end, was valid, and had no wrong output."""
     return bool(data.get("valid", True) and data.get("complete", True) and not data.get("differences"))
+
+
+def why_not(data: dict[str, Any]) -> str:
+    """Say that a run does not count, and why."""
+    reasons = [*data.get("faults", ()), *([] if data.get("complete", True) else ["it did not come to its end"])]
+    reasons += ["there are wrong outputs"] if data.get("differences") else []
+    return f"**This run counts as invalid: {'; '.join(reasons)}.**" if reasons else INVALID
 
 
 def prompts(data: dict[str, Any]) -> str:

@@ -49,8 +49,8 @@ def test_each_study_changes_one_thing() -> None:
     }
     assert changed == {
         "base": set(),
-        "streams": {"concurrency", "arms"},
-        "rates": {"concurrency", "rates", "slo_ms", "count"},
+        "streams": {"concurrency", "arms", "time_scale"},
+        "rates": {"concurrency", "rates", "slo_ms", "count", "time_scale"},
         "t07": {"temperature"},
         "t10": {"temperature"},
         "jitter": {"jitter_ms"},
@@ -73,7 +73,7 @@ def test_every_load_is_that_of_the_same_arms_and_round_trip() -> None:
             ("wanspec", 30.0),
             ("wanspec_no_lookup", 30.0),
         }
-    assert {cell.load for cell in cells(study("rates"))} == {Load(0, rate) for rate in (1.0, 2.0, 3.0)}
+    assert {cell.load for cell in cells(study("rates"))} == {Load(0, rate) for rate in (0.4, 0.8, 1.2)}
 
 
 def test_where_tokens_are_sampled_the_peer_may_sample_its_drafts(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_every_study_is_a_table_with_two_sentences(tmp_path: Path) -> None:
     ]
     assert list(sentences("scale5", found))[1].count(ratio) == 3
     assert "at concurrency 16" in next(iter(sentences("streams", found)))
-    assert "at 3 requests per second" in list(sentences("rates", found))[1]
+    assert "at 1.2 requests per second" in list(sentences("rates", found))[1]
     assert "At 8 streams, time per token ÷ plain: wanspec_dead 1.006" in list(sentences("useless", found))[1]
     made.publish(Outputs(None, tmp_path / "more.md"), Console(file=io.StringIO()))
     assert (tmp_path / "more.png").read_bytes().startswith(b"\x89PNG")
