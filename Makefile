@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench bench-hotpath bench-overhead bench-trees bench-width unit test test-all fuzz docs lint install \
-	clean help
+.PHONY: demo bench bench-capacity bench-dtype bench-hotpath bench-more bench-overhead bench-trees bench-width unit test \
+	test-all fuzz docs lint install clean help
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -30,10 +30,30 @@ bench: install  ## remote drafting beside plain vLLM, lookup and co-located draf
 	@mkdir -p docs/results
 	$(BIN)/wanspec bench \
 		--arms none,ngram,lookup,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup,oracle,wanspec_dead,wanspec_random \
-		--rtt-ms 0,10,20,30,50,70,100 --far-rtt-ms 500 --concurrency 1,8 \
-		--concurrent-arms none,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup --concurrent-rtt-ms 30 \
-		--count 64 --time-scale 1.25 --json docs/results/bench.json --markdown docs/results/bench.md
+		--rtt-ms 0,10,20,30,50,70,100 --far-rtt-ms 500 --count 72 --time-scale 1.25 \
+		--json docs/results/bench.json --markdown docs/results/bench.md
 	echo "make bench: $$SECONDS s"
+
+# One condition changed at a time; takes about an hour and a half and two quiet cores. What is measured already, at this
+# commit, is not measured again.
+bench-more: install  ## the same under loads, sampling, jitter, losses and longer paces (about 90 minutes)
+	@mkdir -p docs/results/more
+	$(BIN)/python -m vllm_wanspec.lab.compare.more --folder docs/results/more --markdown docs/results/more.md
+	echo "make bench-more: $$SECONDS s"
+
+# How many clients one target serves, with drafts of its own and with remote ones; takes about a quarter of an hour and
+# two quiet cores.
+bench-capacity: install  ## clients that a target serves at a rate, drafts co-located or remote (about 15 minutes)
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.lab.target.capacity --json docs/results/capacity.json \
+		--markdown docs/results/capacity.md
+	echo "make bench-capacity: $$SECONDS s"
+
+# Whether remote drafting changes more greedy texts than vLLM's own speculation does; takes about ten minutes.
+bench-dtype: install  ## greedy texts that part from plain vLLM's, in bfloat16 and float32 (about ten minutes)
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.lab.target.dtype --json docs/results/dtype.json --markdown docs/results/dtype.md
+	echo "make bench-dtype: $$SECONDS s"
 
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install  ## the serving path with 64 sessions, in microseconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from pages import comparison, costs
+from pages import comparison, conditions, costs, explained, serving
 from pages.results import Results
 
 
@@ -19,7 +19,17 @@ def writers(results: Results) -> dict[str, Callable[[], str]]:
         "tree bytes": costs.tree_bytes,
         "bench main": comparison.bench_main,
         "bench streams": comparison.bench_streams,
-        "bench ideal": comparison.bench_ideal,
+        "bench sources": comparison.bench_sources,
+        "bench ideal": explained.bench_ideal,
+        "bench kinds": comparison.kinds,
+        "attribution": explained.attribution,
+        "more one stream": conditions.one_stream,
+        "more streams": conditions.streams,
+        "more rates": conditions.rates,
+        "more scale": conditions.scale,
+        "more useless": conditions.useless,
+        "capacity": serving.capacity,
+        "dtype": serving.dtype,
         "sizing": comparison.sizing,
         "sizing trees": costs.sizing_trees,
         "trees": costs.trees,

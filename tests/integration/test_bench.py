@@ -15,9 +15,10 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS = [
-    *("--arms", "none,draft_model,wanspec,oracle"),
+    *("--arms", "none,draft_model,draft_model_lookup,wanspec,wanspec_no_lookup,oracle"),
     *("--rtt-ms", "0,20"),
     *("--concurrency", "1,2"),
+    *("--concurrent-arms", "none,draft_model,draft_model_lookup,wanspec"),
     *("--concurrent-rtt-ms", "20"),
     *("--count", "2"),
     *("--repeat", "1"),
@@ -26,6 +27,8 @@ ARGUMENTS = [
 ]
 DEADLINE_S = 400.0
 BATCHES_BEFORE = 3
+#: Two prompts through four local cells and four remote ones, and four batches of both.
+BATCHES = 2 * 8 + 4
 
 
 def start(folder: Path) -> subprocess.Popen[str]:
@@ -51,8 +54,8 @@ def test_an_interrupted_run_goes_on_and_compares_all_arms(tmp_path: Path) -> Non
     assert first.returncode == 130, printed
     assert "the same command goes on from there" in " ".join(printed.split())
     before = records(tmp_path, "batch")
-    assert BATCHES_BEFORE <= len(before) < 14
-    assert len(records(tmp_path, "trial")) == 2
+    assert BATCHES_BEFORE <= len(before) < BATCHES
+    assert len(records(tmp_path, "trial")) == 2 * 2 * 2  # two arms, two γ, two loads
     assert json.loads((tmp_path / "bench.json").read_text())["complete"] is False
 
     second = start(tmp_path)
@@ -60,19 +63,26 @@ def test_an_interrupted_run_goes_on_and_compares_all_arms(tmp_path: Path) -> Non
     # A busy machine may keep no pace, which the run says and this test leaves alone.
     assert second.returncode in (0, 1), printed
     assert f"{len(before)} requests are done" in " ".join(printed.split())
-    assert "draft_model γ" not in printed
+    assert "γ = 2" not in printed.partition("Pre-pass")[0]
     assert not (tmp_path / "bench.json.journal").exists()
     check_result(json.loads((tmp_path / "bench.json").read_text()))
     assert (tmp_path / "bench.md").is_file()
     assert (tmp_path / "bench.png").is_file()
 
 
+def counted(result: dict[str, Any], arm: str, counter: str) -> list[float]:
+    """What an arm's batches of single requests added to a counter."""
+    batches = [record["batch"] for record in result["records"] if "batch" in record]
+    return [batch["counters"]["values"][counter] for batch in batches if batch["cell"][:3] == [arm, None, 1]]
+
+
 def check_result(result: dict[str, Any]) -> None:
     assert result["complete"] is True
     assert result["pacing"]
     rows = {(row["arm"], row["rtt_ms"], row["concurrency"]): row for row in result["rows"]}
-    local = [(arm, None, concurrency) for arm in ("none", "draft_model", "oracle") for concurrency in (1, 2)]
-    assert rows.keys() == {*local, ("wanspec", 0.0, 1), ("wanspec", 20.0, 1), ("wanspec", 20.0, 2)}
+    both = [(arm, None, streams) for arm in ("none", "draft_model", "draft_model_lookup") for streams in (1, 2)]
+    remote = [(arm, rtt_ms, 1) for arm in ("wanspec", "wanspec_no_lookup") for rtt_ms in (0.0, 20.0)]
+    assert rows.keys() == {*both, *remote, ("oracle", None, 1), ("wanspec", 20.0, 2)}
     assert all(row["wrong"] == 0 for row in rows.values())
     none, oracle = rows["none", None, 1], rows["oracle", None, 1]
     draft_model, near = rows["draft_model", None, 1], rows["wanspec", 0.0, 1]
@@ -85,3 +95,16 @@ def check_result(result: dict[str, Any]) -> None:
     assert draft_model["local_draft_passes"] > 0
     assert near["drafted"] > near["wasted"] > 0
     assert draft_model["gamma"] in (2, 3)
+    # Every forward of the draft model is counted where it runs: γ for each step of the target's, prefill's too.
+    forwards = sum(counted(result, "draft_model", "target_forwards"))
+    assert draft_model["local_draft_passes"] == draft_model["gamma"] * forwards
+    assert abs(rows["wanspec", 20.0, 1]["measured_rtt_ms"] - 20.0) < 10.0
+    bare, behind = rows["wanspec_no_lookup", 0.0, 1], rows["draft_model_lookup", None, 1]
+    assert bare["accepted_lookup"] == 0 and near["accepted_main_line"] + near["accepted_branch"] > 0
+    assert behind["accepted_main_line"] > 0 and behind["local_draft_passes"] > 0
+    for row in (near, bare, behind):
+        parts = [row[f"accepted_{who}"] for who in ("main_line", "branch", "lookup")]
+        assert sum(parts) == round(row["acceptance"] * row["verified"])
+    assert {arm["async_scheduling"] for arm in result["arms"].values()} == {False}
+    assert result["arms"]["wanspec_no_lookup"]["lookup"] == "none"
+    assert all(not fault.startswith("wanspec") for fault in result["faults"] if "by source" in fault)

@@ -30,7 +30,9 @@ FILES = [
 #: Those that speak of the code as it is, not of a release or run of its own.
 PRESENT = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent.name != "results"]
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
-SOURCE = re.compile(r"\[[\w.]+\]\(([^)\s]*results/\w+\.json)\), commit ([0-9a-f]{7,40}(?:-dirty)?)")
+SOURCE = re.compile(r"\[[\w./]+\]\(([^)\s]*results/[\w/]+\.json)\), commit ([0-9a-f]{7,40}(?:-dirty)?)")
+#: What stands in the place of figures whose file is missing.
+NOT_YET = re.compile(r"This has not been measured yet: `make ([a-z-]+)` writes `(docs/results/[\w/]+\.json)`\.")
 #: A number that says how long, how much or how many times, as measured things are told of.
 FIGURE = re.compile(
     r"\d\s?(?:ms|µs|%|per cent|tokens/s|tokens per second|[kM]?B per|bytes per)(?!\w)|[×÷]\s?\d+\.\d|\d\.\d+ ?×"
@@ -87,6 +89,10 @@ def test_pages_are_as_make_docs_writes_them(page: Path) -> None:
 @pytest.mark.parametrize("page", make_docs.pages(ROOT), ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_names_its_file_and_that_file_s_commit(page: Path) -> None:
     for name, said in blocks(page.read_text("utf-8")).items():
+        if missing := NOT_YET.fullmatch(said):
+            assert missing[1] in TARGET.findall((ROOT / "Makefile").read_text("utf-8"))
+            assert not (ROOT / missing[2]).exists(), name
+            continue
         sources = SOURCE.findall(said)
         assert sources, f"{name}: no file and commit"
         for path, commit in sources:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness.counters import Counters
+from vllm_wanspec.lab.stats import rounded
 
 
 class Load(NamedTuple):
@@ -49,15 +50,18 @@ class Cell(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What the pre-pass tries for an arm: draft tokens per step, and for vLLM's prompt lookup the n-grams sought."""
+    """What the pre-pass tries for an arm: draft tokens per step, for vLLM's prompt lookup the n-grams sought, and where
+    tokens are sampled how a co-located draft model samples its own (vLLM's ``draft_sample_method``; empty: greedily).
+    """
 
     draft_tokens: int
     ngram_min: int = 0
     ngram_max: int = 0
+    sampling: str = ""
 
     def __str__(self) -> str:
         ngrams = f", n-grams of {self.ngram_min} to {self.ngram_max}" if self.ngram_max else ""
-        return f"γ = {self.draft_tokens}{ngrams}"
+        return f"γ = {self.draft_tokens}{ngrams}" + (f", {self.sampling} drafts" if self.sampling else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,10 +245,19 @@ class Records:
 
 
 def _as_json(record: Record) -> dict[str, Any]:
+    """A record as a JSON object; of a batch, figures to four decimals, and only positions that were counted."""
     content = asdict(record)
-    if isinstance(record, Batch):  # JSON has no keys of two parts
-        content["counters"]["positions"] = [[*key, count] for key, count in record.counters.positions.items()]
+    if isinstance(record, Batch):
+        gained = record.counters
+        positions = [[*key, rounded(count)] for key, count in gained.positions.items() if count]
+        content["counters"] = {"values": _rounded(gained.values), "positions": positions}
+        content["cpu_s"] = _rounded(record.cpu_s)
+        content |= {name: rounded(content[name]) for name in ("seconds", "rtt_ms")}
     return {type(record).__name__.lower(): content}
+
+
+def _rounded(figures: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: rounded(figure) for name, figure in figures.items()}
 
 
 def _batch_of(fields: dict[str, Any]) -> Batch:

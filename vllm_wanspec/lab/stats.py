@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
+from math import ceil, comb
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,3 +117,28 @@ def rounded(value: float | None) -> float | None:
         return None
     short = round(float(value), 4)
     return int(short) if short.is_integer() else short
+
+
+def wilson(count: int, of: int) -> Interval | None:
+    """Return the share ``count / of`` with its 95 % interval after Wilson (1927); None of nothing.
+
+    Unlike the normal approximation it says something where nothing, or everything, was counted.
+    """
+    if not of:
+        return None
+    share, square = count / of, statistics.NormalDist().inv_cdf((1.0 + CONFIDENCE) / 2.0) ** 2 / of
+    middle = (share + square / 2.0) / (1.0 + square)
+    half = (square * (share * (1.0 - share) + square / 4.0)) ** 0.5 / (1.0 + square)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def is_more_often(more: int, less: int) -> bool:
+    """Whether something happens more often in one arm than in another, by McNemar's exact test (1947), one-sided.
+
+    Args:
+        more: Pairs in which it happened in the first arm alone.
+        less: In the second alone.
+    """
+    discordant = more + less
+    tail = sum(comb(discordant, count) for count in range(more, discordant + 1)) / 2**discordant
+    return tail < 1.0 - CONFIDENCE

@@ -36,6 +36,7 @@ def test_the_least_that_works(file: Path) -> None:
     assert [(e.name, e.url) for e in settings.draft_endpoints] == [("eu", "http://127.0.0.1:8101")]
     assert settings.tree.lookahead_tokens == "auto"
     assert settings.late.policy == "adaptive"
+    assert settings.fallback == ("ngram",)
     assert settings.metrics is None
     assert settings.events is None
 

@@ -51,7 +51,9 @@ def test_the_round_trip_is_measured(server: DrafterServer, monkeypatch: pytest.M
         assert 0.0 < link.rtt_s < 2.0
 
 
-def test_the_round_trip_is_that_of_the_way(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_round_trip_is_that_of_the_way(
+    server: DrafterServer, log: LogLines, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.02)
     firsts_ms: list[float] = []
     pong_bytes = len(encode([Pong(int(time.monotonic() * 1e6))]))
@@ -77,6 +79,7 @@ def test_the_round_trip_is_that_of_the_way(server: DrafterServer, monkeypatch: p
         finally:
             thread.stop()
     assert 199.0 <= firsts_ms[0] < 350.0
+    assert f"drafter eu: connected, model invented, R = {firsts_ms[0]:.1f} ms" in log.lines()
 
 
 def test_nothing_is_sent_before_flush_and_order_is_kept(server: DrafterServer) -> None:

@@ -6,12 +6,14 @@ import time
 
 import pytest
 from aiohttp import web
+from pool_world import World
 from pools import LIMIT, PROMPT, TOY, Target, peek, pool_of, served, up
 from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, wait_until
 
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
-from vllm_wanspec.core.messages import Close, Nodes, Reject, Welcome, encode
+from vllm_wanspec.core.messages import Close, Nodes, Open, Reject, Welcome, encode
+from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -85,6 +87,17 @@ def test_length_max_bounds_the_lookahead() -> None:
     with served(tree={"lookahead_tokens": 3}) as (pool, _):
         pool.begin([], [("a", PROMPT)])
         wait_until(lambda: len(peek(pool, "a", 50)) == 3)
+
+
+@pytest.mark.parametrize(("rtt_s", "steps"), [(0.02, 1), (0.059, 2), (0.061, 3), (0.118, 4)])
+def test_how_far_ahead_is_drafted_goes_by_the_link_s_round_trip(rtt_s: float, steps: int) -> None:
+    """Steps of 30 ms yield at most 4 + 1 tokens each; the one after the round trip wants four drafts more."""
+    world = World(names="a")
+    world.step({"a": [3]}, step_s=0.03)
+    world.link._rtt_s.add(rtt_s)
+    world.pool.begin([], [("new", PROMPT)])
+    opened = [message for message in world.link._outbox if isinstance(message, Open)]
+    assert opened[-1].limits.lookahead == steps * 5 + 4 + LOOKAHEAD_SLACK
 
 
 def test_a_request_s_own_settings_reach_the_drafter() -> None:

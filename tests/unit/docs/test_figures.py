@@ -17,6 +17,7 @@ def row(arm: str, rtt_ms: float | None = None, tpot_ms: float = 40.0, **more: An
         "tpot_ms": tpot_ms,
         "gamma": None,
         "tokens_per_step": 1.5,
+        "tokens": 100,
         "local_draft_passes": 0,
         **more,
     }
@@ -81,10 +82,10 @@ def test_each_half_of_readme_s_table_is_divided_by_a_co_located_model_with_the_s
         "0.750 (0.700–0.800)",
         "40.00",
         "0.800 (0.790–0.810)",
-        "0",
+        "0.00",
     ]
-    assert line(text, "plain vLLM")[1:] == ["40.00", "2.000 (1.900–2.100)", "30.00", "1.200 (1.100–1.300)", "0"]
-    assert line(text, "co-located draft model")[-1] == "341"
+    assert line(text, "plain vLLM")[1:] == ["40.00", "2.000 (1.900–2.100)", "30.00", "1.200 (1.100–1.300)", "0.00"]
+    assert line(text, "co-located draft model")[-1] == "1.71"  # 341 of 200 tokens
     assert "72 prompts once" in text
     assert "best γ, 4" in text
     assert "R = 30 ms took 45 ms" in text
@@ -98,9 +99,19 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_count_says_so_first(tmp_path: Path) -> None:
-    for changes in ({"valid": False}, {"complete": False}):
+    for changes in ({"valid": False}, {"complete": False}, {"differences": ["wanspec: token 3"]}):
         assert "**This run is incomplete or invalid.**" in bench(tmp_path, "bench main", **changes)
+        for name in ("bench main", "bench streams", "bench kinds", "crossover", "useless drafter", "sizing"):
+            assert "commit abcdef1, **incomplete or invalid**" in bench(tmp_path, name, **changes)
     assert "invalid" not in bench(tmp_path, "bench main", valid=True, complete=True)
+
+
+def test_a_row_whose_forwards_were_too_slow_is_named(tmp_path: Path) -> None:
+    slow = [row("draft_model", local_draft_overruns=0.011), row("wanspec", 30.0, concurrency=8, drafter_overruns=0.02)]
+    kept = [row("none", target_overruns=0.01), row("lookup", drafter_overruns=None)]
+    text = bench(tmp_path, "five rows", rows=[*slow, *kept])
+    assert "too slow: `draft_model`, 1 at a time, `wanspec` at R = 30 ms, 8 at a time.**" in text
+    assert "too slow" not in bench(tmp_path, "five rows", rows=kept)
 
 
 @pytest.mark.parametrize(("version", "said"), [("0.32.0+cpu", True), ("0.32.0", False)])
@@ -110,13 +121,17 @@ def test_async_scheduling_is_absent_from_the_cpu_build_alone(tmp_path: Path, ver
     assert "× 1" not in text
 
 
-def test_from_where_on_a_co_located_model_is_as_good(tmp_path: Path) -> None:
-    assert "as good from R = 70 ms on" in bench(tmp_path, "crossover")
-    assert "R = 100 ms is 2.85 target steps" in bench(tmp_path, "crossover")
-    near = [row for row in ROWS if row["rtt_ms"] in (None, 0.0)]
-    assert "as good at no R up to 0 ms" in bench(tmp_path, "crossover", rows=near)
-    mixed = [row for row in ROWS if row["arm"] != "wanspec_no_lookup"]
-    assert "was not measured without lookup" in bench(tmp_path, "crossover", rows=mixed)
+def test_at_which_round_trips_all_of_the_interval_is_below_the_co_located_model(tmp_path: Path) -> None:
+    text = bench(tmp_path, "crossover")
+    assert (
+        "without lookup on either side at R = 0 ms, not at 70 and 100 ms; with our lookup on both sides at R = 0 ms."
+        in text
+    )
+    assert "R = 100 ms is 2.85 target steps" in text
+    far = [row for row in ROWS if row["rtt_ms"] in (None, 70.0)]
+    assert "on either side at no R that was measured (70 ms); with our lookup on both sides this has not been" in bench(
+        tmp_path, "crossover", rows=far
+    )
 
 
 def test_a_useless_drafter_is_told_of_only_where_lookup_does_not_hide_it(tmp_path: Path) -> None:
@@ -136,9 +151,43 @@ def test_tokens_of_prompt_lookup_are_not_the_drafter_s(tmp_path: Path) -> None:
 def test_the_main_table_has_every_arm(tmp_path: Path) -> None:
     text = bench(tmp_path, "bench main")
     assert "| **remote** | ours | 0 | 40.00 |" in text
-    assert "| 40, 10, 25 | 1.0, 90.0, 100.0 | 0 |" in text
     assert "| vLLM's prompt lookup | vLLM's |  | not measured |" in text
     assert "| co-located draft model | no |  | 20.00 | 1.000 (1.000–1.000) |" in text
+
+
+def test_where_tokens_came_from(tmp_path: Path) -> None:
+    text = bench(tmp_path, "bench sources")
+    assert "| **remote** | ours | 0 | 1.50 | 40, 10, 25 | 1.0, 90.0, 100.0 | 0.00 |" in text
+    assert "| plain vLLM | no |  | 1.50 | –, –, – | not measured | 0.00 |" in text
+
+
+def test_kinds_of_prompts(tmp_path: Path) -> None:
+    def kind(arm: str, tpot_ms: float, **ratios: list[float]) -> dict[str, Any]:
+        return {"arm": arm, "rtt_ms": 30.0, "kind": "prose", "prompts": 16, "tpot_ms": tpot_ms, **ratios}
+
+    found = [
+        kind("none", 47.0),
+        kind("wanspec_no_lookup", 25.454, ratio_to_draft_model=[1.1, 1.0, 1.2]),
+        kind("wanspec", 22.0, ratio_to_draft_model_lookup=[1.2, 1.1, 1.3]),
+    ]
+    lines = [line for line in bench(tmp_path, "bench kinds", kinds=found).splitlines() if line.startswith("| prose")]
+    assert lines == ["| prose | 16 | 30 | 25.45 | 1.100 (1.000–1.200) | 22.00 | 1.200 (1.100–1.300) |"]
+    assert bench(tmp_path, "bench kinds").startswith("Kinds of prompts have not been told apart")
+
+
+def test_where_the_time_of_a_token_goes(tmp_path: Path) -> None:
+    timed = {"tokens": 300, "requests": 20, "tokens_per_step": 3.0, "acceptance": 0.5}
+    rows = [
+        row("draft_model", tpot_ms=30.0, local_draft_passes=360, accepted_main_line=150, **timed),
+        row("oracle", tpot_ms=20.0, **timed | {"acceptance": 0.4}),
+        row("none", tpot_ms=60.01, tokens=300, requests=20, tokens_per_step=1.0),
+    ]
+    text = bench(tmp_path, "attribution", rows=rows)
+    # Pace × 1.5: 52.5 + 0.15 · (1 + 300/100) and 360 passes in 120 rounds, 3 · (7.5 + 0.03).
+    assert "| co-located draft model | no |  | 30.00 | 3.00 | 90.0 | 53.1 | 22.6 | 14.3 |" in text
+    # Nobody counted: 300 - 100 tokens were drafts, of 500 that were verified.
+    assert "| the target's own text as drafts | no |  | 20.00 | 3.00 | 60.0 | 53.4 | 0.0 | 6.6 |" in text
+    assert "| plain vLLM | no |  | 60.01 | 1.00 | 60.0 | 52.6 | 0.0 | 7.4 |" in text
 
 
 def test_streams_and_ideal(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any
 
 TOKENS_PER_CHUNK = 2
@@ -44,10 +44,10 @@ def generate(ids: list[int], count: int, differ_at: int | None) -> Iterator[int]
 
 
 def write_stats(path: str, steps: int) -> None:
-    """Write a pacing statistics file atomically."""
+    """Write a pacing statistics file atomically, whatever other requests do."""
     counts = {"steps": steps, "overruns": 0, "paced_ms_total": 0.0, "work_ms_total": 0.0}
     settings = {"async_scheduling": False, "num_spec_tokens": 0}
-    scratch = Path(path + ".tmp")
+    scratch = Path(f"{path}.{get_ident()}.tmp")
     scratch.write_text(json.dumps(counts | {f"draft_{name}": 0 for name in counts} | settings))
     scratch.replace(path)
 

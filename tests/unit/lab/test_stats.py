@@ -8,6 +8,7 @@ from vllm_wanspec.lab.stats import (
     Interval,
     Timed,
     divided,
+    is_more_often,
     median,
     median_interval,
     paired_ratio,
@@ -15,6 +16,7 @@ from vllm_wanspec.lab.stats import (
     rounded,
     sum_by_prompt,
     total,
+    wilson,
 )
 
 
@@ -93,3 +95,18 @@ def test_pairing_removes_what_prompts_differ_in() -> None:
 @pytest.mark.parametrize("pairs", [[], [(Timed(1.0, 1), Timed(0.0, 0))], [(Timed(1.0, 1), Timed(0.0, 5))]])
 def test_nothing_to_divide_by_is_no_ratio(pairs: list[tuple[Timed, Timed]]) -> None:
     assert paired_ratio(pairs) is None
+
+
+def test_a_share_has_wilson_s_interval() -> None:
+    # z² = 3.8415: nothing of 64 is up to z²/(64 + z²); 5 of 10 is 0.5 ± z·√(0.025 + z²/400)/(1 + z²/10).
+    assert wilson(0, 64) == pytest.approx((0.0, 0.0, 0.05662), abs=1e-5)
+    assert wilson(64, 64) == pytest.approx((1.0, 0.94338, 1.0), abs=1e-5)
+    assert wilson(5, 10) == pytest.approx((0.5, 0.23659, 0.76341), abs=1e-5)
+    assert wilson(0, 0) is None
+
+
+def test_more_often_by_discordant_pairs() -> None:
+    # One-sided: 5 of 5 is 1/32, 4 of 4 is 1/16; 9 of 10 is 11/1024, 8 of 10 is 56/1024.
+    assert is_more_often(5, 0) and not is_more_often(4, 0)
+    assert is_more_often(9, 1) and not is_more_often(8, 2)
+    assert not is_more_often(0, 0) and not is_more_often(0, 9)

@@ -43,9 +43,13 @@ def width_of(arm: Arm) -> Width:
 
 
 def ideals(result: Result, cell: Cell, setting: Setting | None, prompts: Collection[int]) -> Ideal:
-    """Return the ideal of a cell for some prompts; none where several requests run at a time or nothing is paced."""
+    """Return the ideal of a cell for some prompts.
+
+    There is none where several requests run at a time, nothing is paced, or tokens are sampled: ranks and lookup are
+    those of the greedy texts.
+    """
     options, arm = result.options, result.options.arm(cell.arm)
-    if not cell.single or not options.ranked:
+    if not cell.single or not options.ranked or options.temperature > 0.0:
         return Ideal()
     own = [one for one in result.references if one.index in prompts and len(one.expected) > 1]
 

@@ -15,16 +15,13 @@ from vllm_wanspec.emulate.pacing import DRAFT_PACING_ENV
 from vllm_wanspec.lab.compare.arms import DRAFTER, RANDOM, Arm, Target
 from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.launch import NAMED, plain_command, vllm_spec, wan_spec, write_config
+from vllm_wanspec.lab.harness.launch import NAMED, lean, plain_command, vllm_spec, wan_spec, write_config
 from vllm_wanspec.lab.harness.servers import HOST, ServerSpec, free_ports, service_command, wanspec_command
 from vllm_wanspec.lab.records import Setting
 from vllm_wanspec.lab.target.colocated import COLOCATED_ENV, colocated_flags, set_gamma
 from vllm_wanspec.sim.proposers import ORACLE_ENV, OracleProposer
 
 ORACLE = f"{OracleProposer.__module__}.{OracleProposer.__qualname__}"
-#: Without a GPU a dozen servers share the memory; this is room for 40,000 of the demo target's tokens.
-LEAN_FLAGS = ("--kv-cache-memory-bytes", "512M")
-CACHE_ENV = "VLLM_CPU_KVCACHE_SPACE"  # which would prevail
 OUR_ENV = ("WANSPEC_", "VLLM_")
 
 
@@ -90,7 +87,7 @@ def plan_lineup(options: Options, folder: Path) -> Lineup:
     if drafter_stats is not None:
         argv = [*wanspec_command("drafter", options.draft), *NAMED]
         sources = [
-            _lean(vllm_spec(DRAFTER, argv, drafter_port, core, options.draft_forward, drafter_stats)),
+            lean(vllm_spec(DRAFTER, argv, drafter_port, core, options.draft_forward, drafter_stats)),
             wan_spec(wan_port, drafter_port, 0.0, control_port),
         ]
     if RANDOM in drafters:
@@ -123,7 +120,8 @@ def server_name(arm: Arm, setting: Setting | None) -> str:
     if setting is None or arm.target.method == "draft_model_lookup":
         return arm.target.name
     ngrams = f"-{setting.ngram_min}-{setting.ngram_max}" if setting.ngram_max else ""
-    return f"{arm.target.name}-{setting.draft_tokens}{ngrams}"
+    sampling = f"-{setting.sampling}" if setting.sampling else ""
+    return f"{arm.target.name}-{setting.draft_tokens}{ngrams}{sampling}"
 
 
 def tuned_target(options: Options, arm: Arm, setting: Setting, folder: Path) -> TargetPlan:
@@ -142,6 +140,7 @@ def tuned_target(options: Options, arm: Arm, setting: Setting, folder: Path) -> 
     config: dict[str, Any] = {"method": arm.target.method, "num_speculative_tokens": setting.draft_tokens}
     if arm.target.method == "draft_model":
         config["model"] = options.draft
+        config |= {"draft_sample_method": setting.sampling} if setting.sampling else {}
     else:
         config |= {"prompt_lookup_min": setting.ngram_min, "prompt_lookup_max": setting.ngram_max}
     return _target(options, name, [*argv, *_speculative(config)], port, folder)
@@ -155,15 +154,7 @@ def _target(
     stats = _stats_path(folder, name)
     pacing = {} if options.draft_forward is None else {DRAFT_PACING_ENV: options.draft_forward.setting}
     spec = vllm_spec(name, argv, port, core, options.target_forward, stats, pacing | dict(env or {}))
-    return TargetPlan(_lean(spec), stats)
-
-
-def _lean(spec: ServerSpec) -> ServerSpec:
-    """The server with less memory for its KV cache, where that is the machine's own."""
-    if machine.has_gpu():
-        return spec
-    env = {key: value for key, value in (spec.env or {}).items() if key != CACHE_ENV}
-    return dataclasses.replace(spec, argv=[*spec.argv, *LEAN_FLAGS], env=env)
+    return TargetPlan(lean(spec), stats)
 
 
 def _stats_path(folder: Path, name: str) -> Path:

@@ -48,7 +48,7 @@ def remaining(options: Options, records: Records) -> int:
     """Return how many requests are still to be sent to the arms, as far as is known; never 0 without any prompt."""
     measured = {reference.index for reference in usable(records, options)}
     count = options.count or max(1, len(measured))
-    pairs = [(cell, block.repeat) for block in blocks(options) for cell in block.cells]
+    pairs = {(cell, block.repeat) for block in blocks(options) for cell in block.cells}
     return sum(count - len(measured & records.done(cell, repeat)) for cell, repeat in pairs)
 
 
@@ -95,7 +95,7 @@ class Measurement:
                 progress.advance(task, count)
 
             for block in blocks(self.options):
-                if all(self._is_done(cell, block.repeat, references) for cell in block.cells):
+                if self._has_taken(block, references):
                     continue
                 progress.update(task, description=_title(block))
                 await self.set_round_trip(block.rtt_ms)
@@ -198,6 +198,11 @@ class Measurement:
             text = f"  the prompt ends with {reference.text[-100:]!r}"
             self.console.print(text, highlight=False, markup=False)
         return line, tie
+
+    def _has_taken(self, block: Block, references: Sequence[Reference]) -> bool:
+        done = {cell: self.journal.done(cell, block.repeat) for cell in block.cells}
+        turns = zip(references, orders(block, len(references)), strict=True)
+        return all(reference.index in done[cell] for reference, mine in turns for cell in mine)
 
     def _is_done(self, cell: Cell, repeat: int, references: Sequence[Reference]) -> bool:
         return {reference.index for reference in references} <= self.journal.done(cell, repeat)

@@ -30,6 +30,8 @@ DEFAULT_GAMMAS = (1, 2, 3, 4, 5, 6)
 DEFAULT_NGRAMS = (Setting(8, 2, 4), Setting(4, 2, 4), Setting(8, 1, 3), Setting(8, 3, 5))
 DEFAULT_COUNT = 72
 MAX_SPECULATIVE_TOKENS = 64
+#: How vLLM's co-located draft model may sample its tokens where the target samples; else it takes the most probable.
+PROBABILISTIC = "probabilistic"
 MAX_TIME_SCALE = 20.0
 
 
@@ -151,7 +153,12 @@ class Options:
         """What the pre-pass tries for an arm; nothing where there is nothing to tune."""
         if not arm.is_tuned:
             return ()
-        return self.ngrams if arm.target.method == "ngram" else tuple(map(Setting, self.gammas))
+        if arm.target.method == "ngram":
+            return self.ngrams
+        settings = tuple(map(Setting, self.gammas))
+        if arm.target.method == "draft_model" and self.temperature > 0.0:
+            settings += tuple(setting._replace(sampling=PROBABILISTIC) for setting in settings)
+        return settings
 
     def loads(self, arm: Arm) -> tuple[Load, ...]:
         """The loads under which an arm is measured."""
@@ -248,17 +255,27 @@ def cells(options: Options) -> list[Cell]:
 class Block(NamedTuple):
     """What is measured under one setting of the WAN: cells whose requests alternate.
 
-    Cells without a WAN take their turns in the blocks of a repeat, one after another.
+    A prompt goes through all cells without a WAN in one block, and through each of these one after the other; the
+    prompts take turns in the blocks of a repeat. So an arm without a WAN is measured in all of them, as its peers are.
+    Where requests run together a cell is in one block alone.
     """
 
     load: Load
     repeat: int
     rtt_ms: float | None
     cells: tuple[Cell, ...]
+    turn: int = 0
+    turns: int = 1
+
+    def takes(self, cell: Cell, number: int) -> bool:
+        """Whether the prompt of this number goes through a cell here."""
+        # Each round of turns begins one later: prompts come in turns themselves, of their kinds.
+        turn = (number + number // self.turns + self.repeat) % self.turns
+        return cell.rtt_ms is not None or turn == self.turn
 
 
 def blocks(options: Options) -> list[Block]:
-    """Return the blocks in the order in which they are measured: every cell once per repeat."""
+    """Return the blocks in the order in which they are measured: every prompt through every cell once per repeat."""
     found = []
     for load in dict.fromkeys(cell.load for cell in cells(options)):
         wanted = [cell for cell in cells(options) if cell.load == load]
@@ -269,17 +286,27 @@ def blocks(options: Options) -> list[Block]:
             trips: list[float | None] = [*rng.sample(rtts_ms, len(rtts_ms))] or [None]
             for turn, rtt_ms in enumerate(trips):
                 mine = [cell for cell in wanted if cell.rtt_ms == rtt_ms and rtt_ms is not None]
-                mine += [cell for place, cell in enumerate(local) if (place + repeat) % len(trips) == turn]
+                if load == Load():
+                    turns = (turn, len(trips)) if local else (0, 1)
+                    mine += local
+                else:
+                    turns = (0, 1)
+                    mine += [cell for place, cell in enumerate(local) if (place + repeat) % len(trips) == turn]
                 if mine:
                     rng.shuffle(mine)
-                    found.append(Block(load, repeat, rtt_ms, tuple(mine)))
+                    found.append(Block(load, repeat, rtt_ms, tuple(mine), *turns))
     return found
 
 
 def orders(block: Block, count: int) -> list[tuple[Cell, ...]]:
     """Return the order of a block's cells for each of ``count`` prompts, such that each has each place in turn."""
-    size = len(block.cells)
-    return [block.cells[turn % size :] + block.cells[: turn % size] for turn in range(count)]
+    found = []
+    for number in range(count):
+        mine = tuple(cell for cell in block.cells if block.takes(cell, number))
+        turn = number // block.turns if len(mine) == len(block.cells) else number
+        first = turn % len(mine) if mine else 0
+        found.append(mine[first:] + mine[:first])
+    return found
 
 
 def of_demo_models(models: Path | None, arms: Sequence[Arm], rtt_ms: float, **changes: Any) -> Options:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_wanspec.lab.compare.figures import PEERS, Figures
-from vllm_wanspec.lab.compare.rows import Row
+from vllm_wanspec.lab.compare.rows import MIN_RUNS, Row
 from vllm_wanspec.lab.report.plotting import draw_panels
 
 #: Tree arms take the next free colours.
@@ -174,7 +174,8 @@ def _plot_speeds(axes: Any, found: Figures) -> None:
     axes.set_xlabel("requests at a time")
     axes.set_ylabel("tokens per second")
     axes.set_ylim(bottom=0.0)
-    axes.set_title("throughput; bars: lowest and highest repeat", fontsize=10)
+    once = all(len(row.throughput_runs) < MIN_RUNS for row in several)
+    axes.set_title(f"throughput; {'each measured once' if once else 'bars: lowest and highest repeat'}", fontsize=10)
     _legend(axes)
 
 

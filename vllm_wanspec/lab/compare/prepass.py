@@ -78,15 +78,25 @@ async def _try_all(
         for setting, load in wanted:
             if plan.control is not None:
                 set_gamma(plan.control, setting.draft_tokens)
-            trial = Trial(arm.name, load, setting, await _tpot_ms(options, journal, console, client, load))
+            trial = Trial(arm.name, load, setting, await tried_ms(options, journal, console, client, (setting, load)))
             journal.add(trial)
             text = f"{arm.name}, {setting}, {load}: {trial.tpot_ms:.1f} ms per token"
             console.print(text, style="dim", highlight=False)
 
 
-async def _tpot_ms(options: Options, journal: Journal, console: Console, client: CompletionClient, load: Load) -> float:
-    """Milliseconds per token of the first prompts under a load."""
-    references = usable(journal, options)[: options.trial_prompts]
+def trial_count(options: Options, load: Load) -> int:
+    """Return how many prompts a setting is tried with; with fewer a load of so many at a time would not be reached."""
+    return max(options.trial_prompts, 2 * load.concurrency)
+
+
+async def tried_ms(
+    options: Options, journal: Journal, console: Console, client: CompletionClient, tried: Wanted
+) -> float:
+    """Return the milliseconds per token of the first prompts with a setting under a load."""
+    setting, load = tried
+    references = usable(journal, options)[: trial_count(options, load)]
+    # As what is measured: no prompt is cached from the trial before.
+    extra = {"cache_salt": f"pre-pass {setting} {load}"}
     times: list[Timed] = []
     with progress_bar(console) as progress:
         task = progress.add_task("pre-pass", total=len(references))
@@ -97,6 +107,7 @@ async def _tpot_ms(options: Options, journal: Journal, console: Console, client:
                 len(one.expected),
                 temperature=options.temperature,
                 ignore_eos=options.temperature > 0.0,
+                extra=extra,
             )
             times.append(Timed(done.last_ms - done.ttft_ms, len(done.token_ids) - 1))
             progress.advance(task)

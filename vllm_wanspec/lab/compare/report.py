@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vllm_wanspec.lab.compare.figures import Bar, Figures, KindRow, figures, kind_rows
+from vllm_wanspec.lab.compare.plan import Options
 from vllm_wanspec.lab.compare.plots import draw_figures
 from vllm_wanspec.lab.compare.result import Result, label
 from vllm_wanspec.lab.compare.rows import Row
@@ -115,9 +116,11 @@ SINGLE_NOTE = (
     "counted there."
 )
 SOURCE_NOTE = (
-    "`accepted`: share of the verified drafts that the target took, and below it how many, by who made them. "
-    "`drafted`: tokens that a draft model computed; `wasted`: those of them that the target did not take. Bytes: per "
-    "token, to the drafter (up) and from it. `waited`: by the rule for late drafts."
+    "`accepted`: share of the verified drafts that the target took, and beside it how many, by who made them; those "
+    "of a request's last step count although its text ends before them. `drafted`: tokens that a draft model "
+    "computed, of co-located ones those that were verified, without what is drafted after a request's last step; "
+    "`wasted`: those of them that the target did not take. Bytes: per token, to the drafter (up) and from it. "
+    "`waited`: by the rule for late drafts."
 )
 IDEAL_NOTE = (
     "`ideal`: each arm at its best for these texts: its round trip, lookup or none, γ; forwards at their paces, and "
@@ -145,9 +148,9 @@ def bench_report(run: Result) -> Publication:
 
 
 METHOD = (
-    "Ratios: sums over prompts, paired by prompt; intervals: 95 %, bootstrap over prompts (of throughput: over "
-    "repeats). The proxy's round trip is changed without a restart. vLLM's own arms run at the settings that were "
-    "fastest in a pre-pass, under each load (tables below)."
+    "Ratios: sums over prompts, paired by prompt; intervals: 95 %, bootstrap over prompts; throughput has none. The "
+    "proxy's round trip is changed without a restart. vLLM's own arms run at the settings that were fastest in a "
+    "pre-pass, under each load (tables below)."
 )
 BAR_TITLES = ("", "time per token, or what else is said", "at most", "is", "95 % up to")
 BAR_NOTE = f"The upper end of the interval is judged. {UNKNOWN}: this run cannot tell."
@@ -203,8 +206,9 @@ def _tables(run: Result, found: Figures) -> Iterator[Table]:
 def _open_note(run: Result) -> str:
     first_ms, gap_ms = run.options.slo_ms
     return (
-        f"`goodput`: requests whose first token came within {first_ms:g} ms, and 95 % of the others within {gap_ms:g} "
-        f"ms of the one before, these times the time scale. {SINGLE_NOTE}"
+        f"`goodput`: the rate × the share of its requests whose first token came within {first_ms:g} ms, and 95 % of "
+        f"the others within {gap_ms:g} ms of the one before, these times the time scale; rates are as measured. "
+        f"{SINGLE_NOTE}"
     )
 
 
@@ -240,16 +244,25 @@ def _warnings(run: Result, found: Figures) -> list[str]:
     idle = dict.fromkeys(row.cell.arm for row in found.rows if row.cell.arm in remote and row.drafted == 0)
     texts = run.warnings(run.faults())
     texts += [f"Nothing was drafted in {', '.join(idle)}."] if idle else []
+    return texts + doubtful(run, found)
+
+
+def doubtful(run: Result, found: Figures) -> list[str]:
+    """Name the cells in which a side was too slow, though the run as a whole may be valid."""
     slow = [text for row in found.rows if (text := _slow(row))]
-    if slow and run.options.target_pace is not None:  # the run as a whole may be valid still
-        problem = f"more than {MAX_OVERRUN_SHARE:.0%} of the forwards were slower than their pace"
-        texts.append(f"DOUBTFUL: {problem} in {'; '.join(slow)}.")
-    return texts
+    if not slow or run.options.target_pace is None:
+        return []
+    problem = f"more than {MAX_OVERRUN_SHARE:.0%} of the forwards were slower than their pace"
+    return [f"DOUBTFUL: {problem} in {'; '.join(slow)}."]
 
 
 def _slow(row: Row) -> str:
     """Name a cell in which a side was too slow; nothing where none was."""
-    sides = (("target", row.target_overruns), ("drafter", row.drafter_overruns))
+    sides = (
+        ("target", row.target_overruns),
+        ("drafter", row.drafter_overruns),
+        ("draft model beside the target", row.local_draft_overruns),
+    )
     shares = [f"{side} {share:.1%}" for side, share in sides if share is not None and share > MAX_OVERRUN_SHARE]
     return f"{label(row.cell)} ({', '.join(shares)})" if shares else ""
 
@@ -273,7 +286,7 @@ def as_json(run: Result, found: Figures) -> dict[str, Any]:
         "differences": list(run.wrong),
         **run.overruns_json(),
         "references": [_reference_json(reference, ranked) for reference in run.references],
-        "options": {name: _shown(value) for name, value in options.as_json().items()},
+        "options": shown_options(options),
         "records": run.records.as_json(),
         **run.provenance.as_json(),
     }
@@ -292,9 +305,10 @@ def _arm_json(run: Result, name: str) -> dict[str, Any]:
     }
 
 
-def _shown(value: Any) -> Any:
-    """An option's value, without the way to the checkout."""
-    return machine.portable(value) if isinstance(value, str) else value
+def shown_options(options: Options) -> dict[str, Any]:
+    """Return the options as result files have them: without the way to the checkout."""
+    values = options.as_json().items()
+    return {name: machine.portable(value) if isinstance(value, str) else value for name, value in values}
 
 
 def _reference_json(reference: Reference, ranked: bool) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from vllm_wanspec.lab.compare.plan import Options, cells
 from vllm_wanspec.lab.compare.prepass import best_setting
 from vllm_wanspec.lab.compare.references import is_usable
 from vllm_wanspec.lab.harness.counters import Counters
-from vllm_wanspec.lab.harness.pacing_counts import DRAFTS, MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.harness.pacing_counts import MAX_OVERRUN_SHARE, Paced
+from vllm_wanspec.lab.harness.probes import paced_of
 from vllm_wanspec.lab.harness.provenance import Provenance
 from vllm_wanspec.lab.harness.wan_control import expected_ms, is_off
 from vllm_wanspec.lab.records import Batch, Cell, Load, Records, Reference, Setting
@@ -122,17 +123,12 @@ class Result:
 
     @cached_property
     def paced(self) -> dict[str, Paced]:
-        """Forwards by server, and those that took longer than their pace; `DRAFTS` are the co-located draft model's."""
+        """Forwards by server, and those slower than their pace; `DRAFTS` marks those of co-located draft models."""
         found: dict[str, Paced] = {}
         for batch in self.batches:
-            arm = self.options.arm(batch.cell.arm)
-            sides = {"target": arm.target.name, "drafter": arm.target.drafter, "local_draft": DRAFTS}
-            for side, name in sides.items():
-                count = "passes" if side == "local_draft" else "forwards"
-                steps, overruns = batch.counters.get(f"{side}_{count}"), batch.counters.get(f"{side}_overruns")
-                if steps and overruns is not None:
-                    before = found.get(name, Paced(0, 0))
-                    found[name] = Paced(before.steps + int(steps), before.overruns + int(overruns))
+            target = self.options.arm(batch.cell.arm).target
+            for name, paced in paced_of(batch.counters, target.name, target.drafter).items():
+                found[name] = found.get(name, Paced(0, 0)).plus(paced)
         return found
 
     def faults(self, servers: Sequence[str] | None = None) -> list[str]:
@@ -157,15 +153,17 @@ class Result:
             )
 
     def _trip_faults(self) -> Iterator[str]:
-        options = self.options
-        if options.loss:
-            return  # which makes round trips longer, as it should
+        options, any_measured = self.options, any(batch.rtt_ms is not None for batch in self.batches)
         for cell, batches in self.by_cell.items():
-            measured_ms = median(batch.rtt_ms for batch in batches)
-            if cell.rtt_ms is None or measured_ms is None:
+            if cell.rtt_ms is None or not any_measured:
                 continue
+            measured_ms = median(batch.rtt_ms for batch in batches)
             wanted_ms = expected_ms(options.emulated_ms(cell.rtt_ms), options.emulated_ms(options.jitter_ms))
-            if is_off(measured_ms, wanted_ms):
+            if measured_ms is None:
+                yield f"{label(cell)}: no link measured the round trip"
+            elif options.loss and measured_ms >= wanted_ms:
+                continue  # losses make round trips longer, as they should, and none shorter
+            elif is_off(measured_ms, wanted_ms):
                 yield f"{label(cell)}: the link measured {measured_ms:.1f} ms where {wanted_ms:.1f} ms were emulated"
 
     def _count_faults(self) -> Iterator[str]:

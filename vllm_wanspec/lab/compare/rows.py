@@ -37,6 +37,8 @@ RATIOS = (
     ("to_ideal_width", "ratio_to_ideal_width", "ideal_width_ci"),
     ("throughput_cost", "throughput_cost", "throughput_ci"),
 )
+#: Fewer repeats have no interval over repeats.
+MIN_RUNS = 2
 NO_NUMBERS = {
     "cell",
     "setting",
@@ -68,11 +70,12 @@ class Row:
     p50_ms: float | None  # between a token and the next, over all requests; 0 for two that came together
     p95_ms: float | None
     p99_ms: float | None
-    goodput: float | None  # requests per second that were fast enough, under a rate
+    goodput: float | None  # a rate × the share of its requests that were fast enough
     seconds: float  # duration of all batches
     throughput_tok_s: float | None  # tokens, first ones included, per second
     tokens_per_step: float | None  # tokens after the first per verification step
-    acceptance: float | None  # share of the verified drafts that were right
+    verified: float | None  # draft tokens that the target verified
+    acceptance: float | None  # share of them that were right
     accepted_main_line: float | None  # draft tokens that the target took: of the draft model's most probable path …
     accepted_branch: float | None  # … of a side branch …
     accepted_lookup: float | None  # … of prompt lookup, ours or vLLM's
@@ -87,6 +90,7 @@ class Row:
     cpu_drafter: float | None  # of the drafter's
     target_overruns: float | None  # share of the target's forwards that took longer than their pace
     drafter_overruns: float | None  # of the drafter's
+    local_draft_overruns: float | None  # of those of a draft model in the target's process
     ideal_tpot_ms: float | None  # time per token at best: this round trip, lookup and γ, any width of tree
     ideal_width_tpot_ms: float | None  # the same with the width of tree, and the pace at it, that were used
     ties: int  # outputs that part from the target's own at a floating-point tie
@@ -148,6 +152,8 @@ class Row:
             ratio: Interval | None = getattr(self, name)
             found[value_name] = ratio and rounded(ratio.value)
             found[interval_name] = ratio and [rounded(ratio.low), rounded(ratio.high)]
+        if len(self.throughput_runs) < MIN_RUNS:
+            found["throughput_ci"] = None
         return found
 
 
@@ -180,8 +186,8 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
     def to_ideal(one: Mapping[int, Timed]) -> Interval | None:
         return paired(timed, {key: one[key[0]] for key in timed if key[0] in one}, seed)
 
-    def overruns(side: str) -> float | None:
-        return divided(gained.get(f"{side}_overruns"), gained.get(f"{side}_forwards"))
+    def overruns(side: str, forwards: str = "forwards") -> float | None:
+        return divided(gained.get(f"{side}_overruns"), gained.get(f"{side}_{forwards}"))
 
     return Row(
         cell=cell,
@@ -194,10 +200,11 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
         median_tpot_ms=median(one.per_token_ms for one in by_prompt.values()),
         ttft_ms=median(request.ttft_ms for request in requests),
         **{f"p{share}_ms": percentile(gaps_ms, share / 100) if gaps_ms else None for share in (50, 95, 99)},
-        goodput=_goodput(result.options, cell, requests, seconds),
+        goodput=_goodput(result.options, cell, requests),
         seconds=seconds,
         throughput_tok_s=_throughput(own),
         tokens_per_step=divided(tokens, sum(request.steps for request in requests)),
+        verified=verified,
         acceptance=divided(accepted, verified),
         **sources,
         local_draft_passes=_counted(own, "local_draft_passes"),
@@ -211,6 +218,7 @@ def make_row(result: Result, cell: Cell, batches: Mapping[Cell, Sequence[Batch]]
         cpu_drafter=divided(_sum(batch.cpu_s.get("drafter") for batch in own), seconds),
         target_overruns=overruns("target"),
         drafter_overruns=overruns("drafter"),
+        local_draft_overruns=overruns("local_draft", "passes"),
         ideal_tpot_ms=total(best.unlimited.values()).per_token_ms,
         ideal_width_tpot_ms=total(best.as_wide.values()).per_token_ms,
         ties=sum(len(batch.ties) for batch in own),
@@ -250,13 +258,16 @@ def _unscheduled(result: Result, batches: list[Batch]) -> list[Batch]:
     return batches if plain is not None and result.observed(plain, "async_scheduling") is False else []
 
 
-def _goodput(options: Options, cell: Cell, requests: Sequence[Request], seconds: float) -> float | None:
-    """Requests per second whose first token, and 95 of 100 later ones, came soon enough; None without a rate."""
+def _goodput(options: Options, cell: Cell, requests: Sequence[Request]) -> float | None:
+    """The part of the rate whose first token, and 95 of 100 later ones, came soon enough; None without a rate.
+
+    Not what came per second of the batch: that ends with the last answer, long after the last arrival.
+    """
     if cell.rate is None:
         return None
     ttft_ms, gap_ms = (options.emulated_ms(limit_ms) for limit_ms in options.slo_ms)
     good = [one for one in requests if one.ttft_ms <= ttft_ms and percentile(one.gaps_ms or [0.0], 0.95) <= gap_ms]
-    return divided(len(good), seconds)
+    return cell.rate * len(good) / len(requests) if requests else None
 
 
 def times(batches: Iterable[Batch]) -> dict[tuple[int, int], Timed]:

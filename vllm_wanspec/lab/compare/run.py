@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import aiohttp
@@ -62,7 +63,7 @@ def run_compare(
     check_outputs(outputs)
     check_needs()
     begun = Provenance.of_this_run(program)
-    journal = _open_journal(options, len(prompts), begun, outputs.json_path or Path("build", f"{name}.json"))
+    journal = _open_journal(options, prompts, begun, outputs.json_path or Path("build", f"{name}.json"))
     if journal.resumed:
         requests = sum(len(batch.requests) for batch in journal.batches)
         console.print(f"going on with {journal.path}: {requests} requests are done", highlight=False)
@@ -86,14 +87,15 @@ def run_compare(
     return result
 
 
-def _open_journal(options: Options, candidates: int, begun: Provenance, json_path: Path) -> Journal:
-    """The journal beside the result file; one of another commit or other versions is of another run."""
+def _open_journal(options: Options, prompts: Sequence[Prompt], begun: Provenance, json_path: Path) -> Journal:
+    """The journal beside the result file; one of another commit, other versions or prompts is of another run."""
     try:
         json_path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         problem = f"cannot make {json_path.parent} for the journal ({error.strerror})"
         raise ConfigError(f"{problem}; give --json") from error
-    what = {"candidates": candidates, "versions": begun.versions, "commit": begun.commit}
+    texts = sha256("\0".join(f"{prompt.kind}\0{prompt.text}" for prompt in prompts).encode()).hexdigest()
+    what = {"candidates": texts, "versions": begun.versions, "commit": begun.commit}
     return Journal(json_path.with_name(f"{json_path.name}.journal"), options.as_json() | what)
 
 

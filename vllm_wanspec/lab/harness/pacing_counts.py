@@ -15,8 +15,8 @@ from vllm_wanspec.errors import WanspecError
 
 #: Above this share of overruns a paced run does not show what it claims to (design, section 10).
 MAX_OVERRUN_SHARE = 0.01
-#: What the forwards of a draft model beside the target are called; its target writes them down with its own.
-DRAFTS = "draft_model drafts"
+#: Added to a target's name: the forwards of the draft model beside it, which the target writes down with its own.
+DRAFTS = " drafts"
 #: A text that is just being written is read again this often, and after this long.
 READ_ATTEMPTS = 20
 READ_PAUSE_S = 0.001
@@ -86,6 +86,10 @@ class Paced(NamedTuple):
 
     steps: int
     overruns: int
+
+    def plus(self, more: Paced) -> Paced:
+        """Return the sum."""
+        return Paced(self.steps + more.steps, self.overruns + more.overruns)
 
     @property
     def share(self) -> float:

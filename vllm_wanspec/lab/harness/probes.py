@@ -11,7 +11,7 @@ import aiohttp
 
 from vllm_wanspec.lab.harness.counters import CONTROLLER_COUNTERS, DRAFTER_COUNTERS, Counters
 from vllm_wanspec.lab.harness.cpu import CpuClock
-from vllm_wanspec.lab.harness.pacing_counts import read_counts
+from vllm_wanspec.lab.harness.pacing_counts import DRAFTS, Paced, read_counts
 from vllm_wanspec.lab.harness.scrape import read_samples
 from vllm_wanspec.lab.target.colocated import read_counts as read_colocated
 
@@ -128,3 +128,14 @@ class Probe:
                     found |= {"local_draft_passes": counts.draft_steps, "local_draft_overruns": counts.draft_overruns}
                     found |= {"local_draft_paced_ms": counts.draft_paced_ms_total}
         return found
+
+
+def paced_of(gained: Counters, target: str, drafter: str) -> dict[str, Paced]:
+    """Return the forwards that a probe counted, by who ran them; `DRAFTS` marks those of a co-located draft model."""
+    names = {"target_forwards": target, "drafter_forwards": drafter, "local_draft_passes": f"{target}{DRAFTS}"}
+    found: dict[str, Paced] = {}
+    for counter, name in names.items():
+        steps, overruns = gained.get(counter), gained.get(f"{counter.rpartition('_')[0]}_overruns")
+        if steps and overruns is not None:
+            found[name] = Paced(int(steps), int(overruns))
+    return found

@@ -12,6 +12,8 @@ from typing import Any
 from vllm_wanspec.lab.harness import machine
 
 GIT_TIMEOUT_S = 10.0
+#: What runs write themselves: no code, and an interrupted run that has written there must be able to go on.
+RESULTS = "docs/results"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Provenance:
     Attributes:
         machine: Processor, cores, memory and system.
         versions: Of Python and of the packages that a measurement depends on.
-        commit: The checkout's, with ``-dirty`` where files had changed; None outside a checkout.
+        commit: The checkout's, with ``-dirty`` where files other than results had changed; None outside a checkout.
         command: What was run.
         seconds: Duration of the whole run.
     """
@@ -68,10 +70,22 @@ class Provenance:
 
 
 def git_commit() -> str | None:
-    """Return the checkout's commit, with ``-dirty`` where files have changed; None outside a checkout."""
-    argv = ["git", "-C", str(machine.checkout()), "describe", "--always", "--dirty", "--exclude=*"]
+    """Return the checkout's commit; None outside a checkout.
+
+    With ``-dirty`` where tracked files have changed, those in `RESULTS` excepted.
+    """
+    commit = _git("describe", "--always", "--exclude=*")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS}")
+    if not commit or changed is None:
+        return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str | None:
+    """What a git command says of the checkout; None where it fails."""
+    argv = ["git", "--no-optional-locks", "-C", str(machine.checkout()), *arguments]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return None if done.returncode else done.stdout.strip()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from vllm_wanspec.lab.stats import Interval
 
 UNKNOWN = "–"
+#: Which arms schedule ahead, where nobody looked into the processes.
+AHEAD = "as vLLM has it, in no arm on its CPU build and never beside a custom proposer"
 #: Whether a bar holds; None: this run cannot tell.
 MARKS = {True: "✓", False: "✗", None: UNKNOWN}
 

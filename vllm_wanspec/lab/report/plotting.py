@@ -39,7 +39,7 @@ def draw_panels(
     except ImportError:
         return False
     figure = Figure(figsize=size, layout="constrained")
-    axes: Any = figure.subplots(rows, len(widths), width_ratios=widths)
+    axes: Any = figure.subplots(rows, len(widths), width_ratios=widths, squeeze=False)
     draw(*axes.flat)
     if title:
         figure.suptitle(title, fontsize=10)

@@ -156,7 +156,7 @@ def overhead_document(result: OverheadResult, provenance: Provenance) -> Documen
         remarks=[],
         method=_method(result.options, parts),
         provenance=str(provenance),
-        conditions="not paced",
+        conditions="Prompt lookup: none in any arm. Async scheduling: in none (custom proposers). Not paced.",
     )
 
 

@@ -234,6 +234,13 @@ def test_the_ideal_is_that_of_the_measured_prompts() -> None:
     assert row.to_ideal.low < row.to_ideal.value < row.to_ideal.high
 
 
+def test_sampled_texts_have_no_ideal() -> None:
+    """Ranks are those of the greedy texts."""
+    greedy, sampled = (row_of(full_run(options=options(temperature=t)), WANSPEC) for t in (0.0, 0.7))
+    assert greedy.ideal_tpot_ms is not None and greedy.to_ideal is not None
+    assert (sampled.ideal_tpot_ms, sampled.ideal_width_tpot_ms, sampled.to_ideal) == (None, None, None)
+
+
 def test_the_ideal_is_scaled_like_the_run() -> None:
     plain = run_of(batch(BARE, [request(0, 780.0)]), taken=[reference(0, (0, None, 0, None, 1) * 6)])
     ideal_ms = row_of(plain, BARE).ideal_tpot_ms
@@ -349,6 +356,19 @@ def test_a_round_trip_that_is_not_what_it_should_be_makes_a_run_invalid(measured
     assert all(f"wanspec, R = 30 ms: the link measured {measured_ms:.1f} ms" in text for text in faults)
 
 
+def test_a_cell_whose_round_trip_nobody_measured_makes_a_run_invalid() -> None:
+    run = full_run()
+    unknown = [replace(one, rtt_ms=None) if one.cell == WANSPEC else one for one in run.batches]
+    assert with_batches(run, unknown).faults() == ["wanspec, R = 30 ms: no link measured the round trip"]
+
+
+@pytest.mark.parametrize(("measured_ms", "fault"), [(15.0, True), (26.4, True), (26.6, False), (90.0, False)])
+def test_losses_make_round_trips_longer_and_never_shorter(measured_ms: float, fault: bool) -> None:
+    run = full_run(24, options=options(loss=0.01))
+    off = [replace(one, rtt_ms=measured_ms) if one.cell == WANSPEC else one for one in run.batches]
+    assert bool(with_batches(run, off).faults()) is fault
+
+
 def test_the_round_trip_is_judged_at_the_time_scale() -> None:
     run = full_run(24, options=options(time_scale=1.5))
     assert run.faults() == []
@@ -430,10 +450,10 @@ def test_goodput_counts_requests_that_were_fast_enough() -> None:
     slow = Request(2, ((100.0, 1), (310.0, 1)))
     made = options(rates=(2.0,), slo_ms=(1000.0, 200.0))
     run = run_of(batch(cell, [good, late, slow], seconds=2.0), options=made)
-    assert row_of(run, cell).goodput == 0.5
+    assert row_of(run, cell).goodput == pytest.approx(2.0 / 3.0)
     assert row_of(run_of(batch(WANSPEC, [good])), WANSPEC).goodput is None
     lax = run_of(batch(cell, [good, late, slow], seconds=2.0), options=replace(made, time_scale=1.2))
-    assert row_of(lax, cell).goodput == 1.5
+    assert row_of(lax, cell).goodput == 2.0  # all of the rate, however long the last answer took
 
 
 def test_throughput_is_paired_by_repeat() -> None:
@@ -449,6 +469,9 @@ def test_throughput_is_paired_by_repeat() -> None:
     cost = row_of(run, remote).throughput_cost
     assert cost == pytest.approx((0.9, 0.8, 2.8 / 3.0))
     assert row_of(run, remote).throughput_runs == pytest.approx((10 / 0.8, 10 / 2.8, 10 / 9.0))
+    assert row_of(run, remote).as_json()["throughput_ci"] == [0.8, 0.9333]
+    once = row_of(run_of(*run.batches[0:3:2]), remote).as_json()
+    assert (once["throughput_cost"], once["throughput_ci"]) == (0.8, None)  # one repeat says nothing of others
 
 
 def test_a_run_without_anything_has_no_rows() -> None:

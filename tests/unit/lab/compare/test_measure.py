@@ -20,7 +20,7 @@ from vllm_wanspec.lab.compare.arms import named_arms
 from vllm_wanspec.lab.compare.loads import serve
 from vllm_wanspec.lab.compare.measure import Measurement, Station, remaining
 from vllm_wanspec.lab.compare.plan import Options
-from vllm_wanspec.lab.compare.prepass import best_setting
+from vllm_wanspec.lab.compare.prepass import best_setting, trial_count, tried_ms
 from vllm_wanspec.lab.compare.references import take_references, usable
 from vllm_wanspec.lab.harness.client import ClientError, Completion, CompletionClient
 from vllm_wanspec.lab.harness.counters import Counters
@@ -354,6 +354,23 @@ def test_the_fastest_setting_is_taken_once_all_are_tried_under_a_load() -> None:
     assert best_setting(options_for(arms=("draft_model",), gammas=(6,)), [], only, alone) == Setting(6)
     plain = options_for(arms=("none",))
     assert best_setting(plain, [], plain.started[0], alone) is None
+
+
+def test_a_load_of_many_at_a_time_is_tried_with_more_prompts_than_that() -> None:
+    """Six prompts are six streams at most, and γ that is best for six need not be for sixteen."""
+    options = options_for(trial_prompts=6)
+    loads = (Load(), Load(2), Load(8), Load(16), Load(0, 2.0))
+    assert [trial_count(options, load) for load in loads] == [6, 6, 16, 32, 6]
+
+
+def test_no_trial_finds_its_prompts_in_the_cache_and_each_reaches_its_load(journals: Any) -> None:
+    journal, client = with_references(journals(), 16), FakeClient([], "draft_model")
+    options = options_for(count=16, trial_prompts=2)
+    console, asked = Console(file=io.StringIO()), cast(CompletionClient, client)
+    for tried in ((Setting(2), Load()), (Setting(2), Load(8)), (Setting(3), Load(8))):
+        assert asyncio.run(tried_ms(options, journal, console, asked, tried)) == 10.0
+    assert client.most_running == 8
+    assert len(client.salts) == len(set(client.salts)) == 2 + 16 + 16
 
 
 class TextClient:

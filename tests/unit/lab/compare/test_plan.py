@@ -112,13 +112,16 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], problem: str) -> No
 
 
 @pytest.mark.parametrize("rtts_ms", [(0.0, 10.0, 20.0), (30.0,)])
-def test_every_cell_is_in_one_block_of_each_repeat(rtts_ms: tuple[float, ...]) -> None:
+def test_every_prompt_goes_through_every_cell_once_in_each_repeat(rtts_ms: tuple[float, ...]) -> None:
     options = options_for(
         arms=tuple(ARMS), rtt_ms=rtts_ms, concurrency=(1, 8), repeats=3, concurrent_arms=("none", "wanspec")
     )
     found = blocks(options)
-    seen = Counter((cell, block.repeat) for block in found for cell in block.cells)
-    assert seen == Counter({(cell, repeat): 1 for cell in cells(options) for repeat in range(3)})
+    seen = Counter(
+        (cell, block.repeat, number) for block in found for number, mine in enumerate(orders(block, 5)) for cell in mine
+    )
+    wanted = [(cell, repeat, number) for cell in cells(options) for repeat in range(3) for number in range(5)]
+    assert seen == Counter(dict.fromkeys(wanted, 1))
     assert all(cell.rtt_ms in (None, block.rtt_ms) for block in found for cell in block.cells)
     assert [block.load for block in found] == sorted((block.load for block in found), key=lambda load: load.concurrency)
 
@@ -128,10 +131,19 @@ def test_blocks_are_the_same_at_every_start() -> None:
     assert blocks(options_for(seed=1)) != blocks(options_for(seed=2))
 
 
-def test_arms_without_a_wan_take_their_turns_at_different_round_trips() -> None:
-    found = blocks(options_for(rtt_ms=(0.0, 10.0, 20.0, 30.0, 50.0), repeats=1))
-    local = [sum(cell.rtt_ms is None for cell in block.cells) for block in found]
-    assert sorted(local) == [1, 1, 1, 1, 2]  # six of the default arms
+def test_arms_without_a_wan_are_measured_in_every_block() -> None:
+    """One that ran within a single block would be divided by what was measured up to an hour before or after it."""
+    options = options_for(arms=("none", "wanspec_dead", "wanspec"), rtt_ms=(0.0, 10.0), repeats=1)
+    found = [[{cell.arm for cell in mine} for mine in orders(block, 4)] for block in blocks(options)]
+    every, far = {"none", "wanspec_dead", "wanspec"}, {"wanspec"}
+    assert found == [[every, far, far, every], [far, every, every, far]]
+
+
+def test_a_cell_of_several_streams_is_in_one_block() -> None:
+    options = options_for(arms=(), concurrency=(8,), concurrent_rtt_ms=(0.0, 10.0), concurrent_arms=tuple(ARMS))
+    found = Counter(cell for block in blocks(options) for cell in block.cells)
+    assert found == Counter(dict.fromkeys(cells(options), 1))
+    assert all(set(mine) == set(block.cells) for block in blocks(options) for mine in orders(block, 3))
 
 
 def test_without_a_wan_there_is_one_block() -> None:

@@ -20,7 +20,7 @@ from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.compare.arms import tree_arms
 from vllm_wanspec.lab.compare.figures import figures
 from vllm_wanspec.lab.compare.plots import draw_figures
-from vllm_wanspec.lab.compare.report import as_json, bench_report
+from vllm_wanspec.lab.compare.report import SOURCE_COLUMNS, as_json, bench_report
 from vllm_wanspec.lab.compare.result import Result
 from vllm_wanspec.lab.harness.counters import Counters
 from vllm_wanspec.lab.harness.running import Outputs
@@ -158,6 +158,18 @@ def test_every_table_says_the_time_scale() -> None:
     assert (json_of(run)["time_scale"], json_of(run)["pacing"]) == (1.5, json_of(full_run())["pacing"])
 
 
+def test_who_the_accepted_tokens_came_from_stands_under_their_names() -> None:
+    """Each of 24 requests took 15 tokens of the main line, 6 of branches and 5 of lookup; 310 were drafted for it."""
+    found = figures(full_run())
+    row = next(row for row in found.rows if row.cell == ("wanspec", 30.0, 1, None))
+    shown = {name: text(row) for name, text in SOURCE_COLUMNS}
+    names = ("from main line", "from branches", "from lookup", "drafted", "wasted")
+    assert [shown[name] for name in names] == ["360", "144", "120", "7,440", "6,936"]
+    told = row.as_json()
+    names = ("accepted_main_line", "accepted_branch", "accepted_lookup", "drafted", "wasted")
+    assert [told[name] for name in names] == [360.0, 144.0, 120.0, 7440.0, 6936.0]
+
+
 @pytest.mark.parametrize("width", [72, 80, 100, 132])
 def test_no_figure_is_broken_in_a_narrow_terminal(width: int) -> None:
     run = full_run()
@@ -220,6 +232,22 @@ def test_a_cell_that_was_too_slow_in_a_valid_run_is_named() -> None:
     )
     assert f"DOUBTFUL: {told}" in text
     assert "DOUBTFUL" not in report(run)
+
+
+def test_a_peer_whose_drafts_were_too_slow_in_a_valid_run_is_named() -> None:
+    """20 of its 1,152 draft forwards at 8 streams: of those of both its cells they are 0.9 %."""
+    run = full_run()
+    cell = ("draft_model", None, 8, None)
+    slow = [
+        replace(one, counters=Counters({**one.counters.values, "local_draft_overruns": 20.0}))
+        if one.cell == cell
+        else one
+        for one in run.batches
+    ]
+    text = words(report(with_records(run, slow)))
+    assert "INVALID" not in text
+    assert "slower than their pace in draft_model, concurrency 8 (draft model beside the target 1.7%)" in text
+    assert lines_of(report(run), "draft_model_lookup drafts", "1,152")  # each peer's of its own
 
 
 def test_missed_and_open_bars_are_named() -> None:

@@ -115,6 +115,16 @@ def test_what_another_commit_measured_is_not_gone_on_with(stage: BenchStage, mon
         stage.run()
 
 
+def test_what_was_measured_of_other_prompts_is_not_gone_on_with(stage: BenchStage) -> None:
+    stage.extra["none"] = ["--fail-after", "20"]
+    with pytest.raises((ServerError, ClientError)):
+        stage.run(arms=("none",))
+    prompts = stage.folder / "prompts.jsonl"
+    prompts.write_text(prompts.read_text().replace("def b(", "def x("))  # as many as before
+    with pytest.raises(ConfigError, match="is the journal of a run with another candidates: delete it"):
+        stage.run(arms=("none",))
+
+
 def test_the_commit_is_that_of_the_beginning(stage: BenchStage, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["1111111"])
     monkeypatch.setattr(provenance, "git_commit", lambda: next(commits))
@@ -239,6 +249,7 @@ def test_the_command_measures(stage: BenchStage) -> None:
     assert done.exit_code == 0, done.output
     options = json.loads((stage.folder / "bench.json").read_text())["options"]
     assert (options["target"], options["arms"], options["count"]) == ("big", ["none"], 2)
+    assert (options["target_pace"], options["draft_pace"]) == ("35.0+0.1", "5.0+0.02")
     assert CliRunner().invoke(app, command(stage, "--check")).exit_code == 1  # such a run cannot tell
 
 

@@ -47,6 +47,21 @@ def test_a_run_in_a_clean_checkout_names_its_commit(checkout: Path) -> None:
     assert Provenance.of_json(found.after(1234.5).as_json() | {"more": 1}) == found.after(1234.5)
 
 
+def test_results_that_runs_write_do_not_make_a_checkout_dirty(checkout: Path) -> None:
+    written = checkout / "docs" / "results" / "bench.json"
+    written.parent.mkdir(parents=True)
+    written.write_text("{}")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "two")
+    head = Provenance.of_this_run("wanspec").commit
+    written.write_text('{"complete": false}')  # an interrupted run, which the same command must take up again
+    assert Provenance.of_this_run("wanspec").commit == head
+    (checkout / "docs" / "page.md").write_text("not tracked")
+    assert Provenance.of_this_run("wanspec").commit == head
+    (checkout / "result.json").write_text("{1}")
+    assert Provenance.of_this_run("wanspec").commit == f"{head}-dirty"
+
+
 def test_a_run_outside_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "checkout", lambda: tmp_path)
     monkeypatch.setattr(sys, "argv", ["bench"])

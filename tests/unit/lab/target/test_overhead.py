@@ -112,14 +112,14 @@ def test_the_report() -> None:
     page = markdown(overhead_document(found, HERE))
     assert "| target case | 6.12 | 6.00 | 1.020 | 1.020–1.020 | 1.020–1.020 | ≤ 1.05 – |" in page
     assert "| drafter case | 5.10 | 6.00 | 0.800 | 0.800–0.850 | 0.800–0.850 | ≥ 0.9 ✗ |" in page
-    assert page.count("\n\nnot paced\n\n") == 2
+    assert page.count("Prompt lookup: none in any arm.") == page.count("Not paced.") == 2
     assert "Different output: dead drafter, x, token 3" in page
     assert "DISTURBED: other programs took up to 30% of the drafter's core" in page
     assert "Not judged" in page
     output = io.StringIO()
     print_document(overhead_document(found, HERE), Console(file=output, width=160))
     assert "0.800–0.850" in output.getvalue()
-    assert output.getvalue().count("not paced") == 2
+    assert output.getvalue().count("Not paced.") == 2
     assert "Not judged" in output.getvalue().splitlines()[-1]
     data = found.as_json()
     assert [row["held"] for row in data["rows"]] == [None, False]
