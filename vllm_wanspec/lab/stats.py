@@ -140,5 +140,5 @@ def is_more_often(more: int, less: int) -> bool:
         less: In the second alone.
     """
     discordant = more + less
-    tail = sum(comb(discordant, count) for count in range(more, discordant + 1)) / 2**discordant
-    return tail < 1.0 - CONFIDENCE
+    cases = sum(comb(discordant, count) for count in range(more, discordant + 1))
+    return cases < (1.0 - CONFIDENCE) * 2.0**discordant

@@ -99,8 +99,13 @@ def test_what_was_not_measured_is_said_so(tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_count_says_so_first(tmp_path: Path) -> None:
-    for changes in ({"valid": False}, {"complete": False}, {"differences": ["wanspec: token 3"]}):
-        assert "**This run is incomplete or invalid.**" in bench(tmp_path, "bench main", **changes)
+    for changes, why in (
+        ({"valid": False}, "**This run is incomplete or invalid.**"),
+        ({"valid": False, "faults": ["R is off", "slow"]}, "**This run counts as invalid: R is off; slow.**"),
+        ({"complete": False}, "**This run counts as invalid: it did not come to its end.**"),
+        ({"differences": ["wanspec: token 3"]}, "**This run counts as invalid: there are wrong outputs.**"),
+    ):
+        assert why in bench(tmp_path, "bench main", **changes)
         for name in ("bench main", "bench streams", "bench kinds", "crossover", "useless drafter", "sizing"):
             assert "commit abcdef1, **incomplete or invalid**" in bench(tmp_path, name, **changes)
     assert "invalid" not in bench(tmp_path, "bench main", valid=True, complete=True)
