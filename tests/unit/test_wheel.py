@@ -41,7 +41,7 @@ for name in names:
 print(json.dumps([len(names), failed]))
 """
 DEADLINE_S = 60
-COMMANDS = ["bench", "demo", "drafter", "serve", "trace", "wan"]
+COMMANDS = ["bench", "demo", "drafter", "report", "serve", "trace", "wan"]
 EACH_HELP = """
 import sys
 from vllm_wanspec.cli.main import app
