@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from vllm_wanspec.lab.records import Cell, Records
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ARGUMENTS = [
@@ -72,8 +74,8 @@ def test_an_interrupted_run_goes_on_and_compares_all_arms(tmp_path: Path) -> Non
 
 def counted(result: dict[str, Any], arm: str, counter: str) -> list[float]:
     """What an arm's batches of single requests added to a counter."""
-    batches = [record["batch"] for record in result["records"] if "batch" in record]
-    return [batch["counters"]["values"][counter] for batch in batches if batch["cell"][:3] == [arm, None, 1]]
+    batches = Records(result["records"]).batches
+    return [batch.counters.values[counter] for batch in batches if batch.cell == Cell(arm, None)]
 
 
 def check_result(result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -213,14 +213,22 @@ class Records:
         self.batches: list[Batch] = []
         self.servings: dict[str, Serving] = {}
         self.parts: list[Part] = []
+        self._counter_names: list[str] = []
         for record in records:
             self._take(record)
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Return all of them as JSON objects, each with its kind as its one key; without the prompts' texts."""
+        """Return all of them as JSON objects, each with its kind as its one key.
+
+        Without the prompts' texts; counters go by place, and are named once, before all batches.
+        """
         found: list[Record] = [replace(one, text="") for _, one in sorted(self.references.items())]
         found += [*self.trials, *self.servings.values(), *self.batches, *self.parts]
-        return [_as_json(record) for record in found]
+        names = sorted({name for batch in self.batches for name in batch.counters.values})
+        told = [_as_json(record) for record in found]
+        for counters in (record["batch"]["counters"] for record in told if "batch" in record):
+            counters["values"] = list(map(counters["values"].get, names))
+        return [{"counters": names}, *told]
 
     def done(self, cell: Cell, repeat: int) -> set[int]:
         """Prompts that a cell has been through."""
@@ -240,8 +248,10 @@ class Records:
                 self.servings[fields["server"]] = Serving(fields["server"], tuple(fields["arms"]), fields["facts"])
             case {"part": dict(fields)}:
                 self.parts.append(Part(**fields))
+            case {"counters": list(names)}:
+                self._counter_names = names
             case {"batch": dict(fields)}:
-                self.batches.append(_batch_of(fields))
+                self.batches.append(_batch_of(fields, self._counter_names))
 
 
 def _as_json(record: Record) -> dict[str, Any]:
@@ -260,10 +270,14 @@ def _rounded(figures: Mapping[str, float]) -> dict[str, float | None]:
     return {name: rounded(figure) for name, figure in figures.items()}
 
 
-def _batch_of(fields: dict[str, Any]) -> Batch:
+def _batch_of(fields: dict[str, Any], names: Sequence[str]) -> Batch:
+    """Read a batch whose counters go by name, as in a journal, or by the place of ``names``."""
     gained = fields["counters"]
+    values = gained["values"]
+    if isinstance(values, list):
+        values = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     positions = {(entropy, outcome): count for entropy, outcome, count in gained["positions"]}
-    made: dict[str, Any] = {"cell": Cell(*fields["cell"]), "counters": Counters(gained["values"], positions)}
+    made: dict[str, Any] = {"cell": Cell(*fields["cell"]), "counters": Counters(values, positions)}
     made["requests"] = tuple(
         Request(one["prompt"], tuple((at_ms, count) for at_ms, count in one["arrivals"])) for one in fields["requests"]
     )

@@ -76,6 +76,8 @@ def test_what_was_added_comes_back(tmp_path: Path, take_up: Opening) -> None:
 
 def test_a_result_file_holds_the_records_without_the_prompts_texts(tmp_path: Path, take_up: Opening) -> None:
     told = json.loads(json.dumps(filled(take_up(tmp_path / "journal")).as_json()))
+    assert told[0] == {"counters": ["hits"]}
+    assert next(one["batch"]["counters"]["values"] for one in told if "batch" in one) == [4]
     again = Records(told)
     assert again.references == {3: replace(REFERENCE, text="")}
     assert (again.trials, again.servings, again.batches, again.parts) == (
@@ -85,6 +87,14 @@ def test_a_result_file_holds_the_records_without_the_prompts_texts(tmp_path: Pat
         [PART],
     )
     assert json.loads(json.dumps(again.as_json())) == told
+
+
+def test_a_counter_that_one_batch_lacks_is_lacking_when_it_is_read(tmp_path: Path, take_up: Opening) -> None:
+    journal = filled(take_up(tmp_path / "journal"))
+    other = replace(BATCH, repeat=2, counters=Counters({"misses": 0.0}))
+    journal.add(other)
+    again = Records(json.loads(json.dumps(journal.as_json())))
+    assert [batch.counters.values for batch in again.batches] == [{"hits": 4}, {"misses": 0}]
 
 
 def test_a_target_that_was_started_again_is_told_once(tmp_path: Path, take_up: Opening) -> None:

@@ -25,8 +25,8 @@ def usable(records: Records, options: Options) -> list[Reference]:
 
 
 def as_request(reference: Reference, done: Completion) -> Request:
-    """Return the record of an answer, to a hundredth of a millisecond."""
-    return Request(reference.index, tuple((round(at_ms, 2), count) for at_ms, count in done.pieces))
+    """Return the record of an answer, to a tenth of a millisecond."""
+    return Request(reference.index, tuple((round(at_ms, 1), count) for at_ms, count in done.pieces))
 
 
 async def take_reference(

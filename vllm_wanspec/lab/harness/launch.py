@@ -49,13 +49,16 @@ DYING_S = 3.0
 
 
 @contextlib.contextmanager
-def serving(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iterator[dict[str, Server]]:
+def serving(
+    specs: Sequence[ServerSpec], folder: Path, console: Console, *, in_turn: bool = False
+) -> Iterator[dict[str, Server]]:
     """Start servers and wait until all are ready; stop them when the block ends, whatever happens.
 
     Args:
         specs: Servers in the order in which to start them.
         folder: Existing folder for their logs.
         console: Where to show progress.
+        in_turn: Start each when the one before is ready: many that share a core would all be late together.
 
     Yields:
         The servers by name.
@@ -64,7 +67,9 @@ def serving(specs: Sequence[ServerSpec], folder: Path, console: Console) -> Iter
         ServerError: One of them did not start, or had died when the block ended.
     """
     with ServerGroup(folder) as group:
-        servers = start(group, specs, console)
+        servers: dict[str, Server] = {}
+        for some in [[spec] for spec in specs] if in_turn else [specs]:
+            servers |= start(group, some, console)
         with dying_servers_explain(group):
             yield servers
         console.print("stopping the servers", style="dim")

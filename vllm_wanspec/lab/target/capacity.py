@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.emulate.pacing import Pacing
+from vllm_wanspec.lab.harness.launch import serving
 from vllm_wanspec.lab.harness.models import find_models, read_prompts
 from vllm_wanspec.lab.harness.options import (
     DraftPace,
@@ -45,7 +46,6 @@ from vllm_wanspec.lab.target.capacity_measure import LoadPart
 from vllm_wanspec.lab.target.capacity_plan import BENCH, SATURATED, CapacityOptions, Load, plan_servers
 from vllm_wanspec.lab.target.capacity_report import capacity_document, draw_capacity
 from vllm_wanspec.lab.target.clients import Text
-from vllm_wanspec.lab.target.kinds import started_in_turn
 
 PROGRAM = "python -m vllm_wanspec.lab.target.capacity"
 
@@ -69,7 +69,7 @@ def run_capacity(options: CapacityOptions, console: Console, log_dir: Path | Non
             beside = folder / load.name
             beside.mkdir(exist_ok=True)
             plan = plan_servers(options, load, models, beside)
-            with started_in_turn(plan.specs, beside, console) as servers:
+            with serving(plan.specs, beside, console, in_turn=True) as servers:
                 part = LoadPart(options, load, plan, servers, console)
                 found, texts = asyncio.run(part.measure(prompts, texts))
             rows += found

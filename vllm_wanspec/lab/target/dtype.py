@@ -15,13 +15,13 @@ import typer
 from rich.console import Console
 
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.lab.harness.launch import serving
 from vllm_wanspec.lab.harness.models import find_models, read_prompts
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_list
 from vllm_wanspec.lab.harness.running import Outputs, check_needs, log_folder
 from vllm_wanspec.lab.report.writing import measured
 from vllm_wanspec.lab.target.dtype_measure import measure_dtypes, plan_targets
 from vllm_wanspec.lab.target.dtype_report import DTYPES, DtypeOptions, DtypeResult, dtype_document
-from vllm_wanspec.lab.target.kinds import started_in_turn
 
 
 def run_dtype(options: DtypeOptions, console: Console, log_dir: Path | None = None) -> DtypeResult:
@@ -37,7 +37,7 @@ def run_dtype(options: DtypeOptions, console: Console, log_dir: Path | None = No
     check_needs()
     with log_folder(log_dir, "--keep-log", console) as folder:
         specs, metrics = plan_targets(options, models, folder)
-        with started_in_turn(specs, folder, console) as servers:
+        with serving(specs, folder, console, in_turn=True) as servers:
             rows = asyncio.run(measure_dtypes(options, servers, metrics, prompts, console))
     return DtypeResult(options, rows)
 

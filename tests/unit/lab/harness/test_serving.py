@@ -10,9 +10,8 @@ import pytest
 from rich.console import Console
 
 from vllm_wanspec.lab.harness import machine
-from vllm_wanspec.lab.harness.launch import CACHE_ENV, LEAN_FLAGS, lean
+from vllm_wanspec.lab.harness.launch import CACHE_ENV, LEAN_FLAGS, lean, serving
 from vllm_wanspec.lab.harness.servers import ServerError, ServerSpec, free_ports
-from vllm_wanspec.lab.target.kinds import started_in_turn
 
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 
@@ -24,7 +23,7 @@ def stand_in(name: str, folder: Path) -> ServerSpec:
 
 def test_a_server_is_started_once_the_one_before_is_ready(tmp_path: Path) -> None:
     specs = [stand_in(name, tmp_path) for name in ("a", "b")]
-    with started_in_turn(specs, tmp_path, Console(file=io.StringIO())) as servers:
+    with serving(specs, tmp_path, Console(file=io.StringIO()), in_turn=True) as servers:
         first, second = servers.values()
         assert (first.name, second.name) == ("a", "b")
         assert first.ready_after_s is not None
@@ -37,7 +36,7 @@ def test_a_server_that_cannot_start_ends_those_before(tmp_path: Path) -> None:
     broken = ServerSpec("broken", [sys.executable, "-c", "raise SystemExit(3)"], 1)
     with (
         pytest.raises(ServerError, match="broken ended by itself"),
-        started_in_turn([stand_in("a", tmp_path), broken], tmp_path, Console(file=io.StringIO())),
+        serving([stand_in("a", tmp_path), broken], tmp_path, Console(file=io.StringIO()), in_turn=True),
     ):
         raise AssertionError("the block must not begin")
 
