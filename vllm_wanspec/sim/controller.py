@@ -176,7 +176,11 @@ class DrafterClient:
             DrafterError: The connection is broken.
         """
         self.check_alive()
-        await self._socket.send_bytes(encode(messages))
+        try:
+            await self._socket.send_bytes(encode(messages))
+        except (aiohttp.ClientError, OSError) as error:  # it ends just now: the reader has not seen it yet
+            self.broken = self.broken or error
+            self.check_alive()
 
     def check_alive(self) -> None:
         """Raise DrafterError if the connection is broken."""

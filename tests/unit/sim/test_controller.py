@@ -19,6 +19,7 @@ from vllm_wanspec.sim.controller import (
     DrafterError,
     DraftTokenizer,
     Stream,
+    Tally,
     draw_commit,
     keep_committing,
 )
@@ -131,6 +132,19 @@ def test_a_rejected_session_breaks_the_connection() -> None:
 
     with DrafterServer(toy(), model=draft_model(max_context=100)) as server:
         asyncio.run(run(server.url))
+
+
+def test_a_connection_that_ends_while_something_is_sent_is_broken() -> None:
+    class Closing:
+        async def send_bytes(self, data: bytes) -> None:
+            raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    socket: Any = Closing()
+    welcome: Any = None
+    client = DrafterClient(socket, welcome, Tally())
+    for _ in range(2):
+        with pytest.raises(DrafterError, match="connection broke: Cannot write to closing transport"):
+            asyncio.run(client.send())
 
 
 def test_a_tokenizer_must_be_there(tmp_path: Path) -> None:
