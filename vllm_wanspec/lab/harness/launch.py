@@ -152,20 +152,11 @@ def lean(spec: ServerSpec) -> ServerSpec:
     return dataclasses.replace(spec, argv=[*spec.argv, *LEAN_FLAGS], env=env)
 
 
-def wan_spec(
-    port: int,
-    drafter_port: int,
-    rtt_ms: float,
-    control_port: int | None = None,
-    *,
-    jitter_ms: float = 0.0,
-    loss: float = 0.0,
-) -> ServerSpec:
+def wan_spec(port: int, drafter_port: int, rtt_ms: float, control_port: int | None = None) -> ServerSpec:
     """Describe the WAN proxy before a drafter; ``control_port`` lets it be changed while it runs."""
     argv = wanspec_command("wan", "--listen", f"{HOST}:{port}", "--to", f"{HOST}:{drafter_port}")
     control = [] if control_port is None else ["--control", f"{HOST}:{control_port}"]
-    wan = ["--rtt-ms", f"{rtt_ms:g}", "--jitter-ms", f"{jitter_ms:g}", "--loss", f"{loss:g}"]
-    return ServerSpec("wan", [*argv, *wan, *control], port, health_path=None)
+    return ServerSpec("wan", [*argv, "--rtt-ms", f"{rtt_ms:g}", *control], port, health_path=None)
 
 
 def write_config(path: Path, drafter_port: int, metrics_port: int, **sections: Any) -> Path:

@@ -79,20 +79,6 @@ class Wan:
             await self._ask("PATCH", "/settings", {"loss": loss})
         return measured
 
-    async def measured_ms(self) -> dict[str, float]:
-        """Return the smoothed round trip that each controller's link measures, by metrics URL.
-
-        Raises:
-            ClientError: A controller's metrics cannot be read, or say nothing of the drafter.
-        """
-        measured = {}
-        for url in self.metrics:
-            rtt_s = (await self._link_samples(url)).get("wanspec_drafter_rtt_seconds")
-            if rtt_s is None:
-                raise ClientError(f"{url}: no round trip of {DRAFTER_NAME}")
-            measured[url] = 1000.0 * rtt_s
-        return measured
-
     async def _connect_anew(self, rtt_ms: float) -> bool:
         """Reset all connections; whether all links come to measure this round trip."""
         before = (await self._ask("DELETE", "/connections"))["connections_total"]

@@ -99,21 +99,6 @@ def test_jitter_and_losses_are_set_too_and_losses_begin_once_the_round_trip_is_m
     asyncio.run(main())
 
 
-def test_what_each_link_measures() -> None:
-    link = make_link()
-    link.proxy.update(rtt_ms=30.0, jitter_ms=5.0)
-
-    async def main() -> None:
-        async with controlled(link) as wan:
-            first, second = wan.metrics
-            assert await wan.measured_ms() == {first: pytest.approx(35.0), second: pytest.approx(35.0)}
-            empty = Wan(wan.http, wan.control_url, [first.replace("metrics", "empty")])
-            with pytest.raises(ClientError, match="/empty: no round trip of demo"):
-                await empty.measured_ms()
-
-    asyncio.run(main())
-
-
 @pytest.mark.parametrize(
     ("measured_ms", "rtt_ms", "off"),
     [
