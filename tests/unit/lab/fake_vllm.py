@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread, get_ident
+from time import sleep
 from typing import Any
 
 TOKENS_PER_CHUNK = 2
+STEP_S = 0.005  # from one chunk to the next: a reader that is held up for a moment still sees them apart
 METRICS = """\
 wanspec_drafter_up{{drafter="demo"}} 1.0
 wanspec_steps_total {steps}
@@ -95,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         """Send tokens two at a time."""
         tokens = list(generate(ids, count, differ_at))
         for start in range(0, count, TOKENS_PER_CHUNK):
+            sleep(STEP_S if start else 0.0)
             Handler.steps += 1
             part = tokens[start : start + TOKENS_PER_CHUNK]
             choice: dict[str, Any] = {"text": "".join(map(chr, part)), "token_ids": part}
