@@ -189,15 +189,27 @@ LINK_HALVES_ITS_ROUND_TRIP = (
     ),
     Mutation(
         "controller/link.py",
-        "self._rtt_s.add(time.monotonic() - began_s)",
-        "self._rtt_s.add((time.monotonic() - began_s) / 2.0)",
+        "self._took(time.monotonic() - began_s)",
+        "self._took((time.monotonic() - began_s) / 2.0)",
         "controller/test_link.py::test_the_round_trip_is_that_of_the_way",
     ),
     Mutation(
         "controller/link.py",
-        "self._rtt_s.add(max(0.0, now - message.sent_us / 1e6))",
-        "self._rtt_s.add(max(0.0, now - message.sent_us / 1e6) / 2.0)",
+        "self._took(max(0.0, now - message.sent_us / 1e6))",
+        "self._took(max(0.0, now - message.sent_us / 1e6) / 2.0)",
         "controller/test_link.py::test_the_round_trip_is_that_of_the_way",
+    ),
+    Mutation(
+        "controller/link.py",
+        "return statistics.median(list(self._trips_s) or [0.0])",
+        "return statistics.median(list(self._trips_s) or [0.0]) / 2.0",
+        "controller/test_link.py::test_what_waits_behind_a_busy_drafter_is_not_the_path_s",
+    ),
+    Mutation(
+        "controller/metrics.py",
+        "[link.name], link.median_rtt_s)",
+        "[link.name], link.median_rtt_s / 2.0)",
+        "controller/test_metrics.py::test_counters_and_drafters",
     ),
     Mutation(
         "controller/metrics.py",

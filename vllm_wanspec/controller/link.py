@@ -9,6 +9,7 @@ import asyncio
 import logging
 import random
 import ssl
+import statistics
 import threading
 import time
 from collections import deque
@@ -58,6 +59,7 @@ GREETING_TIMEOUT_S = 10.0
 CLOSING_TIMEOUT_S = 0.5
 TLS_GOODBYE_S = 0.2
 PING_INTERVAL_S = 1.0
+PINGS_KEPT = 15
 SILENCE_LIMIT_S = 15.0
 IDLE_AFTER_S = 1.0
 """A drafter that has drafted nothing for an open for so long and two round trips is told of commits less often..."""
@@ -111,6 +113,7 @@ class DrafterLink:
         self._user = user
         self._rng = rng
         self._rtt_s = Smoothed()
+        self._trips_s: deque[float] = deque(maxlen=PINGS_KEPT)
         self._outbox: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tls: ssl.SSLContext | bool = True
@@ -129,6 +132,14 @@ class DrafterLink:
     def rtt_s(self) -> float:
         """Smoothed round trip in seconds; 0 before the first measurement."""
         return self._rtt_s.get(0.0)
+
+    @property
+    def median_rtt_s(self) -> float:
+        """Median of the last round trips in seconds; 0 before the first.
+
+        What waits now and then behind a busy drafter is part of `rtt_s`, and hardly of this one: it is the path's.
+        """
+        return statistics.median(list(self._trips_s) or [0.0])
 
     @property
     def encrypted(self) -> bool:
@@ -248,7 +259,8 @@ class DrafterLink:
         if answer.fingerprint != self._fingerprint:
             raise RemoteProtocolError("welcomed us with another vocabulary")
         self._rtt_s, self.turnaround = Smoothed(), Turnaround()
-        self._rtt_s.add(time.monotonic() - began_s)
+        self._trips_s = deque(maxlen=PINGS_KEPT)
+        self._took(time.monotonic() - began_s)
         self._outbox.clear()
         self._asked_s = inf
         self.welcome = answer
@@ -296,11 +308,15 @@ class DrafterLink:
             now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
-                    self._rtt_s.add(max(0.0, now - message.sent_us / 1e6))
+                    self._took(max(0.0, now - message.sent_us / 1e6))
             answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
             if any(map(_has_draft, answers)):
                 self._asked_s = inf
             self._user.link_received(self, answers)
+
+    def _took(self, trip_s: float) -> None:
+        self._rtt_s.add(trip_s)
+        self._trips_s.append(trip_s)
 
     async def _receive(self, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> list[Message]:
         frame = await socket.receive(timeout=timeout_s)

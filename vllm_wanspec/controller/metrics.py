@@ -41,6 +41,9 @@ class PoolCollector(Collector):
                 positions.add_metric([entropy, outcome], count)
         up = GaugeMetricFamily("wanspec_drafter_up", "Whether the drafter has welcomed us.", labels=["drafter"])
         rtt = GaugeMetricFamily("wanspec_drafter_rtt_seconds", "Smoothed round trip.", labels=["drafter"])
+        median = GaugeMetricFamily(
+            "wanspec_drafter_median_rtt_seconds", "Median of the last round trips.", labels=["drafter"]
+        )
         faults = CounterMetricFamily(
             "wanspec_peer_faults", "Connections dropped because the drafter broke the protocol.", labels=["drafter"]
         )
@@ -51,8 +54,9 @@ class PoolCollector(Collector):
             received.add_metric([link.name], float(link.received_bytes))
             up.add_metric([link.name], float(link.welcome is not None))
             rtt.add_metric([link.name], link.rtt_s)
+            median.add_metric([link.name], link.median_rtt_s)
             faults.add_metric([link.name], float(link.faults))
-        yield from (positions, up, rtt, faults, sent, received)
+        yield from (positions, up, rtt, median, faults, sent, received)
 
 
 def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:

@@ -51,6 +51,15 @@ def test_the_round_trip_is_measured(server: DrafterServer, monkeypatch: pytest.M
         assert 0.0 < link.rtt_s < 2.0
 
 
+def test_what_waits_behind_a_busy_drafter_is_not_the_path_s(server: DrafterServer) -> None:
+    with running(server.url) as (link, user):
+        wait_until(lambda: user.ready)
+        for trip_s in (0.030, 0.032, 0.031, 0.400, 0.390, 0.029, 0.033):
+            link._took(trip_s)
+        assert 0.028 < link.median_rtt_s < 0.034
+        assert link.rtt_s > 0.04
+
+
 def test_the_round_trip_is_that_of_the_way(
     server: DrafterServer, log: LogLines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,8 +17,10 @@ from vllm_wanspec.core.learned.calibration import OUTCOMES, entropy_ranges
 
 def fake_pool() -> SimpleNamespace:
     links = [
-        SimpleNamespace(name="eu", welcome=object(), rtt_s=0.02, faults=2, sent_bytes=1000, received_bytes=5000),
-        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, faults=3, sent_bytes=0, received_bytes=7),
+        SimpleNamespace(
+            name="eu", welcome=object(), rtt_s=0.02, median_rtt_s=0.015, faults=2, sent_bytes=1000, received_bytes=5000
+        ),
+        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, median_rtt_s=0.0, faults=3, sent_bytes=0, received_bytes=7),
     ]
     shared = Shared(counters=Counters(hits=7))
     return SimpleNamespace(counters=shared.counters, shared=shared, links=links)
@@ -39,6 +41,7 @@ def test_counters_and_drafters() -> None:
     assert 'wanspec_drafter_up{drafter="eu"} 1.0' in lines
     assert 'wanspec_drafter_up{drafter="us"} 0.0' in lines
     assert 'wanspec_drafter_rtt_seconds{drafter="eu"} 0.02' in lines
+    assert 'wanspec_drafter_median_rtt_seconds{drafter="eu"} 0.015' in lines
     assert 'wanspec_sent_bytes_total{drafter="eu"} 1000.0' in lines
     assert 'wanspec_received_bytes_total{drafter="eu"} 5000.0' in lines
     assert 'wanspec_received_bytes_total{drafter="us"} 7.0' in lines

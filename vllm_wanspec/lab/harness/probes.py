@@ -17,7 +17,7 @@ from vllm_wanspec.lab.target.colocated import read_counts as read_colocated
 
 VLLM_PREFIX = "vllm:spec_decode_"
 VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-RTT = "wanspec_drafter_rtt_seconds"
+RTT = "wanspec_drafter_median_rtt_seconds"
 #: What the counts of a co-located draft model with lookup are called here.
 COLOCATED_NAMES = {
     "accepted_main_line": "accepted_draft",
@@ -52,7 +52,8 @@ class Probe:
             None for other targets.
 
     Attributes:
-        rtt_ms: The round trip as the controller's link measured it when its counters were last read; None without one.
+        rtt_ms: The path's round trip, the median of the link's last pings when its controller's counters were last
+            read; None without one.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ import aiohttp
 
 from vllm_wanspec.lab.harness.client import ClientError
 from vllm_wanspec.lab.harness.launch import DRAFTER_NAME
+from vllm_wanspec.lab.harness.probes import RTT
 from vllm_wanspec.lab.harness.scrape import link_is_up, read_samples
 
 TIMEOUT_S = 5.0
@@ -34,7 +35,7 @@ def is_off(measured_ms: float, rtt_ms: float) -> bool:
     """Whether a measured round trip is not the one that was set.
 
     Args:
-        measured_ms: What a link measures, smoothed.
+        measured_ms: What a link measures, the median of its last pings.
         rtt_ms: The mean that is to be expected, jitter included (`expected_ms`).  Losses are not: a ping that waited
             for a time-out counts for half a minute, so judge what is measured before there are any, as `Wan.set` does.
     """
@@ -97,7 +98,7 @@ class Wan:
 
     async def _is_near(self, url: str, rtt_ms: float) -> bool:
         link = await self._link_samples(url)
-        measured_ms = 1000.0 * link.get("wanspec_drafter_rtt_seconds", 0.0)
+        measured_ms = 1000.0 * link.get(RTT, 0.0)
         return link.get("wanspec_drafter_up") == 1.0 and not is_off(measured_ms, rtt_ms)
 
     async def _link_samples(self, url: str) -> dict[str, float]:

@@ -88,7 +88,7 @@ def test_forwards_are_those_that_their_processes_have_counted(tmp_path: Path) ->
 
 
 def test_the_round_trip_is_the_link_s_own() -> None:
-    links = iter(["", *(f'wanspec_drafter_rtt_seconds{{drafter="a"}} {seconds}\n' for seconds in (0.0, 0.0304))])
+    links = iter(["", *(f'wanspec_drafter_median_rtt_seconds{{drafter="a"}} {seconds}\n' for seconds in (0.0, 0.0304))])
     pages = {"/target": lambda: "", "/controller": lambda: next(links)}
 
     async def main() -> None:

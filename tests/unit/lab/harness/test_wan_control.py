@@ -35,7 +35,7 @@ class Link:
         wan = self.proxy.settings
         self.losses.add(wan.loss)
         rtt_s = (wan.rtt_ms + wan.jitter_ms + self.error_ms) / 1000.0
-        lines = [f'wanspec_drafter_rtt_seconds{{drafter="{name}"}}' for name in ("demo", "other")]
+        lines = [f'wanspec_drafter_median_rtt_seconds{{drafter="{name}"}}' for name in ("demo", "other")]
         return f'wanspec_drafter_up{{drafter="demo"}} 1\n{lines[0]} {rtt_s}\n{lines[1]} 9\n'
 
 
