@@ -10,11 +10,12 @@ from math import inf
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.policy.lookup import Text, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
-from vllm_wanspec.core.tree import Committed, DraftTree
+from vllm_wanspec.core.tree import Committed
 from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -61,7 +62,7 @@ class ControllerSession:
         self._shared = shared
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
-        self._tree: DraftTree | None = None
+        self._tree: FlatTree | None = None
         self._last_branch_id = 0  # Nodes up to this one are a side branch's: all, until the drafter knows …
         self._left_at = 0  # … the text up to here.
         self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
@@ -77,7 +78,7 @@ class ControllerSession:
         return len(self._context)
 
     @property
-    def tree(self) -> DraftTree | None:
+    def tree(self) -> FlatTree | None:
         """The copy of the draft tree; None without a link. Read only."""
         return self._tree
 
@@ -103,7 +104,7 @@ class ControllerSession:
         """
         self._state = CONTROLLER_TABLE[self._state, ControllerEvent.OPEN]
         self._number = number
-        self._tree = DraftTree(
+        self._tree = FlatTree(
             len(self._context),
             vocab_size=vocab_size,
             max_nodes=limits.max_nodes,
@@ -182,7 +183,7 @@ class ControllerSession:
 
         Args:
             limit: Most tokens.
-            least: See `DraftTree.draft`.
+            least: See `FlatTree.draft`.
             now: Seconds.
         """
         self.changed = False
@@ -191,10 +192,10 @@ class ControllerSession:
             return NO_DRAFT
         if not self._last_branch_id:
             return Draft(*tree.draft(limit, least))
-        if tree.cursor.id >= self._last_branch_id:
+        if tree.cursor_id >= self._last_branch_id:
             self._last_branch_id = 0
         drafted, expected, chance = tree.draft(limit, least)
-        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, len(drafted)))
+        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, drafted))
 
     def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
