@@ -188,7 +188,7 @@ class World:
         number, parent, position = self._tips.get(name, (0, 0, len(PROMPT)))
         records = []
         if tree.pending:
-            parent, position = tree.cursor.id, tree.cursor.position
+            parent, position = tree.cursor_id, tree.committed_length - len(tree.pending)
         for token in tree.pending:
             number += 1
             records.append(NodeRecord(number, parent, token, 0.0, 0.0))

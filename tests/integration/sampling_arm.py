@@ -162,9 +162,9 @@ class Watch:
 
 def leave_expand_faulty() -> None:
     """Keep the package from mending the CPU build's expansion of sampling parameters."""
-    from vllm_wanspec.controller.v1 import hooks
+    from vllm_wanspec.controller import front
 
-    hooks.repair_cpu_expand = lambda: False
+    front.repair_cpu_expand = lambda: False
 
 
 def accept_every_draft() -> None:

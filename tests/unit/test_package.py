@@ -103,7 +103,7 @@ def test_entry_points(group: str, value: str) -> None:
 
 
 def test_the_proposer_is_found_by_the_name_that_vllm_is_given() -> None:
-    from vllm_wanspec.controller.v1.hooks import PROPOSER
+    from vllm_wanspec.config import PROPOSER
     from vllm_wanspec.controller.v1.proposer import RemoteProposer
 
     module, name = PROPOSER.rsplit(".", 1)

@@ -10,12 +10,12 @@ from math import inf
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
-from vllm_wanspec.core.flat import FlatTree
+from vllm_wanspec.core.flat import FlatTree, Guess
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import Window
-from vllm_wanspec.core.policy.lookup import Text, lengthened
+from vllm_wanspec.core.policy.lookup import Text, guessed, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
-from vllm_wanspec.core.tree import Committed
+from vllm_wanspec.core.tree import ROOT_ID, Committed
 from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -71,6 +71,11 @@ class ControllerSession:
         self._text = Text()
         self.window = window
         self.changed = False
+
+    @property
+    def context(self) -> Sequence[int]:
+        """The committed context; read only."""
+        return self._context
 
     @property
     def length(self) -> int:
@@ -207,9 +212,46 @@ class ControllerSession:
             now: Seconds.
         """
         self._text.append(self._context[self._text.length :])
-        longer = lengthened(draft, self._text, self._shared.lookup, limit, least)
-        self._shared.counters.fallback_tokens += len(longer.guess)
+        shared = self._shared
+        longer = lengthened(draft, self._text, shared.lookup, limit, least, shared.vocab_size)
+        shared.counters.fallback_tokens += len(longer.guess)
         return longer
+
+    def guess(self, limit: int) -> Guess | None:
+        """What prompt lookup goes on with behind all that is drafted, of at most ``limit`` tokens with what is drafted.
+
+        None where enough is drafted, or nothing found.
+        """
+        tree, shared = self._tree, self._shared
+        drafted = [] if tree is None else tree.draft(limit)[0]
+        if len(drafted) >= limit:
+            return None
+        self._text.append(self._context[self._text.length :])
+        match, tokens, _ = guessed(self._text, shared.lookup, drafted, 1.0, limit, vocab_size=shared.vocab_size)
+        return Guess(ROOT_ID if tree is None else tree.line[0], tokens, match) if tokens else None
+
+    def expected(self, limit: int) -> float:
+        """How many of the next ``limit`` tokens the target can be expected to take of what is drafted by now."""
+        tree = self._tree
+        return 0.0 if tree is None else tree.draft(limit)[1]
+
+    def told(self, tokens: Sequence[int], looked_up: int, match: int, now: float) -> Draft:
+        """What the target has verified, of a draft that a device put together from what was published.
+
+        Args:
+            tokens: The draft.
+            looked_up: How many of them, at the end, were guessed.
+            match: Of the guess.
+            now: Seconds.
+        """
+        drafted, guess = list(tokens[: len(tokens) - looked_up]), tuple(tokens[len(tokens) - looked_up :])
+        self._shared.counters.fallback_tokens += looked_up
+        tree = self._tree
+        if tree is None or not self._last_branch_id:
+            return Draft(drafted, 0.0, 1.0, guess, match)
+        if tree.cursor_id >= self._last_branch_id:
+            self._last_branch_id = 0
+        return Draft(drafted, 0.0, 1.0, guess, match, tree.drafted_until(self._last_branch_id, drafted))
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, as `AnswerClock.coming`; None without a link."""

@@ -9,7 +9,7 @@ from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.policy.length import StepCost
-from vllm_wanspec.core.policy.lookup import LookupRates
+from vllm_wanspec.core.policy.lookup import ALL_IDS, LookupRates
 
 
 @dataclass(slots=True)
@@ -92,10 +92,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Shared:
-    """What all sessions of a controller learn together."""
+    """What all sessions of a controller learn together, and the target's vocabulary: ids are below ``vocab_size``."""
 
     counters: Counters = field(default_factory=Counters)
     calibration: Calibration = field(default_factory=Calibration)
     times: StepTimes = field(default_factory=StepTimes)
     cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
     lookup: LookupRates = field(default_factory=LookupRates)
+    vocab_size: int = ALL_IDS

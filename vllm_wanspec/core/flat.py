@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from vllm_wanspec.core.block import (
     BEST,
@@ -369,11 +369,16 @@ class TreeWords:
         self._left_out = False
         self._renew()
 
-    def current(self, guess: Sequence[int] = ()) -> "array[int]":
+    @property
+    def tree(self) -> FlatTree:
+        """The tree that they are of."""
+        return self._tree
+
+    def current(self, guess: "Guess | None" = None) -> "array[int]":
         """The words for all that the tree holds by now, as far as a block has room; not to be changed.
 
         Args:
-            guess: Tokens that prompt lookup goes on with after the most probable continuation.
+            guess: Tokens that prompt lookup goes on with; left out where something has been drafted in their place.
         """
         tree = self._tree
         if (
@@ -385,7 +390,7 @@ class TreeWords:
             self._renew()
         else:
             self._extend()
-        return self._with(guess) if guess else self._words
+        return self._words if guess is None else self._with(guess)
 
     def _renew(self) -> None:
         """Begin at the cursor."""
@@ -440,15 +445,39 @@ class TreeWords:
         level = survival_level(self._root_reach - tree._reaches[node])
         self._words.append(word(parent, token, level, flags))
 
-    def _with(self, guess: Sequence[int]) -> "array[int]":
+    def _with(self, guess: "Guess") -> "array[int]":
         """The words and a guess, as far as there is room."""
-        path = self._tree.best_path(BLOCK_NODES)
-        parent = self._places.get(path[-1] if path else self._tree._cursor)
-        if parent is None or self._tree.pending:
+        tree = self._tree
+        node = tree._index.get(guess.after, NONE)
+        parent = self._places.get(node)
+        if parent is None:
             return self._words
-        words = self._words[:]
-        for token in guess[: BLOCK_NODES - len(words)]:
-            place = len(words)
-            words.append(word(parent, token, 1, BEST | LOOKED_UP))
-            parent = place
-        return words
+        if not tree.pending:
+            return self._words if tree._best[node] >= 0 else chained(self._words, parent, guess.tokens)
+        return chained(self._words, parent, [*tree.pending, *guess.tokens]) if node == tree._cursor else self._words
+
+
+class Guess(NamedTuple):
+    """What prompt lookup goes on with.
+
+    Attributes:
+        after: Id of the node at the end of what was drafted when it was made; the tree's cursor where nothing was.
+        tokens: Behind that node, and behind the commits that were pending.
+        match: Tokens of the match that it followed.
+    """
+
+    after: int
+    tokens: Sequence[int]
+    match: int
+
+
+def chained(words: "array[int]", parent: int, tokens: Sequence[int]) -> "array[int]":
+    """Words with tokens of prompt lookup, one behind the other, below ``parent``; as many as a block has room for."""
+    longer = words[:]
+    for token in tokens[: BLOCK_NODES - len(words)]:
+        if token > MAX_TOKEN:
+            break
+        place = len(longer)
+        longer.append(word(parent, token, 1, BEST | LOOKED_UP))
+        parent = place
+    return longer

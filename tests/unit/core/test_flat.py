@@ -15,7 +15,7 @@ from tree_checks import CONTEXT, record
 
 from vllm_wanspec.core import flat
 from vllm_wanspec.core.block import BLOCK_NODES, MAX_FOLLOWED, Publication, parts, walk
-from vllm_wanspec.core.flat import FlatTree, TreeWords
+from vllm_wanspec.core.flat import FlatTree, Guess, TreeWords
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.tree import DraftTree, NodeRecord, main_line_tip
 from vllm_wanspec.errors import RemoteProtocolError
@@ -187,7 +187,8 @@ class Published:
         self.publish()
 
     def publish(self, guess: list[int] | None = None) -> None:
-        words = self.tree_words.current(guess or [])
+        after = self.tree_words.tree.line[0]
+        words = self.tree_words.current(None if guess is None else Guess(after, guess, 3))
         self.publication.publish(1, self.tree_words.root, words)
 
     def walk(self, context: list[int], limit: int = LIMIT, vocab_size: int = VOCAB_SIZE) -> tuple[list[int], int]:
@@ -252,9 +253,10 @@ def test_a_guess_follows_the_draft_and_gives_way_to_it() -> None:
     assert both.append([record(3, 2, 2, -0.1), record(4, 3, 0, -0.1)])
     published.publish()
     assert published.walk(both.context) == ([3, 4, 2, 0], 0)
-    both.commit([1])
-    published.publish([4, 4])  # of no use: nobody knows what comes before
-    assert published.walk(both.context) == ([], 0)
+    both.commit([1])  # which leaves the tree: what was guessed comes behind what is pending
+    published.publish([4, 4])
+    assert published.walk(both.context) == ([4, 4], 2)
+    assert published.walk(both.context[:-1]) == ([1, 4, 4], 3)
 
 
 def test_a_root_that_is_far_back_is_not_followed() -> None:

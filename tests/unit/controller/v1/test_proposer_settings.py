@@ -12,7 +12,9 @@ from proposer_engine import MAX_LEN, TOY, Engine, K, pool_of, running, stub_vllm
 from toys import DrafterServer, draft_model, wait_until
 
 from vllm_wanspec.config import TreeSettings
-from vllm_wanspec.controller.v1 import hooks, proposer
+from vllm_wanspec.controller import engine as engine_module
+from vllm_wanspec.controller import service
+from vllm_wanspec.controller.requests import tokens_and_drafts
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.errors import ConfigError
 
@@ -126,7 +128,7 @@ def test_length_max_is_obeyed(tmp_path: Path, server: DrafterServer, stubs: None
 def test_other_ranks_do_not_connect(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proposer, "_is_first_rank", lambda: False)
+    monkeypatch.setattr(service, "_is_first_rank", lambda: False)
     remote = RemoteProposer(vllm_config(tmp_path, server.url))
     assert remote.pool is None
     engine = Engine(remote)
@@ -149,7 +151,7 @@ def test_metrics_are_served_where_configured(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ports: list[int] = []
-    monkeypatch.setattr(proposer, "serve_metrics", lambda pool, settings: ports.append(settings.port))
+    monkeypatch.setattr(service, "serve_metrics", lambda pool, settings: ports.append(settings.port))
     with running(vllm_config(tmp_path, server.url, more="metrics: {port: 9464}\n")):
         assert ports == [9464]
 
@@ -170,7 +172,7 @@ def test_steps_that_are_examples_of_decoding(changes: dict, expected: tuple[int,
         "num_scheduled_tokens": {"a": 4, "b": 1, "c": 2},
         "total_num_scheduled_tokens": 7,
     }
-    assert proposer._tokens_and_drafts(SimpleNamespace(**(output | changes))) == expected
+    assert tokens_and_drafts(SimpleNamespace(**(output | changes))) == expected
 
 
 def test_steps_are_timed_by_what_they_decode(engine: Engine) -> None:
@@ -185,7 +187,7 @@ def test_steps_are_held_back_only_where_the_queue_is_known(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = SimpleNamespace(input_queue=queue.Queue())
-    monkeypatch.setattr(hooks, "_engine_core", lambda: core)
+    monkeypatch.setattr(engine_module, "_engine_core", lambda: core)
     with running(vllm_config(tmp_path, server.url)) as engine:
         assert pool_of(engine)._late._queued() == 0
         core.input_queue.put(1)
