@@ -151,18 +151,16 @@ class Drafting:
     def _handed_out(self, batch: Sequence[LiveSession | None]) -> list[list[int]]:
         """The drafts as the target gets them: all of them, or none where they do not pay."""
         offered, expected = 0, 0.0
-        drafts: list[list[int]] = []
-        for live in batch:
-            if live is None:
-                drafts.append([])
-                continue
-            draft = live.draft
-            tokens = draft.tokens
-            count = len(tokens)
-            drafts.append(tokens)
-            live.offered = count > 0
-            offered += count
-            expected += draft.expected
+        drafts: list[list[int]] = [[] for _ in batch]
+        for row, live in enumerate(batch):
+            if live is not None:
+                drafted, worth, _, guess, _, _ = live.draft
+                count = len(drafted) + len(guess)
+                live.offered = count > 0
+                if count:
+                    drafts[row] = [*drafted, *guess]
+                    offered += count
+                    expected += worth
         if offered and self._payoff is not None:
             full = offered == self._speculation_length * len(batch)
             if not self._payoff.pays(rows=len(batch), drafts=offered, expected=expected, full=full):

@@ -225,6 +225,11 @@ class DraftPool:
                 live.slot = slot
                 self._publish(live)
 
+    def known(self, requests: Sequence[str]) -> list[int]:
+        """Tokens in requests' committed contexts; -1 of one without a session."""
+        sessions = self._sessions
+        return [-1 if (live := sessions.get(name)) is None else len(live.core.context) for name in requests]
+
     def context(self, request: str) -> Sequence[int] | None:
         """A request's committed token ids, not to be changed; None where it has no session."""
         live = self._sessions.get(request)

@@ -228,7 +228,7 @@ class FlatTree:
             pending.append(token)
         self._cursor = cursor
         self._position += stayed
-        return Committed(stayed, followed, missed)
+        return tuple.__new__(Committed, (stayed, followed, missed))
 
     def prune(self) -> None:
         """Drop what commits have ruled out, and learn from what they took."""

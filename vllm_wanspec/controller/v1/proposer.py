@@ -13,6 +13,9 @@ from vllm_wanspec.controller.service import start_requests
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS
 
+NONE: list[int] = []
+"""Of a row that yields nothing for a session; not to be changed."""
+
 
 class RemoteProposer:
     """Takes drafts from remote drafters; named by ``--speculative-config`` as ``vllm_wanspec.RemoteProposer``."""
@@ -127,19 +130,18 @@ class RemoteProposer:
         """
         rows: list[tuple[str, list[int]]] = []
         context_lengths = lengths[: len(sampled)].tolist()
-        known_length = requests.pool.length
-        for row, request in enumerate(self._runner.input_batch.req_ids[: len(sampled)]):
-            known = known_length(request)
-            length = context_lengths[row]
-            if not sampled[row] or known is None:
-                rows.append((request, []))
-            elif known + len(sampled[row]) == length:
-                rows.append((request, sampled[row]))
+        names = self._runner.input_batch.req_ids[: len(sampled)]
+        every = zip(names, requests.pool.known(names), context_lengths, sampled, strict=True)
+        for row, (request, known, length, tokens) in enumerate(every):
+            if not tokens or known < 0:
+                rows.append((request, NONE))
+            elif known + len(tokens) == length:
+                rows.append((request, tokens))
             elif known < length <= known + MAX_COMMIT_TOKENS:
                 rows.append((request, contexts[row, known:length].tolist()))
             else:
                 requests.begin_anew(request, contexts[row, :length].tolist())
-                rows.append((request, []))
+                rows.append((request, NONE))
         return rows
 
     def _fail(self, error: Exception) -> None:
