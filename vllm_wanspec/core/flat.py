@@ -123,9 +123,12 @@ class FlatTree:
 
     @property
     def line(self) -> tuple[int, int]:
-        """The end of the most probable continuation: the node's id, and how many tokens it is behind the cursor."""
+        """The end of the most probable continuation: the node's id, and how many tokens it is behind the cursor.
+
+        That is the cursor while commits are pending.
+        """
         best, node, length = self._best, self._cursor, 0
-        while best[node] >= 0:
+        while best[node] >= 0 and not self._pending:
             node = best[node]
             length += 1
         return self._ids[node], length

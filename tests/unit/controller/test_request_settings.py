@@ -86,14 +86,14 @@ def test_all_that_can_only_mean_off_is_off(engine: Engine, value: object) -> Non
 def test_all_that_can_only_mean_on_is_as_configured(engine: Engine, value: object) -> None:
     engine.add("a", [1, 2], **asking(value))
     engine.step()
-    assert pool_of(engine).tree("a") == engine.remote._tree
+    assert pool_of(engine).tree("a") == engine.remote._requests._tree
 
 
 @pytest.mark.parametrize("value", NARROW[:2], ids=repr)
 def test_keys_of_the_tree(engine: Engine, value: object) -> None:
     engine.add("a", [1, 2], **asking(value))
     engine.step()
-    assert pool_of(engine).tree("a") == engine.remote._tree.model_copy(update={"max_branches": 1})
+    assert pool_of(engine).tree("a") == engine.remote._requests._tree.model_copy(update={"max_branches": 1})
 
 
 @pytest.mark.parametrize("value", NARROW[2:], ids=repr)
@@ -163,7 +163,7 @@ def test_without_our_proposer_nothing_is_judged(params: Any, speculative: object
 
 
 def test_a_vllm_whose_requests_are_verified_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type("Params", (), {"verify": lambda self, model_config: None})
+    kind = type("SamplingParams", (), {"verify": lambda self, model_config: None})
     monkeypatch.setattr(front, "attribute", lambda module, name: kind)
     with pytest.raises(front.UnsupportedError, match=r"another SamplingParams\.verify .*use vLLM"):
         front.check_requests()

@@ -196,3 +196,13 @@ def shape(top: Node) -> list[tuple[int, int, int, int]]:
         found.append((node.id, node.token, node.position, parent))
         todo.extend((child, node.id) for child in node.children.values())
     return sorted(found)
+
+
+def flat_shape(tree: FlatTree) -> list[tuple[int, int, int, int]]:
+    """The same of the controller's copy, from its cursor on."""
+    found, todo = [], [(tree._cursor, tree._tokens[tree._cursor], tree.committed_length - len(tree.pending), -1)]
+    while todo:
+        node, token, position, parent = todo.pop()
+        found.append((tree._ids[node], token, position, parent))
+        todo.extend((kid, kid_token, position + 1, tree._ids[node]) for kid, kid_token, _, _ in tree.below(node))
+    return sorted(found)

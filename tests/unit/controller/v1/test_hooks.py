@@ -51,25 +51,25 @@ def one_sentence(*fragments: str) -> None:
 
 @pytest.mark.parametrize("name", ["_update_states", "take_draft_token_ids", "propose_draft_token_ids"])
 def test_a_runner_that_lacks_a_method(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    use_runner(monkeypatch, type("Runner", (GoodRunner,), {name: None}))
+    use_runner(monkeypatch, type("GPUModelRunner", (GoodRunner,), {name: None}))
     one_sentence(f"GPUModelRunner.{name}", "use vLLM")
 
 
 def test_a_runner_whose_method_takes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Runner(GoodRunner):
+    class GPUModelRunner(GoodRunner):
         def _update_states(self, output: object, more: int) -> str:  # type: ignore[override]
             return ""
 
-    use_runner(monkeypatch, Runner)
+    use_runner(monkeypatch, GPUModelRunner)
     one_sentence("another GPUModelRunner._update_states", "use vLLM")
 
 
 def test_a_runner_that_lacks_an_attribute(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Runner(GoodRunner):
+    class GPUModelRunner(GoodRunner):
         def __init__(self) -> None:
             self.drafter = None
 
-    use_runner(monkeypatch, Runner)
+    use_runner(monkeypatch, GPUModelRunner)
     one_sentence("GPUModelRunner.", "use vLLM")
 
 
@@ -88,7 +88,7 @@ class Proposer:
 
 
 def test_update_states_tells_the_proposer_first_and_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner_class = type("Runner", (GoodRunner,), {"_update_states": GoodRunner._update_states})
+    runner_class = type("GPUModelRunner", (GoodRunner,), {"_update_states": GoodRunner._update_states})
     use_runner(monkeypatch, runner_class)
     for _ in range(3):
         hooks.install_in_engine()

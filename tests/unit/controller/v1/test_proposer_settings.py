@@ -59,7 +59,7 @@ def test_a_request_s_own_tree_settings(engine: Engine, server: DrafterServer) ->
     engine.add("usual", [3, 4])
     engine.run_until_accepted("narrow", 10)
     engine.run_until_accepted("usual", 10)
-    usual = engine.remote._tree
+    usual = engine.remote._requests._tree
     assert pool_of(engine).tree("narrow") == TreeSettings(
         **{**usual.model_dump(), "max_branches": 1, "lookahead_tokens": 7}
     )
@@ -95,7 +95,7 @@ def test_a_wrong_wish_is_served_as_configured_and_said_once(
     for name in "abc":
         engine.add(name, [1, 2, ord(name) % 40], **asking(wrong))
     engine.run_until_accepted("a", 5)
-    assert [pool_of(engine).tree(name) for name in "abc"] == [engine.remote._tree] * 3
+    assert [pool_of(engine).tree(name) for name in "abc"] == [engine.remote._requests._tree] * 3
     [warning] = [line for line in log.warnings() if "vllm_xargs" in line]
     assert fragment in warning
     assert "request a is served as configured" in warning
