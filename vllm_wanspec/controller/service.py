@@ -17,26 +17,35 @@ from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.eventlog import EventLog
 
 
-def start_requests(vllm_config: Any, publication: Publication | None = None) -> tuple[Requests | None, int]:
-    """Read the configuration, and connect on tensor-parallel rank 0 alone.
-
-    Args:
-        vllm_config: vLLM's.
-        publication: Takes the trees of requests that have a slot; None where no device reads them.
-
-    Returns:
-        The requests of the target, None on other ranks; and the most tokens to draft per request and step.
+def read_settings(vllm_config: Any) -> tuple[Settings, int]:
+    """Our settings, and the most tokens to draft per request and step.
 
     Raises:
         ConfigError: The configuration file is missing or wrong.
     """
     settings = load_settings(settings_path(vllm_config.additional_config))
-    limit = min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
+    return settings, min(vllm_config.speculative_config.num_speculative_tokens, settings.length.max)
+
+
+def start_requests(
+    vllm_config: Any, settings: Settings, limit: int, publication: Publication | None = None
+) -> Requests | None:
+    """The requests of the target, connected to its drafters; None on other tensor-parallel ranks than the first.
+
+    Args:
+        vllm_config: vLLM's.
+        settings: As `read_settings` gives them.
+        limit: The most tokens to draft per request and step.
+        publication: Takes the trees of requests that have a slot; None where no device reads them.
+
+    Raises:
+        ConfigError: The target's tokenizer is missing.
+    """
     if not _is_first_rank():
-        return None, limit
+        return None
     max_model_len = int(vllm_config.model_config.max_model_len)
     pool = _start_pool(vllm_config, settings, limit, max_model_len, publication)
-    return Requests(pool, settings.tree, max_model_len=max_model_len, apart=settings.vocabulary_may_differ), limit
+    return Requests(pool, settings.tree, max_model_len=max_model_len, apart=settings.vocabulary_may_differ)
 
 
 def _start_pool(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_wanspec.controller.mrv2.memory import DeviceMemory
+from vllm_wanspec.controller.mrv2.memory import RING, DeviceMemory
 from vllm_wanspec.controller.mrv2.walk import DeviceWalk
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.block import Walked
@@ -59,8 +59,8 @@ class WalkBinding:
         self, requests: Sequence[str], slots: Any, placed: Sequence[Sequence[int]], fixed: bool
     ) -> Callable[[], list[Walked]]:
         """See `Binding.bind`."""
-        ring = self._launched % self._memory.ring
+        buffer = self._launched % RING
         self._launched += 1
-        rows = len(requests)
-        self._walk.launch(torch.as_tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True), ring)
-        return lambda: self._memory.told(ring, rows)
+        rows = range(len(requests))
+        self._walk.launch(torch.as_tensor(slots, dtype=torch.int64).to(self._device, non_blocking=True), buffer)
+        return lambda: [self._memory.told_draft(buffer, row) for row in rows]

@@ -13,7 +13,8 @@ from vllm_wanspec.controller.mrv2.binding import HostBinding, WalkBinding
 from vllm_wanspec.controller.mrv2.memory import DeviceMemory
 from vllm_wanspec.controller.mrv2.steps import Binding, RemoteDrafts
 from vllm_wanspec.controller.mrv2.walk import DeviceWalk
-from vllm_wanspec.controller.service import start_requests
+from vllm_wanspec.controller.service import read_settings, start_requests
+from vllm_wanspec.core.block import Publication
 
 logger = logging.getLogger("vllm.wanspec.proposer")
 
@@ -64,9 +65,10 @@ def make_speculator(vllm_config: Any, device: torch.device, req_states: Any) -> 
         ConfigError: The configuration file is missing or wrong.
     """
     asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
-    most = vllm_config.speculative_config.num_speculative_tokens
-    memory = DeviceMemory(req_states.max_num_reqs, most, device) if asynchronous else None
-    requests, limit = start_requests(vllm_config, memory.publication if memory is not None else None)
+    settings, limit = read_settings(vllm_config)
+    memory = DeviceMemory.allocate(req_states.max_num_reqs, limit, device) if asynchronous else None
+    publication = None if memory is None else Publication(memory.headers, memory.words)
+    requests = start_requests(vllm_config, settings, limit, publication)
     binding: Binding | None = None
     if requests is not None and memory is not None:
         walk = DeviceWalk(memory, req_states, limit, requests.pool.shared.vocab_size, device)

@@ -9,7 +9,7 @@ from typing import Any
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.requests import Requests, tokens_and_drafts
-from vllm_wanspec.controller.service import start_requests
+from vllm_wanspec.controller.service import read_settings, start_requests
 from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS
 
@@ -28,8 +28,8 @@ class RemoteProposer:
             UnsupportedError: This vLLM, or the way it is used, does not go with remote drafting.
         """
         hooks.install_in_engine()
-        requests, limit = start_requests(vllm_config)
-        self._set_up(requests, limit)
+        settings, limit = read_settings(vllm_config)
+        self._set_up(start_requests(vllm_config, settings, limit), limit)
 
     @classmethod
     def over(cls, pool: DraftPool, tree: TreeSettings, limit: int) -> "RemoteProposer":
