@@ -150,7 +150,8 @@ class Drafting:
 
     def _handed_out(self, batch: Sequence[LiveSession | None]) -> list[list[int]]:
         """The drafts as the target gets them: all of them, or none where they do not pay."""
-        offered, expected = 0, 0.0
+        offered = offered_drafted = 0
+        expected = 0.0
         drafts: list[list[int]] = [[] for _ in batch]
         for row, live in enumerate(batch):
             if live is not None:
@@ -160,6 +161,7 @@ class Drafting:
                 if count:
                     drafts[row] = [*drafted, *guess]
                     offered += count
+                    offered_drafted += len(drafted)
                     expected += worth
         if offered and self._payoff is not None:
             full = offered == self._speculation_length * len(batch)
@@ -170,4 +172,5 @@ class Drafting:
                         live.offered = False
                 return [[] for _ in batch]
         self._counters.offered_tokens += offered
+        self._counters.offered_drafted += offered_drafted
         return drafts

@@ -310,6 +310,7 @@ class DraftPool:
                 live.draft = live.core.told(tokens, looked_up, match, now)
                 live.offered = bool(tokens)
                 self.shared.counters.offered_tokens += len(tokens)
+                self.shared.counters.offered_drafted += len(tokens) - looked_up
 
     def _look_ahead(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
         """Publish what is known after a step: the next one may be under way already, so it serves the one after too."""

@@ -28,6 +28,7 @@ class Counters:
         steps: Verification steps in which a request with a session got tokens (its prefill not included).
         committed_tokens: Tokens that those steps yielded.
         offered_tokens: Draft tokens handed to the target.
+        offered_drafted: Those of them that a drafter made.
         accepted_main_line: Draft tokens that the target took, and that the drafter's main line made.
         accepted_branch: Those that a side branch made, before the drafter knew that the text goes on there. The
             alternative with which the branch began is not among them: the target gave that token itself.
@@ -53,6 +54,7 @@ class Counters:
     steps: int = 0
     committed_tokens: int = 0
     offered_tokens: int = 0
+    offered_drafted: int = 0
     accepted_main_line: int = 0
     accepted_branch: int = 0
     accepted_lookup: int = 0

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -304,9 +304,11 @@ def _warming_up(original: Callable[..., Any]) -> Callable[..., Any]:
 def _hearing_wishes(original: Callable[..., Any]) -> Callable[..., Any]:
     def update_from_output(self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any) -> Any:
         wish = getattr(model_runner_output, WISH, None)
+        result = original(self, scheduler_output, model_runner_output, *args)
         if wish is not None:
             self.wanspec_wish = wish
-        return original(self, scheduler_output, model_runner_output, *args)
+            _grant(self, wish, wish)  # of the step that comes next, which has its placeholders already
+        return result
 
     return update_from_output
 
@@ -316,10 +318,15 @@ def _granting_wishes(original: Callable[..., Any]) -> Callable[..., Any]:
         result = original(self, scheduler_output)
         wish = getattr(self, "wanspec_wish", None)
         if wish:
-            for name in scheduler_output.num_scheduled_tokens:
-                most, request = wish.get(name), self.requests.get(name)
-                if most is not None and request is not None and len(request.spec_token_ids) > most:
-                    request.spec_token_ids = request.spec_token_ids[:most]
+            _grant(self, wish, scheduler_output.num_scheduled_tokens)
         return result
 
     return _update_after_schedule
+
+
+def _grant(scheduler: Any, wish: Mapping[str, int], names: Iterable[str]) -> None:
+    """Bound the placeholders of some requests."""
+    for name in names:
+        most, request = wish.get(name), scheduler.requests.get(name)
+        if most is not None and request is not None and len(request.spec_token_ids) > most:
+            request.spec_token_ids = request.spec_token_ids[:most]
