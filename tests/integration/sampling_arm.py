@@ -47,9 +47,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wanspec", help="YAML file; without it the arm is plain vLLM")
     parser.add_argument("--fault", choices=("expand", "accept"), help="spoil the arm, to show that the test notices")
     parser.add_argument("--link-deadline-s", type=float, default=60.0)
-    parser.add_argument("--sampling", type=json.loads, default={}, help="JSON: more sampling parameters")
+    parser.add_argument("--sampling", type=sampling_of, default={}, help="JSON: more sampling parameters")
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM")
     return parser.parse_args()
+
+
+def sampling_of(text: str) -> dict[str, Any]:
+    """Sampling parameters from JSON, whose keys are all texts."""
+    found: dict[str, Any] = json.loads(text)
+    if "logit_bias" in found:
+        found["logit_bias"] = {int(token): bias for token, bias in found["logit_bias"].items()}
+    return found
 
 
 def build(options: argparse.Namespace) -> Any:
