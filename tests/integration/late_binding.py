@@ -66,7 +66,9 @@ class Played:
         self.runner = core.model_executor.driver_worker.worker.model_runner
         self.remote = self.runner.speculator.remote
         self.pool = self.remote._requests.pool
+        self.pool.stop()  # whose links would go on looking for a drafter
         [self.link] = self.pool.links
+        self.link._loop = None
         self.link.welcome = Welcome(PROTOCOL_VERSION, "played", 2**20, "", 64, 512, 4096)
         schedule, bind = core.scheduler.schedule, self.remote.bind
 
