@@ -25,7 +25,7 @@ def test_every_wrap_in_the_code_has_an_entry(module: Any) -> None:
     source = Path(module.__file__).read_text(encoding="utf-8")
     text = " ".join(wrap.target for wrap in module.LEDGER)
     lines = source.splitlines()
-    wrapped = {line.split('"')[1] for line in lines if line.strip().startswith("wrap(") and '"' in line}
+    wrapped = {line.split('"')[-2] for line in lines if line.strip().startswith("wrap(") and '"' in line}
     wrapped |= {line.split(" = ")[0].split(".")[-1] for line in lines if line.startswith("    runner.")}
     for name in wrapped:
         assert name in text, name
