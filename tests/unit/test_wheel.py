@@ -23,7 +23,17 @@ from sample import write_pair
 from vllm_wanspec import __version__
 
 ROOT = Path(__file__).parents[2]
-NOT_BUILT_FROM = (".git", ".venv", "build", "dist", "*.egg-info", "__pycache__", ".*_cache", "*.safetensors")
+NOT_BUILT_FROM = (
+    ".git",
+    ".venv",
+    ".overlay",
+    "build",
+    "dist",
+    "*.egg-info",
+    "__pycache__",
+    ".*_cache",
+    "*.safetensors",
+)
 #: Makes imports of the named modules fail, also in a process that this one turns into.
 SITECUSTOMIZE = 'import os, sys\nsys.modules.update(dict.fromkeys(os.environ["HIDDEN"].split(",")))\n'
 #: What `vllm serve` was told.
