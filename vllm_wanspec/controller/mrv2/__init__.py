@@ -1,0 +1,1 @@
+"""Remote drafts on vLLM's Model Runner V2."""
