@@ -110,7 +110,7 @@ install:  ## .venv with vLLM, this package and the tools
 	@.ci/install
 
 clean:  ## remove .venv and everything that was built
-	@rm -rf .venv build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .overlay build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find vllm_wanspec tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:  ## this list

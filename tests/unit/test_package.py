@@ -48,6 +48,8 @@ BASE = [
     "vllm_wanspec.controller.pool",
     "vllm_wanspec.controller.v1.proposer",
     "vllm_wanspec.controller.v1.hooks",
+    "vllm_wanspec.controller.mrv2.memory",
+    "vllm_wanspec.controller.mrv2.walk",
     "vllm_wanspec.drafter.connection",
     "vllm_wanspec.drafter.engines",
     "vllm_wanspec.drafter.host",

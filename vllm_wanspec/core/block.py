@@ -89,7 +89,7 @@ class Header(NamedTuple):
 
     which: int
     generation: int
-    count: int
+    nodes: int
     root: int
 
 
@@ -125,13 +125,19 @@ class Publication:
             slot: Of the request.
             root: Length in tokens of the context that the nodes follow.
             words: As `word` makes them, at most `BLOCK_NODES`, parents first.
+
+        Raises:
+            ValueError: More words than a block holds; what was published before stays.
         """
-        generation = self._generations[slot] = (self._generations[slot] + 1) % GENERATIONS
-        which = self._which[slot] = 1 - self._which[slot]
-        count = len(words)
+        generation, which, count = self._generations[slot] + 1, 1 - self._which[slot], len(words)
+        if generation == GENERATIONS:
+            generation = 1  # 0 is that of memory that was never written
+        if count > BLOCK_NODES:
+            raise ValueError(f"{count} words are more than the {BLOCK_NODES} of a block")
         if count:
             np.bitwise_or(np.frombuffer(words, np.int64), generation, out=self._blocks[slot][which][:count])
         self._headers[slot] = which | generation << 1 | count << _COUNT_SHIFT | root << _ROOT_SHIFT
+        self._generations[slot], self._which[slot] = generation, which
 
     def clear(self, slot: int) -> None:
         """Have nothing in a slot: its request is gone."""
