@@ -137,46 +137,48 @@ def drop_a_module(modules: dict[str, Any]) -> None:
     del modules["vllm.v1.worker.gpu.async_utils"]
 
 
+CHANGES = [
+    (rename_a_method, "prepare_inputs", "method prepare_inputs", "nearest: prepare_batch_inputs"),
+    (
+        put_a_parameter_in_front,
+        "add_requests",
+        "parameters that begin with (self, scheduler_output)",
+        "(self, streams, scheduler_output)",
+    ),
+    (
+        swap_two_steps,
+        "execute_model",
+        "in this order: self.finish_requests, self.add_requests, self.update_requests, self.prepare_inputs",
+        "self.finish_requests, self.prepare_inputs, self.update_requests, self.add_requests",
+    ),
+    (
+        write_drafts_elsewhere,
+        "sample_tokens",
+        "it does self.req_states.draft_tokens[] = draft_tokens",
+        "self.drafts.gpu[] = draft_tokens",
+    ),
+    (drop_an_import, "init_speculator", "init_speculator", "no such name"),
+    (ask_more_of_the_speculator, "GPUModelRunner", "nothing asked of self.speculator but", "on_step_end too"),
+    (
+        drop_a_field,
+        "SchedulerOutput",
+        "SchedulerOutput.num_spec_tokens_to_schedule=0",
+        "nearest: num_draft_tokens_to_schedule=0",
+    ),
+    (drop_an_attribute, "RequestState", "RequestState.last_sampled_tokens", "nearest: "),
+    (want_one_argument_more, "Request.__init__", "no argument beside self, request_id, ", "arrival_time too"),
+    (change_a_default, "propose", "parameters dummy_run=False", "dummy_run=True"),
+    (rename_a_plugin_group, "DEFAULT_PLUGINS_GROUP", "the value 'vllm.general_plugins'", "'vllm.plugins'"),
+    (derive_from_something_else, "CPUWorker", "derived from Worker", "derived from WorkerBase"),
+    (read_something_else, "prepare_inputs", "it reads self.req_states.draft_tokens", "self.req_states.drafts"),
+    (drop_a_module, "AsyncOutput", "the module", "no such module"),
+]
+"""What changes, which entry tells of it, what that says is needed, and what is there."""
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
-    ("change", "seam", "needed", "there"),
-    [
-        (rename_a_method, "prepare_inputs", "method prepare_inputs", "nearest: prepare_batch_inputs"),
-        (
-            put_a_parameter_in_front,
-            "add_requests",
-            "parameters that begin with (self, scheduler_output)",
-            "(self, streams, scheduler_output)",
-        ),
-        (
-            swap_two_steps,
-            "execute_model",
-            "in this order: self.finish_requests, self.add_requests, self.update_requests, self.prepare_inputs",
-            "self.finish_requests, self.prepare_inputs, self.update_requests, self.add_requests",
-        ),
-        (
-            write_drafts_elsewhere,
-            "sample_tokens",
-            "it does self.req_states.draft_tokens[] = draft_tokens",
-            "self.drafts.gpu[] = draft_tokens",
-        ),
-        (drop_an_import, "init_speculator", "init_speculator", "no such name"),
-        (ask_more_of_the_speculator, "GPUModelRunner", "nothing asked of self.speculator but", "on_step_end too"),
-        (
-            drop_a_field,
-            "SchedulerOutput",
-            "SchedulerOutput.num_spec_tokens_to_schedule=0",
-            "nearest: num_draft_tokens_to_schedule=0",
-        ),
-        (drop_an_attribute, "RequestState", "RequestState.last_sampled_tokens", "nearest: "),
-        (want_one_argument_more, "Request.__init__", "no argument beside self, request_id, ", "arrival_time too"),
-        (change_a_default, "propose", "parameters dummy_run=False", "dummy_run=True"),
-        (rename_a_plugin_group, "DEFAULT_PLUGINS_GROUP", "the value 'vllm.general_plugins'", "'vllm.plugins'"),
-        (derive_from_something_else, "CPUWorker", "derived from Worker", "derived from WorkerBase"),
-        (read_something_else, "prepare_inputs", "it reads self.req_states.draft_tokens", "self.req_states.drafts"),
-        (drop_a_module, "AsyncOutput", "the module", "no such module"),
-    ],
-    ids=lambda one: one.__name__ if callable(one) else "",
+    ("change", "seam", "needed", "there"), CHANGES, ids=[change.__name__ for change, *_ in CHANGES]
 )
 def test_a_change_is_told(change: Change, seam: str, needed: str, there: str, version: str) -> None:
     modules = copy.deepcopy(VERSIONS[version]["modules"])
