@@ -113,7 +113,9 @@ def _read_file(path: Path) -> Iterator[Need]:
         raise ContractError(f"{path.name}: expected modules, each with a list of entries")
     for module, entries in modules.items():
         for entry in entries:
-            values = {key: tuple(map(str, value)) if key in lists else value for key, value in entry.items()}
+            values: dict[str, Any] = {
+                key: tuple(map(str, value)) if key in lists else value for key, value in entry.items()
+            }
             try:
                 need = Need(module=module, **values)
             except TypeError as error:

@@ -238,7 +238,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, two_gpus: None) -
                 argv += ["--metrics-port", real.metrics[spec.name].rpartition(":")[2].partition("/")[0]]
             argv += ["--speculates"] if spec.name not in (SHIPPED, PLAIN, DEAD) else []
             argv += ["--say", V2_LINE] if (spec.env or {}).get(RUNNER_ENV) == "1" else []
-            argv += ["--differ-at", "5", "--gap", "0.5"] if (tmp_path / f"differ-{spec.name}").exists() else []
+            argv += ["--differ-at", "5"] if (tmp_path / f"differ-{spec.name}").exists() else []
+            argv += ["--gap", "0.5"] if spec.name == PLAIN and not (tmp_path / "ties").exists() else []
             specs.append(replace(spec, argv=argv))
         return replace(real, specs=specs)
 
@@ -279,16 +280,19 @@ def test_a_whole_run(stand_ins: Path) -> None:
     assert data["held"] is False  # two rounds are too few to judge
 
 
-def test_texts_that_differ_and_an_old_vllm_are_told(stand_ins: Path) -> None:
-    (stand_ins / f"differ-{REMOTE}").touch()
-    (stand_ins / "old").touch()
+@pytest.mark.parametrize("ties", [False, True])
+def test_texts_that_differ_and_an_old_vllm_are_told(stand_ins: Path, ties: bool) -> None:
+    for name in (f"differ-{REMOTE}", "old", *(["ties"] if ties else [])):
+        (stand_ins / name).touch()
     arguments = ["--backends", "v1", "--tensor-parallel", "1", "--at-a-time", "1"]
     done = invoke(stand_ins, *arguments, "--json", str(stand_ins / "g.json"), "--check")
     assert done.exit_code == 1, done.output
     data = json.loads((stand_ins / "g.json").read_text())
     assert [one["arm"] for one in data["rows"]] == [SHIPPED, PLAIN, COLOCATED, DEAD, REMOTE]
-    assert data["rows"][-1]["wrong"] == ["a, token 6", "line 2, token 6"]
-    assert "2 texts differ from plain vLLM's, the first at a, token 6" in " ".join(done.output.split())
+    lines = ["a, token 6", "line 2, token 6"]
+    assert (data["rows"][-1]["ties"], data["rows"][-1]["wrong"]) == ((lines, []) if ties else ([], lines))
+    told = "2 texts differ from plain vLLM's, the first at a, token 6" in " ".join(done.output.split())
+    assert told is not ties
     assert data["left_out"] == ["Not measured: this vLLM knows no given acceptance."]
 
 
