@@ -12,8 +12,8 @@ set -euom pipefail   # m: what is started in the background keeps its way of tak
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-.venv/bin/python}
-EXACT_LIMIT_S=${WANSPEC_GPU_EXACT_LIMIT_S:-3600}
-TIMES_LIMIT_S=${WANSPEC_GPU_TIMES_LIMIT_S:-7200}
+EXACT_LIMIT_S=${WANSPEC_GPU_EXACT_LIMIT_S:-5400}
+TIMES_LIMIT_S=${WANSPEC_GPU_TIMES_LIMIT_S:-10800}
 GRACE_S=${WANSPEC_GPU_GRACE_S:-60}   # for servers to be stopped; the kernel ends those of a starter that is killed
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 

@@ -35,10 +35,12 @@ class Need:
         called: Whether we call the function: then all further parameters must have defaults.
         has: What an instance of a class must have: fields, attributes that ``__init__`` assigns, properties, methods.
         bases: What a class must be derived from, as its source says it.
+        open: Whether instances of a class must take attributes that it does not know.
         asks: Something of a class's own, such as ``self.speculator``, that we put there in place of vLLM's ...
         only: ... and all that the class may ask of it.
         order: Steps of a function (see `reading`), in this order.
         reads: What a function must read.
+        says: Texts that must stand in a function, whole.
         value: What a module's name must be bound to.
     """
 
@@ -53,10 +55,12 @@ class Need:
     called: bool = False
     has: tuple[str, ...] = ()
     bases: tuple[str, ...] = ()
+    open: bool = False
     asks: str = ""
     only: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    says: tuple[str, ...] = ()
     value: str | int | None = None
 
     @property
@@ -67,13 +71,18 @@ class Need:
     @property
     def is_function(self) -> bool:
         """Whether it needs more of a function than that it is there."""
-        return bool(self.begins or self.takes or self.called or self.order or self.reads)
+        return bool(self.begins or self.takes or self.called or self.order or self.reads or self.says)
+
+    @property
+    def is_of_members(self) -> bool:
+        """Whether it needs more of a class than that it is there."""
+        return bool(self.has or self.bases or self.open)
 
     @property
     def class_name(self) -> str | None:
         """The class whose record this needs; None where it needs none."""
         owner = self.name.rpartition(".")[0]
-        return owner or (self.name if self.has or self.bases or self.asks else None)
+        return owner or (self.name if self.is_of_members or self.asks else None)
 
     def concerns(self, version: str) -> bool:
         """Whether vLLM of a version must have it."""
@@ -168,6 +177,9 @@ def lacking(need: Need, module: Record | None) -> Iterator[tuple[str, str]]:
             yield from _lacking_parameters(need, function["parameters"])
             yield from _lacking_steps(need, function.get("steps", []))
             yield from _lacking_reads(need, function.get("reads", []))
+            unsaid = [one for one in need.says if one not in function.get("texts", [])]
+            if unsaid:
+                yield f"it says {unsaid[0]!r}", nearest(unsaid[0], function.get("texts", []))
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -194,6 +206,9 @@ def _lacking_members(need: Need, module: Record) -> Iterator[tuple[str, str]]:
     bases = found.get("bases", [])
     if not {*need.bases} <= {*bases}:
         yield f"derived from {', '.join(need.bases)}", f"derived from {', '.join(bases) or 'nothing'}"
+    closed = [one for one in (*found.get("decorators", []), *fields) if "slots=True" in one or "__slots__" in one]
+    if need.open and closed:
+        yield "instances that take further attributes", ", ".join(closed)
     asked = found.get("asks", {}).get(need.asks, [])
     if not {*asked} <= {*need.only}:
         more = ", ".join(one for one in asked if one not in need.only)

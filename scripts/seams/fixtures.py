@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seams.contract import Need
-from seams.reading import MEMBERS, READS, STEPS, Wanted, read_module
+from seams.reading import MEMBERS, READS, STEPS, TEXTS, Wanted, read_module
 from seams.sources import Source
 
 WIDTH = 120
@@ -22,11 +22,11 @@ def wanted_of(needs: Iterable[Need]) -> dict[str, Wanted]:
         of_module = wanted.setdefault(need.module, Wanted())
         of_module.names.add(need.name.partition(".")[0])
         if need.class_name is not None:
-            kinds = ({MEMBERS} if need.has or need.bases else set()) | ({need.asks} if need.asks else set())
+            kinds = ({MEMBERS} if need.is_of_members else set()) | ({need.asks} if need.asks else set())
             of_module.classes.setdefault(need.class_name, set()).update(kinds)
         if need.is_function:
-            kinds = {kind for kind, asked in ((STEPS, need.order), (READS, need.reads)) if asked}
-            of_module.functions.setdefault(need.name, set()).update(kinds)
+            asked = ((STEPS, need.order), (READS, need.reads), (TEXTS, need.says))
+            of_module.functions.setdefault(need.name, set()).update(kind for kind, what in asked if what)
     return dict(sorted(wanted.items()))
 
 

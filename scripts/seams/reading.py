@@ -4,9 +4,9 @@ What is read of a module is what any version can have, so that two versions, and
 
 - names that its statements bind at the top level, of those that it imports the ones asked for, and values of names that
   are bound to strings or numbers;
-- of a class the names of its methods, and, where asked for, bases, fields, what ``__init__`` and ``__post_init__``
-  assign to ``self``, and what it asks of something of its own, such as ``self.speculator``;
-- of a function its parameters, and, where asked for, its *steps* and *reads*.
+- of a class the names of its methods, and, where asked for, decorators, bases, fields, what ``__init__`` and
+  ``__post_init__`` assign to ``self``, and what it asks of something of its own, such as ``self.speculator``;
+- of a function its parameters, and, where asked for, its *steps*, its *reads*, and short texts in it.
 
 Steps are what a body does, in the order of evaluation as far as the text shows it: calls by the name of what is called
 (``self.add_requests``) and assignments of a name or a call (``self.req_states.draft_tokens[] = draft_tokens``). Reads
@@ -25,7 +25,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 LONGEST = 60
 """Characters of a default, or of what is called, that are worth telling apart."""
 MAKERS = ("__init__", "__post_init__")
-MEMBERS, STEPS, READS = "members", "steps", "reads"
+MEMBERS, STEPS, READS, TEXTS = "members", "steps", "reads", "texts"
 #: What every function does, and no order is about.
 # fmt: off
 COMMON = frozenset((
@@ -43,7 +43,8 @@ class Wanted:
         names: Names that it binds, which may be imported.
         classes: Classes at its top level, each with what else to read: "members", and names such as
             "self.speculator" to follow.
-        functions: Functions, ``name`` or ``Class.name``, each with what else to read: "steps", "reads".
+        functions: Functions, ``name`` or ``Class.name``, each with what else to read: "steps", "reads",
+            "texts".
     """
 
     names: set[str] = field(default_factory=set)
@@ -132,6 +133,7 @@ def _read_class(node: ast.ClassDef, kinds: set[str]) -> dict[str, Any]:
     read: dict[str, Any] = {"methods": sorted(methods)}
     if MEMBERS in kinds:
         made = [methods[name] for name in MAKERS if name in methods]
+        read["decorators"] = [ast.unparse(one) for one in node.decorator_list]
         read["bases"] = [ast.unparse(base) for base in node.bases]
         read["fields"] = [*_fields(node)]
         read["attributes"] = sorted({name for method in made for name in _assigned(method)})
@@ -169,6 +171,9 @@ def _read_function(node: Function, kinds: set[str]) -> dict[str, Any]:
         read["steps"] = [step for step, _ in groupby(_steps(node.body))]
     if READS in kinds:
         read["reads"] = sorted(set(_reads(node.body)))
+    if TEXTS in kinds:
+        texts = {one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+        read["texts"] = sorted(text for text in texts if len(text) <= LONGEST)
     return read
 
 

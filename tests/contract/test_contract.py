@@ -133,6 +133,15 @@ def read_something_else(modules: dict[str, Any]) -> None:
     reads[reads.index("self.req_states.draft_tokens")] = "self.req_states.drafts"
 
 
+def close_a_class(modules: dict[str, Any]) -> None:
+    class_of(modules, "ModelRunnerOutput", "vllm.v1.outputs")["decorators"] = ["dataclass(slots=True)"]
+
+
+def say_something_else(modules: dict[str, Any]) -> None:
+    name = "VllmConfig._get_v2_model_runner_unsupported_features"
+    function(modules, name, "vllm.config.vllm")["texts"].remove("custom_class")
+
+
 def drop_a_module(modules: dict[str, Any]) -> None:
     del modules["vllm.v1.worker.gpu.async_utils"]
 
@@ -171,6 +180,18 @@ CHANGES = [
     (rename_a_plugin_group, "DEFAULT_PLUGINS_GROUP", "the value 'vllm.general_plugins'", "'vllm.plugins'"),
     (derive_from_something_else, "CPUWorker", "derived from Worker", "derived from WorkerBase"),
     (read_something_else, "prepare_inputs", "it reads self.req_states.draft_tokens", "self.req_states.drafts"),
+    (
+        close_a_class,
+        "ModelRunnerOutput",
+        "instances that take further attributes",
+        "dataclass(slots=True)",
+    ),
+    (
+        say_something_else,
+        "_get_v2_model_runner_unsupported_features",
+        "it says 'custom_class'",
+        "nothing that resembles",
+    ),
     (drop_a_module, "AsyncOutput", "the module", "no such module"),
 ]
 """What changes, which entry tells of it, what that says is needed, and what is there."""

@@ -10,7 +10,7 @@ import pytest
 import read_seams
 from seams.contract import ContractError, Need, differences, read_contract
 from seams.fixtures import changes, dump, load, read_source
-from seams.reading import MEMBERS, READS, STEPS, Wanted, read_module
+from seams.reading import MEMBERS, READS, STEPS, TEXTS, Wanted, read_module
 from seams.sources import Source, SourceError, installed, open_source
 
 TEXT = '''
@@ -30,6 +30,7 @@ else:
 
 class Base: ...
 
+@kept(slots=True)
 class Runner(Base, metaclass=type):
     """A runner."""
     limit: int = 3
@@ -66,7 +67,7 @@ async def serve(a, *, b): ...
 WANTED = Wanted(
     {"GROUP", "Kind", "helped"},
     {"Runner": {MEMBERS, "self.part"}, "Base": set(), "Absent": {MEMBERS}},
-    {"Runner.run": {STEPS, READS}, "serve": set(), "Runner.absent": set(), "absent": {STEPS}},
+    {"Runner.run": {STEPS, READS, TEXTS}, "serve": set(), "Runner.absent": set(), "absent": {STEPS}},
 )
 
 
@@ -78,6 +79,7 @@ def test_what_is_read_of_a_module() -> None:
         "Base": {"methods": []},
         "Runner": {
             "methods": ["__init__", "run", "size"],
+            "decorators": ["kept(slots=True)"],
             "bases": ["Base"],
             "fields": ["limit=3", "rows", "KIND='x'"],
             "attributes": ["config", "device", "part"],
@@ -100,6 +102,7 @@ def test_what_is_read_of_a_module() -> None:
     ]
     assert {"self.part.ask", "self.part", "a.rows", "GROUP", "self.lock", "drafts"} <= {*run["reads"]}
     assert not {"done", "self.states.count", "row.more"} & {*run["reads"]}
+    assert run["texts"] == ["begins", "more"]
 
 
 def package(folder: Path, name: str = "runner", version: str | None = "0.41.0") -> Path:
@@ -182,9 +185,10 @@ def test_a_contract_that_holds() -> None:
         lacking(
             need(name="helped"),
             need(name="GROUP", value="a.group"),
-            need(name="Base"),
+            need(name="Base", open=True),
             need(name="Runner", has=("limit=3", "rows", "size", "part", "run"), bases=("Base",)),
             need(name="Runner", asks="self.part", only=("ask", "propose", "more")),
+            need(name="Runner.run", says=("more", "begins")),
             need(name="Runner.run", begins=("self", "a", "b"), takes=("c", "d=None"), called=True),
             need(name="Runner.run", order=("first", "self.part.propose", "other"), reads=("self.part", "self.lock")),
             need(name="serve", begins=("a",), takes=("b",), called=True),
@@ -208,6 +212,8 @@ def test_a_contract_that_holds() -> None:
         (need(name="serve", begins=("a", "b", "c")), "parameters that begin with (a, b, c)\n  there is: (a, *, b)"),
         (need(name="Runner.run", order=("other", "first")), "in this order: other, first\n  there is: first, other"),
         (need(name="Runner.run", reads=("self.par",)), "it reads self.par\n  there is: nearest: self.part"),
+        (need(name="Runner.run", says=("begin",)), "it says 'begin'\n  there is: nearest: begins"),
+        (need(name="Runner", open=True), "instances that take further attributes\n  there is: kept(slots=True)"),
     ],
 )
 def test_what_is_missing_is_said(entry: Need, told: str) -> None:

@@ -11,7 +11,7 @@ from integration.fleet import MODEL_NAME, Drafter, Fleet, Target, find_test_mode
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import ServerGroup, ServerSpec, free_ports
-from vllm_wanspec.lab.target.gpu_plan import Backend, models_for, usable_gpus
+from vllm_wanspec.lab.target.gpu_plan import START_DEADLINE_S, Backend, models_for, usable_gpus
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class GpuHouse:
             spec = ServerSpec("plain", [*argv, *flags()], port, machine.server_env())
             spec = replace(backend.of(spec), argv=[*spec.argv, *extra])
             plain = Target(group.start(spec))
-            fleet.wait_ready(plain.server)  # vLLM measures free memory as it starts: one after the other
+            group.wait_ready([plain.server], START_DEADLINE_S)  # vLLM measures free memory as it starts
             endpoints = {"draft_endpoints": [{"name": "main", "url": self.drafter.url}]}
             ours = fleet.wanspec("wanspec", endpoints, extra_flags=extra, extra_env=backend.env)
-            fleet.wait_ready(ours.server)
+            group.wait_ready([ours.server], START_DEADLINE_S)
             yield plain, ours
 
 
@@ -61,5 +61,5 @@ def house(models: DemoModels, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with ServerGroup(folder) as group:
         fleet = Fleet(group, models, folder)
         drafter = fleet.drafter()
-        fleet.wait_ready(drafter.server)
+        group.wait_ready([drafter.server], START_DEADLINE_S)
         yield GpuHouse(drafter, models, folder)

@@ -13,7 +13,7 @@ from vllm_wanspec.lab.target.gpu_plan import BACKENDS, Backend, usable_gpus
 
 from .conftest import GpuHouse
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(3600)]
 
 REQUESTS, AT_ONCE = 32, 8
 LONGEST_PROMPT = 800

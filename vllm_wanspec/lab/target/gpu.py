@@ -23,6 +23,7 @@ from vllm_wanspec.lab.report.writing import measured
 from vllm_wanspec.lab.target.gpu_measure import GpuPart
 from vllm_wanspec.lab.target.gpu_plan import (
     BACKENDS,
+    START_DEADLINE_S,
     GpuOptions,
     knows_given_acceptance,
     models_for,
@@ -59,7 +60,7 @@ def run_gpu(options: GpuOptions, console: Console, log_dir: Path | None = None) 
                 beside.mkdir(exist_ok=True)
                 plan = plan_gpu(options, BACKENDS[name], size, models, beside, given)
                 # vLLM measures free memory as it starts, which another server's start would disturb.
-                with serving(plan.specs, beside, console, in_turn=True) as servers:
+                with serving(plan.specs, beside, console, in_turn=True, deadline_s=START_DEADLINE_S) as servers:
                     rows += asyncio.run(GpuPart(options, plan, servers, console).measure(prompts))
     left_out = [
         f"Not measured with tensor parallel {size}: {count} GPU{'s' * (count > 1)} to use."
