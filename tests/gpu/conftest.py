@@ -28,16 +28,16 @@ class GpuHouse:
         folder = self.folder / f"{backend.name}-tp{tensor_parallel}"
         folder.mkdir()
         models = models_for(self.models, tensor_parallel, folder)
-        extra = [*backend.flags, "--tensor-parallel-size", str(tensor_parallel)]
+        shared = ["--tensor-parallel-size", str(tensor_parallel)]
         with ServerGroup(folder) as group:
             fleet = Fleet(group, models, folder)
             (port,) = free_ports(1)
             argv = vllm_command("serve", str(models.target), "--served-model-name", MODEL_NAME, "--port", str(port))
             spec = ServerSpec("plain", [*argv, *flags()], port, machine.server_env())
-            spec = replace(backend.of(spec), argv=[*spec.argv, *extra])
-            plain = Target(group.start(spec))
+            plain = Target(group.start(backend.of(replace(spec, argv=[*spec.argv, *shared]))))
             group.wait_ready([plain.server], START_DEADLINE_S)  # vLLM measures free memory as it starts
             endpoints = {"draft_endpoints": [{"name": "main", "url": self.drafter.url}]}
+            extra = [*shared, *backend.flags]
             ours = fleet.wanspec("wanspec", endpoints, extra_flags=extra, extra_env=backend.env)
             group.wait_ready([ours.server], START_DEADLINE_S)
             yield plain, ours

@@ -29,7 +29,7 @@ DRAFTED_REMOTELY = (REMOTE, REMOTE_GIVEN)
 #: Their texts are what the acceptance makes of them.
 GIVEN = (COLOCATED_GIVEN, REMOTE_GIVEN)
 DRAFTER_PLACES = 64
-#: A server on a GPU compiles kernels and captures graphs as it starts; with speculation vLLM 0.33 compiles more of them.
+#: A server on a GPU compiles kernels and captures graphs as it starts, with speculation more of them since vLLM 0.33.
 START_DEADLINE_S = 900.0
 SYNTHETIC = "synthetic_acceptance_rates"
 
