@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from .fleet import EACH_RUNNER, Target
+from .fleet import ASYNC, EACH_RUNNER, Target
 from .scrape import LEAST_ACCEPTED, drafts_decide, each_is_somebody_s, is_up, until
 from .workload import PlainTruth, Request, client_of, run_staggered, vary
 
@@ -18,7 +18,7 @@ SAMPLED_TOKENS = 20
 
 
 def test_staggered_greedy_requests_are_exact(
-    wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
+    wanspec: Target, runner: str, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     chosen = [prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS]
     assert len(chosen) == REQUESTS and len({len(prompt) for prompt in chosen}) > REQUESTS // 2
@@ -27,7 +27,7 @@ def test_staggered_greedy_requests_are_exact(
     async def main() -> None:
         async with aiohttp.ClientSession() as http:
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
-            async with drafts_decide(http, wanspec), each_is_somebody_s(http, wanspec):
+            async with drafts_decide(http, wanspec), each_is_somebody_s(http, wanspec, runner == ASYNC):
                 run = await run_staggered(client_of(http, wanspec), requests, AT_ONCE)
             assert run.most_at_once >= 4
             await plain.check(http, requests, run.done())
@@ -36,7 +36,7 @@ def test_staggered_greedy_requests_are_exact(
 
 
 def test_greedy_requests_batched_with_sampled_ones_are_exact(
-    wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
+    wanspec: Target, runner: str, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     greedy = vary([prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS])
     sampled = [Request(request.prompt, SAMPLED_TOKENS, temperature=1.0) for request in greedy[::2]]
@@ -49,7 +49,7 @@ def test_greedy_requests_batched_with_sampled_ones_are_exact(
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
             async with (
                 drafts_decide(http, wanspec, accepted=LEAST_ACCEPTED + sampled_tokens),
-                each_is_somebody_s(http, wanspec),
+                each_is_somebody_s(http, wanspec, runner == ASYNC),
             ):
                 run = await run_staggered(client_of(http, wanspec), mixed, 8)
             pairs = list(zip(mixed, run.done(), strict=True))
