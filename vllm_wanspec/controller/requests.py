@@ -104,7 +104,7 @@ class Requests:
 
     def _end_of(self, request: Any) -> int:
         """The length in tokens at which a request is over."""
-        wanted = getattr(request.sampling_params, "max_tokens", None)
+        wanted: int | None = getattr(request.sampling_params, "max_tokens", None)
         if wanted is None:
             return self._max_model_len
         return min(len(request.prompt_token_ids) + wanted, self._max_model_len)

@@ -19,7 +19,7 @@ from vllm_wanspec.core.block import Publication
 logger = logging.getLogger("vllm.wanspec.proposer")
 
 
-class RemoteSpeculator(BaseSpeculator):
+class RemoteSpeculator(BaseSpeculator):  # type: ignore[misc]  # vLLM's types are not looked at
     """Stands where vLLM's speculators stand, and drafts nothing: drafts are bound later, by the wraps of `hooks`.
 
     Attributes:
@@ -40,7 +40,6 @@ class RemoteSpeculator(BaseSpeculator):
     def capture(self) -> None:
         """Part of vLLM's contract; nothing of it is captured."""
 
-    @torch.inference_mode()
     def propose(self, input_batch: Any, *args: Any, dummy_run: bool = False, **kwargs: Any) -> torch.Tensor:
         """What is in the slots of a batch, int64 [rows, most drafts]: `RemoteDrafts.bind` replaces it in time.
 
@@ -48,9 +47,10 @@ class RemoteSpeculator(BaseSpeculator):
         """
         if not dummy_run and input_batch.has_structured_output_reqs:
             self.remote.bind_early(input_batch.req_ids, input_batch.idx_mapping_np)
-        if dummy_run:
-            return self._draft_tokens[: input_batch.num_reqs]
-        return self._draft_tokens[input_batch.idx_mapping]
+        with torch.inference_mode():
+            if dummy_run:
+                return self._draft_tokens[: input_batch.num_reqs]
+            return self._draft_tokens[input_batch.idx_mapping]
 
 
 def make_speculator(vllm_config: Any, device: torch.device, req_states: Any) -> RemoteSpeculator:

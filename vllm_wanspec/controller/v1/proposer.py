@@ -56,6 +56,11 @@ class RemoteProposer:
         """Serves the drafts; None on other ranks than the first."""
         return None if self._requests is None else self._requests.pool
 
+    @property
+    def failed(self) -> bool:
+        """Whether a fault of ours has ended drafting."""
+        return self._requests is not None and self._requests.failed
+
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Part of vLLM's contract; there is no model to load here."""
 
