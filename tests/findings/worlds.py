@@ -148,7 +148,7 @@ class World:
         self.work()
         self.runner._draft_token_ids = proposed
         taken = self.runner.take_draft_token_ids()
-        if self.remote._failed and not self.may_fail:
+        if self.remote.failed and not self.may_fail:
             raise RuntimeError("the proposer has failed; its log line says why")
         self.drafts = dict(zip(self.names, taken, strict=False))
 
