@@ -57,8 +57,10 @@ def slots() -> Slots:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interpreted")
-    program = Path(__file__).with_name("interpreted_walk.py")
-    python(str(program), str(SEED), str(COUNT), str(folder), env=triton_env())
+    program, env = Path(__file__).with_name("interpreted_walk.py"), triton_env()
+    # Said here too, for where Python does not look beside a program.
+    env["PYTHONPATH"] += os.pathsep + str(program.parent)
+    python(str(program), str(SEED), str(COUNT), str(folder), env=env)
     return folder
 
 

@@ -131,7 +131,9 @@ def garbage(rng: random.Random, size: int) -> list[int]:
 
 
 def _fill(slots: Slots, slot: int, kind: Kind, rng: random.Random, *, torn: bool) -> None:
-    size = BLOCK_NODES if rng.random() < 0.05 else rng.randint(0, 40)
+    size = BLOCK_NODES if rng.random() < 0.1 else rng.randint(0, 40)
+    # A count that no block has, of words which are all right otherwise.
+    count = rng.randint(BLOCK_NODES + 1, 255) if size == BLOCK_NODES and rng.random() < 0.5 else size
     generation, which, root = rng.randrange(2**16), rng.randrange(2), rng.randint(0, CAPACITY - MAX_FOLLOWED - 4)
     block = [value | generation for value in kind(rng, size)]
     for index in range(size):
@@ -139,7 +141,7 @@ def _fill(slots: Slots, slot: int, kind: Kind, rng: random.Random, *, torn: bool
             block[index] ^= rng.randrange(1, 2**16)
     slots.words[slot] = np.frombuffer(rng.randbytes(2 * 8 * BLOCK_NODES), np.int64).reshape(2, BLOCK_NODES)
     slots.words[slot, which, :size] = block
-    header = which | generation << 1 | size << 17 | root << 25
+    header = which | generation << 1 | count << 17 | root << 25
     if kind is garbage and rng.random() < 0.5:
         header = rng.randrange(-(2**63), 2**63)
     slots.headers[slot] = header
