@@ -106,10 +106,6 @@ EACH_RUNNER = pytest.mark.parametrize(
 """vLLM's model runners: V1, and Model Runner V2 without and with async scheduling, its kernels interpreted on a CPU."""
 
 
-VERIFY_ALL = {"length": {"policy": "fixed", "shut_off": False}}
-"""Of targets whose exactness is tested: drafts that hardly pay are verified too, so that many are rejected."""
-
-
 def on_runner(runner: str) -> dict[str, Any]:
     """What `Fleet.wanspec` needs for a target on a model runner."""
     if runner == V1:
@@ -179,7 +175,7 @@ class Fleet:
         endpoints.append({"name": "wrong-token", "url": drafter_url, "token_env": WRONG_TOKEN_ENV})
         return self.wanspec(
             f"small-{runner}",
-            {"draft_endpoints": endpoints} | VERIFY_ALL,
+            {"draft_endpoints": endpoints},
             speculative_tokens=SPECULATIVE_TOKENS,
             extra_flags=[
                 *("--max-model-len", str(CONTEXT_LIMIT)),

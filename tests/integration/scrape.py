@@ -11,8 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from .fleet import Target
 
-LEAST_ACCEPTED = 300
+LEAST_ACCEPTED = 500
 LEAST_REJECTED = 300
+"""Fewer than accepted ones: calibrated trees offer little that is likely to be rejected."""
 FILLERS_RIGHT = 0.05
 POLL_S = 0.05
 WAIT_S = 60.0
@@ -34,7 +35,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Tokens that a drafter made: neither prompt lookup's nor what fills drafts up counts."""
+    """vLLM's own count of verified draft tokens."""
 
     accepted: int
     rejected: int
@@ -59,9 +60,9 @@ async def wanspec_page(http: aiohttp.ClientSession, target: Target) -> Page:
 
 
 async def read_drafts(http: aiohttp.ClientSession, target: Target) -> Drafts:
-    page = await wanspec_page(http, target)
-    accepted = sum(int(page.get(f"wanspec_accepted_{source}_total")) for source in ("main_line", "branch"))
-    return Drafts(accepted, int(page.get("wanspec_offered_drafted_total")) - accepted)
+    page = await vllm_page(http, target)
+    accepted = int(page.get("vllm:spec_decode_num_accepted_tokens_total"))
+    return Drafts(accepted, int(page.get("vllm:spec_decode_num_draft_tokens_total")) - accepted)
 
 
 async def is_up(http: aiohttp.ClientSession, target: Target, drafter: str) -> bool:

@@ -9,22 +9,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mrv2_env import mrv2_env
 from scipy.stats import chi2_contingency
 
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import DemoModels
 
-from .fleet import ASYNC, MRV2, Drafter, token_env
+from .fleet import Drafter, token_env
 from .programs import Program
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SAMPLES = 20_000
 FAULTY_SAMPLES = 2_000
-V2_SAMPLES = 4_000
-"""Of model runner V2, whose kernels are interpreted."""
-BIAS = {str(token): -2.0 for token in range(200, 400)}
 PROMPTS = 4
 LONGEST_PROMPT = 300
 DECIDED_POSITIONS = (2, 4, 8)
@@ -116,36 +112,6 @@ def test_the_distribution_is_plain_vllms(laboratory: Laboratory, plain_arm: Arm)
         assert share >= LEAST_DECIDED, f"vacuous: only {share:.0%} decided against a draft at position {position}"
     assert arm.accepted >= LEAST_DRAFTS and arm.rejected >= LEAST_DRAFTS
     assert corrected_p(plain_arm, arm) > LEAST_P
-
-
-@pytest.mark.parametrize("runner", [MRV2, ASYNC], indirect=True, scope="package")
-def test_the_distribution_is_plain_vllms_on_model_runner_v2(
-    laboratory: Laboratory, plain_arm: Arm, runner: str
-) -> None:
-    arm = laboratory.run_wanspec(f"wanspec-{runner}", V2_SAMPLES, WANSPEC_SEED, env=v2_env(runner))
-    for position in DECIDED_POSITIONS:
-        share = arm.decided[str(position)] / V2_SAMPLES
-        assert share >= LEAST_DECIDED, f"vacuous: only {share:.0%} decided against a draft at position {position}"
-    assert arm.accepted >= LEAST_DRAFTS and arm.rejected >= LEAST_DRAFTS
-    assert corrected_p(plain_arm, arm) > LEAST_P
-
-
-@pytest.mark.parametrize("sampling", [{"min_p": 0.15}, {"logit_bias": BIAS}], ids=["min_p", "logit_bias"])
-def test_min_p_and_logit_bias_act_on_drafted_rows(
-    laboratory: Laboratory, plain_arm: Arm, sampling: dict[str, object]
-) -> None:
-    """Model Runner V2's verification applies them; vLLM's front door lets them through for us there."""
-    extra = ("--sampling", json.dumps(sampling))
-    [name] = sampling
-    expected = laboratory.run(f"plain-{name}", FAULTY_SAMPLES, PLAIN_SEED, *extra)
-    arm = laboratory.run_wanspec(f"wanspec-{name}", FAULTY_SAMPLES, WANSPEC_SEED, *extra, env=v2_env(ASYNC))
-    assert min(arm.decided[str(position)] for position in DECIDED_POSITIONS) >= LEAST_DECIDED * FAULTY_SAMPLES
-    assert corrected_p(expected, arm) > LEAST_P
-    assert corrected_p(plain_arm, arm) < LEAST_P / 1000
-
-
-def v2_env(runner: str) -> dict[str, str]:
-    return mrv2_env(async_scheduling=runner == ASYNC)
 
 
 def test_accepting_every_draft_would_be_noticed(laboratory: Laboratory, plain_arm: Arm) -> None:

@@ -7,12 +7,12 @@ import pytest
 
 from vllm_wanspec.lab.harness.client import Completion
 
-from .fleet import ASYNC, CHUNK, CONTEXT_LIMIT, EACH_RUNNER, MODEL_NAME, SPECULATIVE_TOKENS, Target
+from .fleet import ASYNC, CHUNK, CONTEXT_LIMIT, MODEL_NAME, SPECULATIVE_TOKENS, Target
 from .peers import Peers
 from .scrape import drafts_decide, is_up, until, vllm_page, wanspec_page
 from .workload import PlainTruth, Request, client_of, run_staggered, send
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), EACH_RUNNER]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 AT_ONCE = 8
 LEAVING_TOKENS = 96
