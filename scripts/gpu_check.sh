@@ -4,8 +4,8 @@
 # first finds. Arguments go to the second: `python -m vllm_wanspec.lab.target.gpu --help` lists them.
 #
 # Takes the checkout's .venv (`make install` makes it with the official wheel where there is a GPU), or the Python that
-# PYTHON names, which must have vLLM, this package and its extras lab and test. Wants eight small servers' memory on a
-# GPU, about 32 GB, and nothing else running there; a second GPU adds tensor parallelism.
+# PYTHON names, which must have vLLM, this package and its extras lab and test. Wants six small servers' memory on a
+# GPU, about 24 GB, and nothing else running there; a second GPU adds tensor parallelism.
 #
 # Exit status: 0; 1 where a text was wrong, a bar was missed or something failed; 2 without a GPU or vLLM for it.
 set -euom pipefail   # m: what is started in the background keeps its way of taking signals
@@ -61,13 +61,13 @@ main() {
     timeout 30 nvidia-smi -L 2>/dev/null | grep -q '^GPU ' || lacking "no GPU here (nvidia-smi lists none)"
     [ -x "$PYTHON" ] || lacking "no $PYTHON: run \`make install\`, or set PYTHON"
     usable 2>/dev/null || lacking "$PYTHON has no vLLM that can use the GPU: run \`make install\`, or set PYTHON"
-    mkdir -p docs/results
+    mkdir -p docs/results build/gpu-check   # results; the servers' logs
 
     say "exactness, at most $EXACT_LIMIT_S s"
     bounded "$EXACT_LIMIT_S" "$PYTHON" -m pytest -m gpu -s tests/gpu || exact=$?
     say "times, at most $TIMES_LIMIT_S s"
     bounded "$TIMES_LIMIT_S" "$PYTHON" -m vllm_wanspec.lab.target.gpu --check --json docs/results/gpu.json \
-        --markdown docs/results/gpu.md "$@" || times=$?
+        --markdown docs/results/gpu.md --keep-log build/gpu-check "$@" || times=$?
 
     say "exactness: $([ "$exact" -eq 0 ] && echo held || echo "FAILED (status $exact)")"
     say "times: $([ "$times" -eq 0 ] && echo "held" || echo "FAILED (status $times)"); $((SECONDS - started)) s in all"

@@ -61,7 +61,8 @@ def test_exactness_then_times(env: dict[str, str]) -> None:
     assert calls(env) == [
         "-",
         "-m pytest -m gpu -s tests/gpu",
-        "-m vllm_wanspec.lab.target.gpu --check --json docs/results/gpu.json --markdown docs/results/gpu.md --rounds 7",
+        "-m vllm_wanspec.lab.target.gpu --check --json docs/results/gpu.json --markdown docs/results/gpu.md "
+        "--keep-log build/gpu-check --rounds 7",
     ]
     assert "gpu_check: exactness: held\n" in done.stdout and "gpu_check: times: held; " in done.stdout
     assert (Path(env["FOLDER"]) / "docs" / "results").is_dir()

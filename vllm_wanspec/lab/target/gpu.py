@@ -8,15 +8,17 @@ remote drafting with a dead drafter and with drafts, and both ways of drafting a
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from vllm_wanspec.errors import UnsupportedError
+from vllm_wanspec.errors import UnsupportedError, WanspecError
 from vllm_wanspec.lab.harness.launch import serving
-from vllm_wanspec.lab.harness.models import find_models, read_prompts
+from vllm_wanspec.lab.harness.models import Prompt, find_models, read_prompts
 from vllm_wanspec.lab.harness.options import JsonFile, LogFolder, MarkdownFile, ModelsFolder, listed, parse_list
 from vllm_wanspec.lab.harness.running import Outputs, check_needs, log_folder
 from vllm_wanspec.lab.report.writing import measured
@@ -25,6 +27,7 @@ from vllm_wanspec.lab.target.gpu_plan import (
     BACKENDS,
     START_DEADLINE_S,
     GpuOptions,
+    GpuPlan,
     knows_given_acceptance,
     models_for,
     plan_gpu,
@@ -38,10 +41,12 @@ NO_GPU = "no GPU here (nvidia-smi lists none)"
 def run_gpu(options: GpuOptions, console: Console, log_dir: Path | None = None) -> GpuResult:
     """Run the check, comparison by comparison; the servers' logs stay in ``log_dir``, if there is one.
 
+    A comparison in which a server or a request fails is told of, and the others go on: time on a GPU is dear.
+
     Raises:
         UnsupportedError: No GPU that may be used, or no vLLM that could be started.
         ConfigError: Models or prompts are missing, or not for so many GPUs.
-        WanspecError: A server or a request failed.
+        WanspecError: All comparisons failed.
     """
     count = usable_gpus()
     if not count:
@@ -51,25 +56,39 @@ def run_gpu(options: GpuOptions, console: Console, log_dir: Path | None = None) 
     check_needs()
     given = knows_given_acceptance()
     rows: list[GpuRow] = []
+    failures: list[str] = []
     with log_folder(log_dir, "--keep-log", console) as folder:
         for size in (size for size in options.tensor_parallel if size <= count):
             models = models_for(found, size, folder)
-            for name in options.backends:
-                console.print(f"{name}, tensor parallel {size}", highlight=False)
-                beside = folder / f"{name}-tp{size}"
+            for name, part in product(options.backends, (False, True) if given else (False,)):
+                what = f"{name}, tensor parallel {size}{', acceptance given' * part}"
+                console.print(what, highlight=False)
+                beside = folder / f"{name}-tp{size}{'-given' * part}"
                 beside.mkdir(exist_ok=True)
-                plan = plan_gpu(options, BACKENDS[name], size, models, beside, given)
-                # vLLM measures free memory as it starts, which another server's start would disturb.
-                with serving(plan.specs, beside, console, in_turn=True, deadline_s=START_DEADLINE_S) as servers:
-                    rows += asyncio.run(GpuPart(options, plan, servers, console).measure(prompts))
+                plan = plan_gpu(options, BACKENDS[name], size, models, beside, part)
+                try:
+                    rows += _measured(options, plan, prompts, beside, console)
+                except WanspecError as error:
+                    failures.append(f"{what}: {str(error).splitlines()[0]}")
+                    console.print(f"error: {what}: {error}", style="bold red", highlight=False, markup=False)
+    if not rows:
+        raise WanspecError("; ".join(failures) or "nothing to measure")
     left_out = [
         f"Not measured with tensor parallel {size}: {count} GPU{'s' * (count > 1)} to use."
         for size in options.tensor_parallel
         if size > count
     ]
-    return GpuResult(
-        options, rows, left_out + ([] if given else ["Not measured: this vLLM knows no given acceptance."])
-    )
+    left_out += [] if given else ["Not measured: this vLLM knows no given acceptance."]
+    return GpuResult(options, rows, left_out, failures)
+
+
+def _measured(
+    options: GpuOptions, plan: GpuPlan, prompts: Sequence[Prompt], folder: Path, console: Console
+) -> list[GpuRow]:
+    """The rows of one comparison, with its servers as long as it lasts."""
+    # vLLM measures free memory as it starts, which another server's start would disturb.
+    with serving(plan.specs, folder, console, in_turn=True, deadline_s=START_DEADLINE_S) as servers:
+        return asyncio.run(GpuPart(options, plan, servers, console).measure(prompts))
 
 
 DEFAULTS = GpuOptions()

@@ -132,6 +132,7 @@ class GpuPart:
         row = GpuRow(
             backend=self._plan.backend.name,
             tensor_parallel=self._plan.tensor_parallel,
+            given=self._plan.given,
             kind=kind,
             at_a_time=at_a_time,
             rounds=tuple(tally.rounds),

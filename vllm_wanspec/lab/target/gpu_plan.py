@@ -105,12 +105,14 @@ class GpuPlan:
     Attributes:
         backend: How those run that are not as vLLM has it.
         tensor_parallel: GPUs of a target.
+        given: Whether acceptance is given.
         specs: The drafter, then targets by their kind, in the order in which to start them.
         metrics: By kind, where its controller serves its counters.
     """
 
     backend: Backend
     tensor_parallel: int
+    given: bool
     specs: Sequence[ServerSpec]
     metrics: Mapping[str, str] = field(default_factory=dict)
 
@@ -148,7 +150,7 @@ def models_for(models: DemoModels, tensor_parallel: int, folder: Path) -> DemoMo
 def plan_gpu(
     options: GpuOptions, backend: Backend, tensor_parallel: int, models: DemoModels, folder: Path, given: bool
 ) -> GpuPlan:
-    """Lay out a drafter, and a target of each kind; writes YAML files to ``folder``.
+    """Lay out a drafter, and a target of each kind of one comparison; writes YAML files to ``folder``.
 
     Args:
         options: The check's settings.
@@ -156,10 +158,10 @@ def plan_gpu(
         tensor_parallel: GPUs of a target.
         models: Those that so many GPUs can share.
         folder: Existing folder.
-        given: Whether there are targets with a given acceptance.
+        given: Whether it is that of ways of drafting at a given acceptance, beside plain vLLM.
     """
     drafter = drafter_spec(models.draft, DRAFTER_PLACES, None)
-    kinds = [SHIPPED, PLAIN, COLOCATED, DEAD, REMOTE, *(GIVEN if given else ())]
+    kinds = (PLAIN, *GIVEN) if given else (SHIPPED, PLAIN, COLOCATED, DEAD, REMOTE)
     ports, metrics, specs = free_ports(2 * len(kinds)), {}, [_apart(drafter, tensor_parallel)]
     for kind in kinds:
         config = None
@@ -173,7 +175,7 @@ def plan_gpu(
         flags = ["--dtype", options.dtype, "--tensor-parallel-size", str(tensor_parallel)]
         run_by = AS_SHIPPED if kind in AS_VLLM_HAS_IT else backend
         specs.append(run_by.of(replace(spec, argv=[*spec.argv, *flags])))
-    return GpuPlan(backend, tensor_parallel, specs, metrics)
+    return GpuPlan(backend, tensor_parallel, given, specs, metrics)
 
 
 def _apart(drafter: ServerSpec, tensor_parallel: int) -> ServerSpec:

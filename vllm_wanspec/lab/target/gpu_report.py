@@ -45,6 +45,7 @@ class GpuRow:
     Attributes:
         backend: Of the comparison.
         tensor_parallel: GPUs of a target.
+        given: Whether it is a comparison at a given acceptance.
         kind: What drafts, and under what constraints.
         at_a_time: Requests at a time.
         rounds: Times of each round, over all its requests.
@@ -58,6 +59,7 @@ class GpuRow:
 
     backend: str
     tensor_parallel: int
+    given: bool
     kind: str
     at_a_time: int
     rounds: tuple[Timed, ...]
@@ -72,9 +74,9 @@ class GpuRow:
         return f"{TITLES[self.kind]}: {number(self.per_token_ms, 3)} ms per token"
 
     @property
-    def case(self) -> tuple[str, int, int]:
+    def case(self) -> tuple[str, int, bool, int]:
         """What rows that are compared have in common."""
-        return self.backend, self.tensor_parallel, self.at_a_time
+        return self.backend, self.tensor_parallel, self.given, self.at_a_time
 
     @property
     def per_token_ms(self) -> float | None:
@@ -110,6 +112,7 @@ class GpuRow:
         return {
             "backend": self.backend,
             "tensor_parallel": self.tensor_parallel,
+            "given": self.given,
             "arm": self.kind,
             "at_a_time": self.at_a_time,
             "model_runner": "v2" if self.v2 else "v1",
@@ -126,11 +129,12 @@ class GpuRow:
 
 @dataclass(frozen=True, slots=True)
 class GpuResult:
-    """Everything that a run found, and what it could not measure, in sentences."""
+    """Everything that a run found, and, in sentences, what it could not measure here and what failed."""
 
     options: GpuOptions
     rows: Sequence[GpuRow]
     left_out: Sequence[str] = ()
+    failures: Sequence[str] = ()
 
     def row(self, of: GpuRow, kind: str) -> GpuRow | None:
         """The row of another kind that a row may be compared with."""
@@ -161,7 +165,7 @@ class GpuResult:
     def held(self) -> bool:
         """Whether all that was asked for was measured, is right, and keeps promise 3."""
         dead = [self.holds(row) for row in self.rows if row.kind == DEAD]
-        return bool(dead) and all(dead) and not any(self.faults(row) for row in self.rows)
+        return bool(dead) and all(dead) and not self.failures and not any(self.faults(row) for row in self.rows)
 
     def as_json(self) -> dict[str, Any]:
         """Return what the result file has beside where it comes from."""
@@ -180,6 +184,7 @@ class GpuResult:
                 for row in self.rows
             ],
             "left_out": list(self.left_out),
+            "failures": list(self.failures),
             "dtype": options.dtype,
             "prompts": options.prompts,
             "max_tokens": options.max_tokens,
@@ -199,9 +204,12 @@ def gpu_document(result: GpuResult, provenance: Provenance) -> Document:
         title="On a GPU: what our constraints cost, and what remote drafting does",
         tables=[*_tables(result)],
         warnings=[
-            f"{row.backend}, TP {row.tensor_parallel}, {row.at_a_time} at a time, {TITLES[row.kind]}: {fault}."
-            for row in result.rows
-            for fault in result.faults(row)
+            *(f"FAILED: {failure}" for failure in result.failures),
+            *(
+                f"{row.backend}, TP {row.tensor_parallel}, {row.at_a_time} at a time, {TITLES[row.kind]}: {fault}."
+                for row in result.rows
+                for fault in result.faults(row)
+            ),
         ],
         remarks=list(result.left_out),
         method=_method(result.options),

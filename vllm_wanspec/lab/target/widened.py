@@ -1,13 +1,13 @@
 """A copy of a small model with more attention heads, so that they divide by a tensor-parallel size.
 
 The further heads have weights of zero: what they add to a layer's output is exactly 0, so the model says what it said.
-The demo's target has five heads, which two GPUs cannot share.
+The demo's target has five heads, which two GPUs cannot share. Heads must divide the hidden size, too, although their
+size is given: the library that reads configurations insists on it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def needs_widening(model: Path, parts: int) -> bool:
 
 
 def widen(model: Path, parts: int, folder: Path) -> Path:
-    """Write a copy with as few further heads as make them divide by ``parts``.
+    """Write a copy with as few further heads as make them divide by ``parts``, and the hidden size by them.
 
     Args:
         model: Folder of a model of Llama's kind, all of its weights in one safetensors file.
@@ -41,16 +41,18 @@ def widen(model: Path, parts: int, folder: Path) -> Path:
         ``folder``.
 
     Raises:
-        ConfigError: The model is not of that kind.
+        ConfigError: The model is not of that kind, or no number of heads will do.
     """
     config = _config(model)
     heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
-    if config.get("model_type") != "llama" or groups != heads or "head_dim" not in config:
+    hidden = config.get("hidden_size", 0)
+    enough = [count for count in range(heads, hidden + 1) if not count % parts and not hidden % count]
+    if config.get("model_type") != "llama" or groups != heads or "head_dim" not in config or not enough:
         problem = (
             f"{heads} heads do not divide by {parts}, and only heads of Llama's kind with one key each can be added"
         )
         raise ConfigError(f"{model}: {problem}: give a model that divides")
-    wide = math.ceil(heads / parts) * parts
+    wide = enough[0]
     folder.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
         if file.is_file() and file.name not in (WEIGHTS, CONFIG):
@@ -65,7 +67,7 @@ def widen(model: Path, parts: int, folder: Path) -> Path:
 def _config(model: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((model / CONFIG).read_text("utf-8"))
-        return {"num_attention_heads": config["num_attention_heads"]} | config
+        return config | {"num_attention_heads": int(config["num_attention_heads"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{model}: not a model with attention heads: {type(error).__name__}: {error}") from error
 

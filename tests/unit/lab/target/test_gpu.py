@@ -15,7 +15,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.lab.harness import machine
+from vllm_wanspec.lab.harness import launch, machine
 from vllm_wanspec.lab.harness.client import Completion
 from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.provenance import Provenance
@@ -45,7 +45,8 @@ from vllm_wanspec.lab.target.kinds import COLOCATED, PLAIN, REMOTE
 FAKE = Path(__file__).parents[1] / "fake_vllm.py"
 HERE = Provenance("a machine", {"python": "3.11"}, "abc", "python -m gpu", 99.0)
 MODELS = DemoModels(Path("T"), Path("D"), Path("P"), Path("B"))
-ALL = (SHIPPED, PLAIN, COLOCATED, DEAD, REMOTE, COLOCATED_GIVEN, REMOTE_GIVEN)
+KINDS = (SHIPPED, PLAIN, COLOCATED, DEAD, REMOTE)
+GIVEN_KINDS = (PLAIN, COLOCATED_GIVEN, REMOTE_GIVEN)
 
 
 @pytest.fixture
@@ -64,11 +65,13 @@ def flag(argv: Sequence[str], name: str) -> str:
 def test_what_is_started(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(RUNNER_ENV, "1")  # of this shell: it must not reach what runs as shipped
     backend = BACKENDS[name]
-    plan = plan_gpu(GpuOptions(gamma=3, dtype="bfloat16", acceptance=0.5), backend, 1, MODELS, tmp_path, True)
-    assert [spec.name for spec in plan.specs] == ["drafter", *ALL]
-    assert (plan.backend, plan.tensor_parallel, plan.kinds) == (backend, 1, [*ALL])
-    specs = {spec.name: spec for spec in plan.specs}
-    for kind in ALL:
+    options = GpuOptions(gamma=3, dtype="bfloat16", acceptance=0.5)
+    plan, with_given = (plan_gpu(options, backend, 1, MODELS, tmp_path, given) for given in (False, True))
+    assert [spec.name for spec in plan.specs] == ["drafter", *KINDS]
+    assert (plan.backend, plan.tensor_parallel, plan.given, plan.kinds) == (backend, 1, False, [*KINDS])
+    assert (with_given.given, with_given.kinds) == (True, [*GIVEN_KINDS])
+    specs = {spec.name: spec for spec in (*with_given.specs, *plan.specs)}
+    for kind in {*KINDS, *GIVEN_KINDS}:
         argv, env = list(specs[kind].argv), specs[kind].env
         assert env is not None and not any(key.startswith("WANSPEC_") for key in env)  # nothing is paced
         assert (flag(argv, "--dtype"), flag(argv, "--tensor-parallel-size")) == ("bfloat16", "1")
@@ -92,9 +95,9 @@ def test_what_is_started(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             json.loads(flag(specs[kind].argv, "--speculative-config")).items() >= (given | {"method": method}).items()
         )
     config = json.loads(flag(specs[REMOTE_GIVEN].argv, "--additional-config"))["wanspec"]
-    assert f"127.0.0.1:{specs['drafter'].port}" in Path(config).read_text()
+    assert f"127.0.0.1:{with_given.specs[0].port}" in Path(config).read_text()
     assert flag(specs[REMOTE].argv, "--speculative-tokens") == "3"
-    assert {*plan.metrics} == {DEAD, REMOTE, REMOTE_GIVEN}
+    assert ({*plan.metrics}, {*with_given.metrics}) == ({DEAD, REMOTE}, {REMOTE_GIVEN})
     assert "127.0.0.1:9\n" in (tmp_path / "dead.yaml").read_text()
     for kind in (DEAD, REMOTE, REMOTE_GIVEN):
         assert "fallback: []" in (tmp_path / f"{kind}.yaml").read_text()
@@ -152,7 +155,7 @@ def test_a_request_is_timed_from_its_first_tokens() -> None:
 def row(kind: str, per_token_ms: Sequence[float] = (2.0,) * 5, backend: str = "v1", **values: Any) -> GpuRow:
     rounds = tuple(Timed(100.0 * ms, 100) for ms in per_token_ms)
     known = {"steps": 250.0, "drafted": 900.0, "accepted": 400.0, "v2": backend != "v1"} | values
-    return GpuRow(backend, 1, kind, 1, rounds, **known)
+    return GpuRow(backend, 1, False, kind, 1, rounds, **known)
 
 
 def test_figures_of_a_row() -> None:
@@ -239,6 +242,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, two_gpus: None) -
             argv += ["--speculates"] if spec.name not in (SHIPPED, PLAIN, DEAD) else []
             argv += ["--say", V2_LINE] if (spec.env or {}).get(RUNNER_ENV) == "1" else []
             argv += ["--differ-at", "5"] if (tmp_path / f"differ-{spec.name}").exists() else []
+            argv += ["--fail-after", "9"] if (tmp_path / f"fail-{spec.name}").exists() else []
             argv += ["--gap", "0.5"] if spec.name == PLAIN and not (tmp_path / "ties").exists() else []
             specs.append(replace(spec, argv=argv))
         return replace(real, specs=specs)
@@ -262,11 +266,18 @@ def test_a_whole_run(stand_ins: Path) -> None:
     done = invoke(stand_ins, *arguments, "--markdown", str(page))
     assert done.exit_code == 0, done.output
     data = json.loads((stand_ins / "g.json").read_text())
-    cases = [(one["backend"], one["at_a_time"], one["arm"]) for one in data["rows"]]
-    assert cases == [(name, count, kind) for name in ("v1", "v2-async") for count in (1, 2) for kind in ALL]
+    cases = [(one["backend"], one["given"], one["at_a_time"], one["arm"]) for one in data["rows"]]
+    assert cases == [
+        (name, given, count, kind)
+        for name in ("v1", "v2-async")
+        for given, kinds in ((False, KINDS), (True, GIVEN_KINDS))
+        for count in (1, 2)
+        for kind in kinds
+    ]
     for one in data["rows"]:
         assert len(one["rounds"]) == 2 and one["per_token_ms"] > 0.0
         assert one["faults"] == one["wrong"] == one["ties"] == []
+        assert (one["to_plain"] is None) is (one["arm"] == PLAIN)
         forced = one["arm"] in (PLAIN, DEAD, REMOTE, REMOTE_GIVEN)
         assert one["model_runner"] == ("v2" if forced and one["backend"] == "v2-async" else "v1")
         # Two rounds of two requests, four steps each, the first of which bring the prompts' first tokens.
@@ -277,7 +288,27 @@ def test_a_whole_run(stand_ins: Path) -> None:
     assert data["left_out"] == ["Not measured with tensor parallel 4: 2 GPUs to use."]
     assert data["command"].startswith("python -m vllm_wanspec.lab.target.gpu")
     assert "| v2-async, 2 at a time | remote drafting, acceptance given | V2 |" in page.read_text()
+    assert data["failures"] == []
     assert data["held"] is False  # two rounds are too few to judge
+
+
+def test_a_comparison_that_fails_leaves_the_others(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "DYING_S", 1.0)
+    (stand_ins / f"fail-{REMOTE_GIVEN}").touch()
+    arguments = ["--backends", "v1", "--tensor-parallel", "1", "--at-a-time", "1"]
+    done = invoke(stand_ins, *arguments, "--json", str(stand_ins / "g.json"), "--check")
+    assert done.exit_code == 1, done.output
+    data = json.loads((stand_ins / "g.json").read_text())
+    assert [one["arm"] for one in data["rows"]] == [*KINDS]
+    (failure,) = data["failures"]
+    assert failure.startswith("v1, tensor parallel 1, acceptance given: remote_given ended by itself")
+    assert "FAILED: v1, tensor parallel 1, acceptance given: " in done.output
+    assert not GpuResult(GpuOptions(), [row(PLAIN), row(DEAD)], failures=["v2-sync: x"]).held
+    for kind in (PLAIN, SHIPPED):
+        (stand_ins / f"fail-{kind}").touch()
+    done = invoke(stand_ins, *arguments, "--json", str(stand_ins / "none.json"))
+    assert (done.exit_code, (stand_ins / "none.json").exists()) == (1, False)
+    assert "bench-gpu: v1, tensor parallel 1: " in done.output
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -13,13 +13,14 @@ from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.target.widened import CONFIG, WEIGHTS, needs_widening, widen
 
-HEADS, SIZE, HIDDEN = 3, 2, 4
+HEADS, SIZE, HIDDEN = 3, 2, 15
 Weights = dict[str, Any]
 
 
 def write(folder: Path, weights: Weights, **config: Any) -> Path:
     folder.mkdir(parents=True)
     known = {"model_type": "llama", "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "head_dim": SIZE}
+    known |= {"hidden_size": HIDDEN}
     (folder / CONFIG).write_text(json.dumps(known | config))
     (folder / "tokenizer.json").write_text("{}")
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -73,26 +74,27 @@ def attention(weights: Weights, heads: int) -> Any:
 def test_further_heads_add_nothing(tmp_path: Path) -> None:
     before = weights()
     model = write(tmp_path / "model", before)
-    assert needs_widening(model, 2) and not needs_widening(model, 3)
-    wide = widen(model, 2, tmp_path / "deep" / "wide")
+    assert needs_widening(model, 5) and not needs_widening(model, 3)
+    wide = widen(model, 5, tmp_path / "deep" / "wide")
     config = json.loads((wide / CONFIG).read_text())
-    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (4, 4, SIZE)
-    assert not needs_widening(wide, 2)
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (5, 5, SIZE)
+    assert not needs_widening(wide, 5)
     assert (wide / "tokenizer.json").exists()
     after = read(wide)
     assert [*after] == [*before]
-    assert after["model.layers.0.self_attn.q_proj.weight"].shape == (4 * SIZE, HIDDEN)
-    assert after["model.layers.0.self_attn.o_proj.weight"].shape == (HIDDEN, 4 * SIZE)
-    np.testing.assert_allclose(attention(after, 4), attention(before, 3), rtol=1e-6)
+    assert after["model.layers.0.self_attn.q_proj.weight"].shape == (5 * SIZE, HIDDEN)
+    assert after["model.layers.0.self_attn.o_proj.weight"].shape == (HIDDEN, 5 * SIZE)
+    np.testing.assert_allclose(attention(after, 5), attention(before, 3), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("config", "weight", "problem"),
     [
-        ({"num_key_value_heads": 1}, None, "3 heads do not divide by 2"),
-        ({"model_type": "gpt2"}, None, "3 heads do not divide by 2"),
-        ({"num_attention_heads": None}, None, "not a model with attention heads|do not divide"),
-        ({}, ("model.layers.0.self_attn.k_proj.weight", (5, HIDDEN)), r"k_proj.weight: F32 \[5, 4\], expected heads"),
+        ({"num_key_value_heads": 1}, None, "3 heads do not divide by 5"),
+        ({"model_type": "gpt2"}, None, "3 heads do not divide by 5"),
+        ({"hidden_size": 16}, None, "3 heads do not divide by 5"),
+        ({"num_attention_heads": None}, None, "not a model with attention heads"),
+        ({}, ("model.layers.0.self_attn.k_proj.weight", (5, HIDDEN)), r"k_proj.weight: F32 \[5, 15\], expected heads"),
     ],
 )
 def test_a_model_that_cannot_be_widened(
@@ -101,7 +103,7 @@ def test_a_model_that_cannot_be_widened(
     made = weights() | ({weight[0]: np.zeros(weight[1], np.float32)} if weight else {})
     model = write(tmp_path / "model", made, **config)
     with pytest.raises(ConfigError, match=problem):
-        widen(model, 2, tmp_path / "wide")
+        widen(model, 5, tmp_path / "wide")
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
@@ -114,4 +116,5 @@ def test_the_demo_s_target_can_be_widened(tmp_path: Path) -> None:
     assert needs_widening(demo, 2)
     wide = widen(demo, 2, tmp_path / "wide")
     grown = (wide / WEIGHTS).stat().st_size - (demo / WEIGHTS).stat().st_size
-    assert grown == pytest.approx(5 * 4 * 64 * 320 * 2, abs=1000)  # layers, projections, one head, bfloat16
+    # Layers, projections, three heads (six do not divide the hidden size), bfloat16.
+    assert grown == pytest.approx(5 * 4 * 3 * 64 * 320 * 2, abs=1000)
