@@ -4,8 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo bench bench-capacity bench-dtype bench-hotpath bench-more bench-overhead bench-trees bench-width unit test \
-	test-all fuzz docs lint install clean help
+.PHONY: demo bench bench-capacity bench-dtype bench-gpu bench-hotpath bench-more bench-overhead bench-trees bench-width \
+	unit test test-all compat-source fuzz docs lint install clean help
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -55,6 +55,11 @@ bench-dtype: install  ## greedy texts that part from plain vLLM's, in bfloat16 a
 	$(BIN)/python -m vllm_wanspec.lab.target.dtype --json docs/results/dtype.json --markdown docs/results/dtype.md
 	echo "make bench-dtype: $$SECONDS s"
 
+# Exactness and step times on each model runner; needs a GPU that does nothing else, and takes about three quarters of an
+# hour.
+bench-gpu: install  ## on a GPU: exactness, and what our constraints and we cost (about 45 minutes)
+	@scripts/gpu_check.sh
+
 # What the serving path costs: no model, no network; needs two quiet cores.
 bench-hotpath: install  ## the serving path with 64 sessions, in microseconds
 	@$(BIN)/python -m vllm_wanspec.lab.target.hotpath --json build/hotpath.json
@@ -86,6 +91,13 @@ bench-width: install  ## what running branches cost the drafter (about six minut
 docs: install  ## the generated parts of the pages: figures, states
 	@$(BIN)/python scripts/make_docs.py
 
+# `make test` holds vLLM 0.33 to the contract by the file that this writes. Downloads a wheel of some hundred megabytes,
+# of which Python files are read.
+compat-source: install  ## read anew what vLLM 0.33.0 has at our seams, from its wheel
+	@mkdir -p build/vllm-0.33.0
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/vllm-0.33.0 vllm==0.33.0
+	$(BIN)/python scripts/read_seams.py build/vllm-0.33.0/vllm-0.33.0* --against tests/contract/vllm-0.32.0.json
+
 # No server is started; about three minutes on two cores.
 unit: install  ## unit tests alone (about three minutes)
 	@$(BIN)/pytest tests/unit -m "not slow and not gpu"
@@ -110,7 +122,7 @@ install:  ## .venv with vLLM, this package and the tools
 	@.ci/install
 
 clean:  ## remove .venv and everything that was built
-	@rm -rf .venv build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf .venv .overlay build dist ./*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find vllm_wanspec tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 help:  ## this list

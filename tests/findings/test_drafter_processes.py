@@ -18,7 +18,7 @@ from test_routes import client
 from toys import FINGERPRINT
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
-from vllm_wanspec.controller.v1 import hooks
+from vllm_wanspec.controller import engine
 from vllm_wanspec.core.messages import Hello, Nodes, decode, encode
 from vllm_wanspec.drafter import inside, routes
 from vllm_wanspec.drafter.environment import FRONT_END
@@ -169,7 +169,7 @@ def test_a_scrape_of_several_front_ends_has_our_metrics(tmp_path: Path) -> None:
 
 @finding("5.12", "the engine core's methods that the host wraps and calls are in no ledger")
 def test_the_seams_of_the_host_in_the_engine_are_in_the_ledger() -> None:
-    wraps = [*hooks.LEDGER, *getattr(inside, "LEDGER", ())]
+    wraps = [*engine.LEDGER, *getattr(inside, "LEDGER", ())]
     targets = " ".join(wrap.target for wrap in wraps)
     assert [seam for seam in ("step_fn", "add_request", "abort_requests") if f"EngineCore.{seam}" not in targets] == []
 

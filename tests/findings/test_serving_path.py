@@ -228,7 +228,6 @@ def test_where_drafts_do_not_pay_they_cost_the_serving_path_little() -> None:
     assert withheld < 0.5 * step_calls(useful(64), STEP)
 
 
-@finding("2.3", "the link thread runs Python for each node, with the GIL held")
 def test_a_node_costs_the_links_side_next_to_nothing() -> None:
     pool = unconnected_pool(lambda: 100.0)
     names = [f"r{index}" for index in range(16)]
@@ -240,7 +239,6 @@ def test_a_node_costs_the_links_side_next_to_nothing() -> None:
     assert made / (16 * 64) <= 0.5
 
 
-@finding("2.4", "prompt lookup hands out what stands in the prompt, in the vocabulary or not")
 def test_no_draft_has_ids_that_the_vocabulary_lacks() -> None:
     now = 100.0
     pool = unconnected_pool(lambda: now, vocab_size=100, fallback=["ngram"])

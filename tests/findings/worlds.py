@@ -148,7 +148,7 @@ class World:
         self.work()
         self.runner._draft_token_ids = proposed
         taken = self.runner.take_draft_token_ids()
-        if self.remote._failed and not self.may_fail:
+        if self.remote.failed and not self.may_fail:
             raise RuntimeError("the proposer has failed; its log line says why")
         self.drafts = dict(zip(self.names, taken, strict=False))
 
@@ -188,7 +188,7 @@ class World:
         number, parent, position = self._tips.get(name, (0, 0, len(PROMPT)))
         records = []
         if tree.pending:
-            parent, position = tree.cursor.id, tree.cursor.position
+            parent, position = tree.cursor_id, tree.committed_length - len(tree.pending)
         for token in tree.pending:
             number += 1
             records.append(NodeRecord(number, parent, token, 0.0, 0.0))

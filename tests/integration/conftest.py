@@ -9,7 +9,7 @@ import pytest
 from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import ServerGroup
 
-from .fleet import MODEL_NAME, Drafter, Fleet, Target, find_test_models, read_prompts
+from .fleet import MODEL_NAME, V1, Drafter, Fleet, Target, find_test_models, on_runner, read_prompts
 from .peers import Peers, serve_peers
 from .workload import PlainTruth
 
@@ -42,10 +42,29 @@ def drafter(pair: tuple[Drafter, Target, Target]) -> Drafter:
     return pair[0]
 
 
+@pytest.fixture(scope="package")
+def runner(request: pytest.FixtureRequest) -> str:
+    """The target's model runner; V1 where a test does not say `EACH_RUNNER`."""
+    return getattr(request, "param", V1)
+
+
+@pytest.fixture(scope="package")
+def target(runner: str, fleet: Fleet, pair: tuple[Drafter, Target, Target]) -> Iterator[Target]:
+    """A target with remote drafts on a model runner; others than V1's end when their tests have run."""
+    if runner == V1:
+        yield pair[2]
+        return
+    config = {"draft_endpoints": [{"name": "main", "url": pair[0].url}]}
+    found = fleet.wanspec(f"wanspec-{runner}", config, **on_runner(runner))
+    fleet.wait_ready(found.server)
+    yield found
+    fleet.stop(found.server)
+
+
 @pytest.fixture
-def wanspec(pair: tuple[Drafter, Target, Target]) -> Target:
-    pair[2].server.check_alive()
-    return pair[2]
+def wanspec(target: Target) -> Target:
+    target.server.check_alive()
+    return target
 
 
 @pytest.fixture(scope="package")
@@ -71,10 +90,11 @@ def peers(pair: tuple[Drafter, Target, Target]) -> Iterator[Peers]:
 
 
 @pytest.fixture(scope="package")
-def small(fleet: Fleet, pair: tuple[Drafter, Target, Target], peers: Peers) -> Target:
-    target = fleet.small(pair[0].url, peers.urls)
-    fleet.wait_ready(target.server)
-    return target
+def small(runner: str, fleet: Fleet, pair: tuple[Drafter, Target, Target], peers: Peers) -> Iterator[Target]:
+    found = fleet.small(pair[0].url, peers.urls, runner)
+    fleet.wait_ready(found.server)
+    yield found
+    fleet.stop(found.server)
 
 
 def tokenize(url: str, text: str) -> tuple[int, ...]:

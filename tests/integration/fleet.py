@@ -8,8 +8,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
+from mrv2_env import mrv2_env
 
 from vllm_wanspec.config import TOKEN_ENV
 from vllm_wanspec.emulate.pacing import PACING_ENV
@@ -93,6 +96,24 @@ class Drafter:
         return self.server.url
 
 
+V1, MRV2, ASYNC = "v1", "mrv2", "mrv2-async"
+EACH_RUNNER = pytest.mark.parametrize(
+    "runner",
+    [V1, pytest.param(MRV2, marks=pytest.mark.slow), pytest.param(ASYNC, marks=pytest.mark.slow)],
+    indirect=True,
+    scope="package",
+)
+"""vLLM's model runners: V1, and Model Runner V2 without and with async scheduling, its kernels interpreted on a CPU."""
+
+
+def on_runner(runner: str) -> dict[str, Any]:
+    """What `Fleet.wanspec` needs for a target on a model runner."""
+    if runner == V1:
+        return {}
+    flags = [] if runner == ASYNC else ["--no-async-scheduling"]
+    return {"extra_flags": flags, "extra_env": mrv2_env(async_scheduling=runner == ASYNC)}
+
+
 @dataclass(frozen=True)
 class Fleet:
     """Starts servers in one group, which stops them all."""
@@ -145,14 +166,15 @@ class Fleet:
         server = self.group.start(ServerSpec(name, argv, port, env, core))
         return Target(server, f"http://{HOST}:{metrics_port}/metrics")
 
-    def small(self, drafter_url: str, peer_urls: Mapping[str, str]) -> Target:
+    def small(self, drafter_url: str, peer_urls: Mapping[str, str], runner: str = V1) -> Target:
         """A target in tight straits, with bad drafters beside the good one, which it reaches through the relay."""
+        more = on_runner(runner)
         urls = {name: peer_urls[name] for name in ("other-vocabulary", "garbled", "turncoat")}
         urls |= {"good": peer_urls["relay"], "unreachable": f"http://{HOST}:{free_ports(1)[0]}"}
         endpoints = [{"name": name, "url": url} for name, url in urls.items()]
         endpoints.append({"name": "wrong-token", "url": drafter_url, "token_env": WRONG_TOKEN_ENV})
         return self.wanspec(
-            "small",
+            f"small-{runner}",
             {"draft_endpoints": endpoints},
             speculative_tokens=SPECULATIVE_TOKENS,
             extra_flags=[
@@ -160,9 +182,19 @@ class Fleet:
                 *("--max-num-batched-tokens", str(CHUNK)),
                 *("--max-num-seqs", "8"),
                 *("--num-gpu-blocks-override", str(BLOCKS)),
+                *more.get("extra_flags", ()),
             ],
-            extra_env={WRONG_TOKEN_ENV: "not-" + TOKEN},
+            extra_env={WRONG_TOKEN_ENV: "not-" + TOKEN} | more.get("extra_env", {}),
         )
+
+    def stop(self, server: Server) -> None:
+        """End one server before the others, whose memory it takes."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            server.signal(number)
+            deadline_s = time.monotonic() + STOP_DEADLINE_S
+            while server.is_running() and time.monotonic() < deadline_s:
+                time.sleep(0.05)
+        self.group.servers.remove(server)
 
     def wait_ready(self, *servers: Server) -> None:
         self.group.wait_ready(servers, START_DEADLINE_S)

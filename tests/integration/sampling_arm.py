@@ -26,10 +26,10 @@ def main() -> None:
     llm = build(options)
     if options.fault == "accept":
         accept_every_draft()
-    watch = Watch(llm) if options.wanspec else None
+    watch = watch_of(llm) if options.wanspec else None
     if watch is not None:
         watch.wait_for_drafter(options.link_deadline_s)
-    continuations = sample(llm, options, watch)
+    continuations = sample(llm, options)
     result = {"continuations": continuations, "decided": {}, "accepted": 0, "rejected": 0}
     if watch is not None:
         result |= {"decided": watch.decided, "accepted": watch.accepted, "rejected": watch.drafted - watch.accepted}
@@ -47,8 +47,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--wanspec", help="YAML file; without it the arm is plain vLLM")
     parser.add_argument("--fault", choices=("expand", "accept"), help="spoil the arm, to show that the test notices")
     parser.add_argument("--link-deadline-s", type=float, default=60.0)
+    parser.add_argument("--sampling", type=sampling_of, default={}, help="JSON: more sampling parameters")
     parser.add_argument("--engine", type=json.loads, default={}, help="JSON: more arguments of vllm.LLM")
     return parser.parse_args()
+
+
+def sampling_of(text: str) -> dict[str, Any]:
+    """Sampling parameters from JSON, whose keys are all texts."""
+    found: dict[str, Any] = json.loads(text)
+    if "logit_bias" in found:
+        found["logit_bias"] = {int(token): bias for token, bias in found["logit_bias"].items()}
+    return found
 
 
 def build(options: argparse.Namespace) -> Any:
@@ -78,7 +87,7 @@ def build(options: argparse.Namespace) -> Any:
     )
 
 
-def sample(llm: Any, options: argparse.Namespace, watch: "Watch | None") -> list[list[list[int]]]:
+def sample(llm: Any, options: argparse.Namespace) -> list[list[list[int]]]:
     """Per prompt its continuations; every request has a seed of its own."""
     from vllm import SamplingParams, TokensPrompt
 
@@ -97,6 +106,7 @@ def sample(llm: Any, options: argparse.Namespace, watch: "Watch | None") -> list
                     ignore_eos=True,
                     detokenize=False,
                     seed=options.first_seed + number,
+                    **options.sampling,
                 )
                 for number in numbers
             ],
@@ -107,26 +117,70 @@ def sample(llm: Any, options: argparse.Namespace, watch: "Watch | None") -> list
     return continuations
 
 
-class Watch:
-    """Looks over the shoulder of the model runner, and counts positions decided against a draft."""
+def watch_of(llm: Any) -> "Watch":
+    """Who looks over the shoulder of the model runner that vLLM has."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    runner = executor.driver_worker.worker.model_runner
+    return WatchV2(runner) if hasattr(runner, "speculator") else WatchV1(runner)
 
-    def __init__(self, llm: Any) -> None:
-        executor = llm.llm_engine.engine_core.engine_core.model_executor
-        self.runner = executor.driver_worker.worker.model_runner
+
+class Watch:
+    """Counts positions decided against a draft."""
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
         self.decided = dict.fromkeys(range(1, TOKENS + 1), 0)
         self.drafted = 0
         self.accepted = 0
-        self._verified: dict[str, int] = {}
-        self._wrap_execute_model()
-        self._wrap_propose()
 
     def wait_for_drafter(self, deadline_s: float) -> None:
-        links = self.runner.drafter.pool.links
         end_s = time.monotonic() + deadline_s
-        while all(link.welcome is None for link in links):
+        while all(link.welcome is None for link in self.pool.links):
             if time.monotonic() > end_s:
                 raise SystemExit("no drafter")
             time.sleep(0.02)
+
+    def count(self, first: int, yielded: int, drafted: int) -> None:
+        """One row: positions from ``first`` on, of which the drafts decided all but a bonus token."""
+        self.drafted += drafted
+        self.accepted += min(drafted, max(0, yielded - 1))
+        for position in range(first, first + min(yielded, drafted)):
+            if position in self.decided:
+                self.decided[position] += 1
+
+
+class WatchV2(Watch):
+    """On Model Runner V2: what was told of each step's drafts, or what the scheduler had of them."""
+
+    def __init__(self, runner: Any) -> None:
+        self.remote = runner.speculator.remote
+        super().__init__(self.remote._requests.pool)
+        self._known: dict[str, int] = {}
+        ended = self.remote.ended
+
+        def watched(step: Any, sampled: list[list[int]]) -> Any:
+            told = None if step.told is None else step.told()
+            for row, (request, tokens) in enumerate(zip(step.requests, sampled, strict=True)):
+                drafted = step.lengths[row]
+                if told is not None:
+                    drafted = min(drafted, len(told[row].tokens))
+                first = self._known.get(request, 0) + 1
+                self._known[request] = first - 1 + len(tokens)
+                self.count(first, len(tokens), drafted if tokens else 0)
+            return ended(step, sampled)
+
+        self.remote.ended = watched
+
+
+class WatchV1(Watch):
+    """On the V1 model runner: what the scheduler has laid out, and what the proposer gets."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        super().__init__(runner.drafter.pool)
+        self._verified: dict[str, int] = {}
+        self._wrap_execute_model()
+        self._wrap_propose()
 
     def _wrap_execute_model(self) -> None:
         execute = self.runner.execute_model
@@ -146,25 +200,17 @@ class Watch:
             batch = self.runner.input_batch
             for row, request in enumerate(batch.req_ids[: len(sampled)]):
                 first = int(lengths[row]) - len(sampled[row]) - int(batch.num_prompt_tokens[row]) + 1
-                self._count(first, len(sampled[row]), self._verified.get(request, 0))
+                self.count(first, len(sampled[row]), self._verified.get(request, 0))
             return propose(sampled, lengths, contexts, slot_mappings)
 
         self.runner.drafter.propose = watched
 
-    def _count(self, first: int, yielded: int, drafted: int) -> None:
-        """One row: positions from ``first`` on, of which the drafts decided all but a bonus token."""
-        self.drafted += drafted
-        self.accepted += max(0, yielded - 1)
-        for position in range(first, first + min(yielded, drafted)):
-            if position in self.decided:
-                self.decided[position] += 1
-
 
 def leave_expand_faulty() -> None:
     """Keep the package from mending the CPU build's expansion of sampling parameters."""
-    from vllm_wanspec.controller.v1 import hooks
+    from vllm_wanspec.controller import front
 
-    hooks.repair_cpu_expand = lambda: False
+    front.repair_cpu_expand = lambda: False
 
 
 def accept_every_draft() -> None:

@@ -5,11 +5,11 @@ import asyncio
 import aiohttp
 import pytest
 
-from .fleet import Target
-from .scrape import drafts_decide, each_is_somebody_s, is_up, until
+from .fleet import ASYNC, EACH_RUNNER, Target
+from .scrape import LEAST_ACCEPTED, drafts_decide, each_is_somebody_s, is_up, until
 from .workload import PlainTruth, Request, client_of, run_staggered, vary
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), EACH_RUNNER]
 
 REQUESTS = 32
 AT_ONCE = 6
@@ -18,7 +18,7 @@ SAMPLED_TOKENS = 20
 
 
 def test_staggered_greedy_requests_are_exact(
-    wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
+    wanspec: Target, runner: str, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     chosen = [prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS]
     assert len(chosen) == REQUESTS and len({len(prompt) for prompt in chosen}) > REQUESTS // 2
@@ -27,7 +27,7 @@ def test_staggered_greedy_requests_are_exact(
     async def main() -> None:
         async with aiohttp.ClientSession() as http:
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
-            async with drafts_decide(http, wanspec), each_is_somebody_s(http, wanspec):
+            async with drafts_decide(http, wanspec), each_is_somebody_s(http, wanspec, runner == ASYNC):
                 run = await run_staggered(client_of(http, wanspec), requests, AT_ONCE)
             assert run.most_at_once >= 4
             await plain.check(http, requests, run.done())
@@ -36,7 +36,7 @@ def test_staggered_greedy_requests_are_exact(
 
 
 def test_greedy_requests_batched_with_sampled_ones_are_exact(
-    wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
+    wanspec: Target, runner: str, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     greedy = vary([prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS])
     sampled = [Request(request.prompt, SAMPLED_TOKENS, temperature=1.0) for request in greedy[::2]]
@@ -47,7 +47,10 @@ def test_greedy_requests_batched_with_sampled_ones_are_exact(
     async def main() -> None:
         async with aiohttp.ClientSession() as http:
             await until(lambda: is_up(http, wanspec, "main"), "the drafter serves the target")
-            async with drafts_decide(http, wanspec, accepted=500 + sampled_tokens), each_is_somebody_s(http, wanspec):
+            async with (
+                drafts_decide(http, wanspec, accepted=LEAST_ACCEPTED + sampled_tokens),
+                each_is_somebody_s(http, wanspec, runner == ASYNC),
+            ):
                 run = await run_staggered(client_of(http, wanspec), mixed, 8)
             pairs = list(zip(mixed, run.done(), strict=True))
             await plain.check(http, greedy, [got for request, got in pairs if request.temperature == 0.0])

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,21 +67,24 @@ class Laboratory:
         config["length"] = {"policy": "fixed", "shut_off": False}
         self.config.write_text(yaml.safe_dump(config), "utf-8")
 
-    def run(self, name: str, samples: int, first_seed: int, *extra: str) -> Arm:
+    def run(self, name: str, samples: int, first_seed: int, *extra: str, env: Mapping[str, str] | None = None) -> Arm:
         core = machine.pin_cores()[0]
         out = self.folder / f"{name}.json"
         argv = [sys.executable, str(Path(__file__).with_name("sampling_arm.py")), "--model", str(self.models.target)]
         argv += ["--out", str(out), "--prompts", str(self.prompts), "--samples", str(samples)]
         argv += ["--first-seed", str(first_seed), "--engine", json.dumps(engine_arguments()), *extra]
-        ended = Program(name, argv, machine.server_env(core) | token_env(), self.folder, core).end(ARM_DEADLINE_S)
+        env = machine.server_env(core) | token_env() | dict(env or {})
+        ended = Program(name, argv, env, self.folder, core).end(ARM_DEADLINE_S)
         assert ended.code == 0, f"{name} ended with {ended.code}: {ended.stderr[-1500:]}"
         arm = Arm(**json.loads(out.read_text("utf-8")))
         print(f"{name}: {arm.samples} samples in {ended.seconds:.0f} s, decided {arm.decided}", end=" ")
         print(f"accepted {arm.accepted}, rejected {arm.rejected}")
         return arm
 
-    def run_wanspec(self, name: str, samples: int, first_seed: int, *extra: str) -> Arm:
-        return self.run(name, samples, first_seed, "--wanspec", str(self.config), *extra)
+    def run_wanspec(
+        self, name: str, samples: int, first_seed: int, *extra: str, env: Mapping[str, str] | None = None
+    ) -> Arm:
+        return self.run(name, samples, first_seed, "--wanspec", str(self.config), *extra, env=env)
 
 
 @pytest.fixture(scope="module")

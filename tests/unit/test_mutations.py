@@ -251,8 +251,8 @@ WINDOW_IGNORED = (
     ),
     Mutation(
         "core/controller.py",
-        "            self.window.observe(committed.followed, committed.missed, self._shared.cost)\n",
-        "            pass\n",
+        "                self.window.observe(followed, missed, self._shared.cost)\n",
+        "                pass\n",
         "core/test_controller.py::test_a_window_observes_every_commit_that_could_be_predicted",
     ),
     Mutation(

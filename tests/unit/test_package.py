@@ -48,6 +48,8 @@ BASE = [
     "vllm_wanspec.controller.pool",
     "vllm_wanspec.controller.v1.proposer",
     "vllm_wanspec.controller.v1.hooks",
+    "vllm_wanspec.controller.mrv2.memory",
+    "vllm_wanspec.controller.mrv2.walk",
     "vllm_wanspec.drafter.connection",
     "vllm_wanspec.drafter.engines",
     "vllm_wanspec.drafter.host",
@@ -103,7 +105,7 @@ def test_entry_points(group: str, value: str) -> None:
 
 
 def test_the_proposer_is_found_by_the_name_that_vllm_is_given() -> None:
-    from vllm_wanspec.controller.v1.hooks import PROPOSER
+    from vllm_wanspec.config import PROPOSER
     from vllm_wanspec.controller.v1.proposer import RemoteProposer
 
     module, name = PROPOSER.rsplit(".", 1)

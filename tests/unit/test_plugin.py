@@ -22,8 +22,8 @@ sys.modules |= {runner.__name__: runner, proposer.__name__: proposer}
 
 import vllm_wanspec.plugin, vllm_wanspec.drafter.gate
 from vllm_wanspec import RemoteProposer
-from vllm_wanspec.controller.v1 import hooks
-hooks.repair_cpu_expand = lambda: False  # needs vLLM
+from vllm_wanspec.controller import front
+front.repair_cpu_expand = lambda: False  # needs vLLM
 vllm_wanspec.plugin.register()
 rooms = {"emulate", "sim", "lab", "trace", "cli"}
 print(sorted(name for name in sys.modules if name.startswith("vllm_wanspec.") and name.split(".")[1] in rooms))

@@ -76,6 +76,50 @@ class Drafting:
             self._look_up(batch, plan, now)
         return self._handed_out(batch)
 
+    def draft_again(self, batch: Sequence[LiveSession | None], lengths: Sequence[int]) -> list[list[int]]:
+        """The drafts of a step that has been laid out, where more has arrived since: better ones of the same length.
+
+        Args:
+            batch: As `draft` got it.
+            lengths: Most tokens per row.
+        """
+        now = self._clock()
+        drafts: list[list[int]] = []
+        for live, length in zip(batch, lengths, strict=True):
+            if live is None or not length:
+                drafts.append([])
+                continue
+            if live.core.changed:
+                draft = live.core.draft(length, 0.0, now)
+                if draft.expected > live.draft.expected:
+                    live.draft = draft
+            drafts.append(live.draft.tokens[:length])
+        return drafts
+
+    def lengths(self, batch: Sequence[LiveSession | None], limit: int, *, uniform: bool) -> list[int]:
+        """How many drafts each row should have room for in a step that is laid out before they are known.
+
+        Args:
+            batch: Per row its session; None for rows that get no draft.
+            limit: Most tokens per row.
+            uniform: Whether a step has the same room in all rows, or none.
+
+        Returns:
+            ``limit`` where a drafter serves the row or prompt lookup has something, else 0; 0 for all where drafts do
+            not pay.
+        """
+        lengths = [0 if live is None or live.link is None is live.guess else limit for live in batch]
+        if uniform and any(lengths):
+            lengths = [limit] * len(batch)
+        places = sum(lengths)
+        if places and self._payoff is not None:
+            expected = sum(live.core.expected(limit) for live in batch if live is not None)
+            full = places == self._speculation_length * len(batch)
+            if not self._payoff.pays(rows=len(batch), drafts=places, expected=expected, full=full):
+                self._counters.unpaid_steps += 1
+                return [0] * len(batch)
+        return lengths
+
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
         return Plan(limit) if self.windowed else self._policy.plan(limit, None, self._meter.token_worth())
@@ -106,19 +150,19 @@ class Drafting:
 
     def _handed_out(self, batch: Sequence[LiveSession | None]) -> list[list[int]]:
         """The drafts as the target gets them: all of them, or none where they do not pay."""
-        offered, expected = 0, 0.0
-        drafts: list[list[int]] = []
-        for live in batch:
-            if live is None:
-                drafts.append([])
-                continue
-            draft = live.draft
-            tokens = draft.tokens
-            count = len(tokens)
-            drafts.append(tokens)
-            live.offered = count > 0
-            offered += count
-            expected += draft.expected
+        offered = offered_drafted = 0
+        expected = 0.0
+        drafts: list[list[int]] = [[] for _ in batch]
+        for row, live in enumerate(batch):
+            if live is not None:
+                drafted, worth, _, guess, _, _ = live.draft
+                count = len(drafted) + len(guess)
+                live.offered = count > 0
+                if count:
+                    drafts[row] = [*drafted, *guess]
+                    offered += count
+                    offered_drafted += len(drafted)
+                    expected += worth
         if offered and self._payoff is not None:
             full = offered == self._speculation_length * len(batch)
             if not self._payoff.pays(rows=len(batch), drafts=offered, expected=expected, full=full):
@@ -128,4 +172,5 @@ class Drafting:
                         live.offered = False
                 return [[] for _ in batch]
         self._counters.offered_tokens += offered
+        self._counters.offered_drafted += offered_drafted
         return drafts

@@ -10,6 +10,7 @@ from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import NO_DRAFT
+from vllm_wanspec.core.flat import Guess, TreeWords
 
 NO_END = sys.maxsize
 """Of a request of which it is not known when it ends."""
@@ -35,9 +36,12 @@ class LiveSession:
         offered: Whether the target got that draft; it can be withheld.
         end: Its length in tokens when it is over.
         room: The longest context that its link's drafts are of use for.
+        slot: Its place in the target's memory, where its tree is published; None without one.
+        words: Of its tree, as published; None where nothing is.
+        guess: What prompt lookup goes on with there.
     """
 
-    __slots__ = ("core", "draft", "end", "link", "number", "offered", "room", "tree")
+    __slots__ = ("core", "draft", "end", "guess", "link", "number", "offered", "room", "slot", "tree", "words")
 
     def __init__(self, core: ControllerSession, tree: TreeSettings, end: int = NO_END) -> None:
         """Start without a link."""
@@ -49,6 +53,9 @@ class LiveSession:
         self.number = 0
         self.draft = NO_DRAFT
         self.offered = False
+        self.slot: int | None = None
+        self.words: TreeWords | None = None
+        self.guess: Guess | None = None
 
     def has_drafts(self, count: int) -> bool:
         """Whether so many tokens have been drafted for the next step, or no drafter serves the request."""

@@ -11,19 +11,22 @@ session is decided in `choice`, what the drafts of a step are in `drafting`, how
 import random
 import threading
 import time
+from array import array
 from collections.abc import Callable, Sequence
 
 from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.choice import choose, limits_for, tell_of_shorter_context
-from vllm_wanspec.controller.drafting import Drafting
+from vllm_wanspec.controller.drafting import MAX_LOOKUP_ROWS, Drafting
 from vllm_wanspec.controller.link import NO_TOKENS, DrafterLink, LinkThread
 from vllm_wanspec.controller.live import NO_END, LiveSession, last_use
 from vllm_wanspec.controller.waiting import LateDrafts
+from vllm_wanspec.core.block import UNDER_ROOT, Publication, Walked
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
-from vllm_wanspec.core.learned.meter import StepMeter
+from vllm_wanspec.core.flat import TreeWords, chained
+from vllm_wanspec.core.learned.meter import Began, StepMeter
 from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.length import StepCost, Window
@@ -47,6 +50,7 @@ class DraftPool:
         queued: Callable[[], int | None] = lambda: 0,
         sink: Sink | None = None,
         seed: int | None = None,
+        publication: Publication | None = None,
     ) -> None:
         """Prepare the links; `start` connects them.
 
@@ -62,8 +66,9 @@ class DraftPool:
                 None, not known, no step is held back adaptively.
             sink: Takes the event log's records.
             seed: For the jitter of back-offs.
+            publication: Takes the trees of requests that have a slot, for a device to read.
         """
-        self.shared = Shared()
+        self.shared = Shared(vocab_size=vocab_size)
         self._settings = settings
         self._vocab_size = vocab_size
         self._speculation_length = min(speculation_length, settings.length.max)
@@ -76,6 +81,7 @@ class DraftPool:
         self._shorter: set[DrafterLink] = set()
         self._clock = clock
         self._sink = sink
+        self._publication = publication
         self._arrived = threading.Condition(threading.Lock())
         self._sessions: dict[str, LiveSession] = {}
         rng = random.Random(seed)
@@ -88,6 +94,11 @@ class DraftPool:
         """What the sessions count."""
         return self.shared.counters
 
+    @property
+    def waits(self) -> bool:
+        """Whether steps may be held back for drafts that are late."""
+        return self._settings.late.policy != "none"
+
     def start(self) -> None:
         """Connect to the drafters."""
         self._thread.start()
@@ -98,9 +109,9 @@ class DraftPool:
 
     # What the model runner's thread calls.
 
-    def step_begins(self, tokens: int = 0, drafts: int = 0) -> None:
+    def step_begins(self, tokens: int = 0, drafts: int = 0) -> Began:
         """The target begins a step, of which ``drafts`` among ``tokens`` as in `StepMeter`; `step` ends it."""
-        self.meter.begins(self._clock(), tokens, drafts)
+        return self.meter.begins(self._clock(), tokens, drafts)
 
     def begin(
         self,
@@ -124,18 +135,24 @@ class DraftPool:
                 self._add(request, context, tree or self._settings.tree, end)
         self._flush()
 
-    def step(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+    def step(
+        self, rows: Sequence[tuple[str, Sequence[int]]], told: Sequence[Walked] = (), began: Began | None = None
+    ) -> None:
         """Commit what a step yielded.
 
         Args:
             rows: Per batch row the request id and the tokens that were verified; none for rows still in prefill.
+            told: Per row the draft, where a device made it; none where `draft` has.
+            began: What `step_begins` gave, where the next step has begun before this one ends.
         """
         now = self._clock()
-        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows)) and self._drafting.windowed:
+        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows), began) and self._drafting.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
         sessions = self._sessions
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
         with self._arrived:
+            if told:
+                self._take_told(rows, told, now)
             for request, tokens in rows:
                 live = sessions.get(request)
                 if live is None or not tokens:
@@ -156,6 +173,8 @@ class DraftPool:
                         self._leave(live, link, now)
                 elif live.core.wants_link(now):
                     self._open(live, now)
+            if self._publication is not None:
+                self._look_ahead(rows)
         self._flush()
         if drafted_rows:
             self.meter.tokens_per_drafted_step.add(drafted_yield / drafted_rows)
@@ -176,6 +195,45 @@ class DraftPool:
             sessions = self._sessions
             batch = [sessions.get(request) if request is not None else None for request in requests]
             return self._drafting.draft(batch, limit, self._arrived)
+
+    def draft_again(self, requests: Sequence[str | None], lengths: Sequence[int]) -> list[list[int]]:
+        """The drafts that `draft` gave, or better ones where more has arrived since.
+
+        Args:
+            requests: As for `draft`.
+            lengths: Most tokens to draft per row, as the target has laid the step out.
+        """
+        with self._arrived:
+            batch = [self._sessions.get(request) if request is not None else None for request in requests]
+            return self._drafting.draft_again(batch, lengths)
+
+    def lengths(self, requests: Sequence[str | None], limit: int, *, uniform: bool) -> list[int]:
+        """How many drafts each row should have room for; see `Drafting.lengths`."""
+        with self._arrived:
+            batch = [self._sessions.get(request) if request is not None else None for request in requests]
+            return self._drafting.lengths(batch, limit, uniform=uniform)
+
+    def place(self, request: str, slot: int | None) -> None:
+        """A request has a slot of the target's, where its tree is published from now on; or none any more."""
+        with self._arrived:
+            live = self._sessions.get(request)
+            if live is None:
+                return
+            if slot is None:
+                self._withdraw(live)
+            else:
+                live.slot = slot
+                self._publish(live)
+
+    def known(self, requests: Sequence[str]) -> list[int]:
+        """Tokens in requests' committed contexts; -1 of one without a session."""
+        sessions = self._sessions
+        return [-1 if (live := sessions.get(name)) is None else len(live.core.context) for name in requests]
+
+    def context(self, request: str) -> Sequence[int] | None:
+        """A request's committed token ids, not to be changed; None where it has no session."""
+        live = self._sessions.get(request)
+        return None if live is None else live.core.context
 
     def length(self, request: str) -> int | None:
         """Tokens in a request's committed context; None where it has no session."""
@@ -215,6 +273,7 @@ class DraftPool:
                 live.core.link_lost(now)
                 live.link = None
                 self._open(live, now)
+                self._publish(live)
             self._arrived.notify_all()
         self._flush()
 
@@ -237,9 +296,53 @@ class DraftPool:
                 if isinstance(message, Reject):
                     del self._by_link[link][message.session]
                     live.link = None
+                self._publish(live)
                 self._arrived.notify_all()
 
     # Below here the lock is held.
+
+    def _take_told(self, rows: Sequence[tuple[str, Sequence[int]]], told: Sequence[Walked], now: float) -> None:
+        """Have the drafts that a device made in their sessions' places."""
+        for (request, _), (tokens, looked_up) in zip(rows, told, strict=True):
+            live = self._sessions.get(request)
+            if live is not None:
+                match = 0 if live.guess is None else live.guess.match
+                live.draft = live.core.told(tokens, looked_up, match, now)
+                live.offered = bool(tokens)
+                self.shared.counters.offered_tokens += len(tokens)
+                self.shared.counters.offered_drafted += len(tokens) - looked_up
+
+    def _look_ahead(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
+        """Publish what is known after a step: the next one may be under way already, so it serves the one after too."""
+        looks_up = self._drafting.looks_up and len(rows) <= MAX_LOOKUP_ROWS
+        for request, tokens in rows:
+            live = self._sessions.get(request)
+            if live is not None and tokens and live.slot is not None:
+                live.guess = live.core.guess(2 * self._speculation_length + 1) if looks_up else None
+                self._publish(live)
+
+    def _publish(self, live: LiveSession) -> None:
+        """Have a session's tree in its slot, as far as there is one."""
+        slot, publication = live.slot, self._publication
+        if slot is None or publication is None:
+            return
+        tree, guess = live.core.tree, live.guess
+        if tree is None:
+            live.words = None
+            tokens = () if guess is None else guess.tokens
+            publication.publish(slot, live.core.length, chained(array("q"), UNDER_ROOT, tokens))
+            return
+        words = live.words
+        if words is None or words.tree is not tree:
+            words = live.words = TreeWords(tree)
+        current = words.current(guess)
+        publication.publish(slot, words.root, current)
+
+    def _withdraw(self, live: LiveSession) -> None:
+        """A session's slot is another's from now on."""
+        if live.slot is not None and self._publication is not None:
+            self._publication.clear(live.slot)
+        live.slot = live.words = live.guess = None
 
     def _add(self, request: str, context: Sequence[int], tree: TreeSettings, end: int) -> None:
         now = self._clock()
@@ -289,6 +392,7 @@ class DraftPool:
         live = self._sessions.pop(request, None)
         if live is None:
             return
+        self._withdraw(live)
         message = live.core.close(self._clock())
         if live.link is not None and message is not None:
             del self._by_link[live.link][live.number]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_wanspec.config import Settings, load_settings, settings_path
-from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.errors import ConfigError, UnsupportedError
 
 logger = logging.getLogger("vllm.wanspec.proposer")
 
@@ -21,7 +21,13 @@ def check_target(vllm_config: Any) -> None:
 
     Raises:
         ConfigError: Something in it is wrong; one line.
+        UnsupportedError: Something in it does not go with remote drafting.
     """
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise UnsupportedError(
+            f"remote drafting does not work with pipeline parallelism: --pipeline-parallel-size is {stages}, use 1"
+        )
     if vllm_config.model_config.skip_tokenizer_init:
         raise ConfigError(NO_TOKENIZER)
     path = settings_path(vllm_config.additional_config)

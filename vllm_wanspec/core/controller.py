@@ -10,11 +10,12 @@ from math import inf
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
+from vllm_wanspec.core.flat import FlatTree, Guess
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import Window
-from vllm_wanspec.core.policy.lookup import Text, lengthened
+from vllm_wanspec.core.policy.lookup import Text, guessed, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
-from vllm_wanspec.core.tree import Committed, DraftTree
+from vllm_wanspec.core.tree import ROOT_ID
 from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -22,6 +23,8 @@ FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
 _SERVED, _BLIND = ControllerState.SERVED, ControllerState.BLIND  # to look them up takes long, on the serving path
 _ALL_IDS = sys.maxsize
+_new = tuple.__new__
+"""Makes a named tuple without a Python call: on the serving path they are made by the hundred."""
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -29,11 +32,15 @@ class ControllerSession:
     """One request's context and, while a drafter serves it, its copy of the draft tree.
 
     ``now`` is in seconds, on one clock for all sessions.
+
+    Attributes:
+        context: The committed token ids; read only.
+        changed: Whether the tree has changed since the last `draft`.
+        window: The request's adaptive window, if the length policy has one.
     """
 
     __slots__ = (
         "_clock",
-        "_context",
         "_last_branch_id",
         "_left_at",
         "_number",
@@ -45,6 +52,7 @@ class ControllerSession:
         "_text",
         "_tree",
         "changed",
+        "context",
         "window",
     )
 
@@ -56,12 +64,12 @@ class ControllerSession:
             shared: What all sessions count and learn together.
             window: The request's adaptive window, if the length policy has one.
         """
-        self._context = list(context)
+        self.context = list(context)
         self._prompt_length = len(context)
         self._shared = shared
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
-        self._tree: DraftTree | None = None
+        self._tree: FlatTree | None = None
         self._last_branch_id = 0  # Nodes up to this one are a side branch's: all, until the drafter knows …
         self._left_at = 0  # … the text up to here.
         self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
@@ -74,10 +82,10 @@ class ControllerSession:
     @property
     def length(self) -> int:
         """Tokens in the committed context."""
-        return len(self._context)
+        return len(self.context)
 
     @property
-    def tree(self) -> DraftTree | None:
+    def tree(self) -> FlatTree | None:
         """The copy of the draft tree; None without a link. Read only."""
         return self._tree
 
@@ -103,16 +111,16 @@ class ControllerSession:
         """
         self._state = CONTROLLER_TABLE[self._state, ControllerEvent.OPEN]
         self._number = number
-        self._tree = DraftTree(
-            len(self._context),
+        self._tree = FlatTree(
+            len(self.context),
             vocab_size=vocab_size,
             max_nodes=limits.max_nodes,
             calibration=self._shared.calibration,
         )
         self._last_branch_id = 0
-        self._clock = AnswerClock(turnaround, len(self._context))
+        self._clock = AnswerClock(turnaround, len(self.context))
         self._shared.counters.opened_sessions += 1
-        return Open(number, tuple(self._context), limits)
+        return Open(number, tuple(self.context), limits)
 
     def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
         """Take what the target has verified; the message to send, if there is a link.
@@ -123,28 +131,39 @@ class ControllerSession:
             draft: The last one made since the commit before, whether or not the target got it: what prompt lookup
                 guessed in it is judged, and what the target took of it is counted.
         """
-        counters = self._shared.counters
-        position = len(self._context)
-        self._context.extend(tokens)
-        if len(tokens) > 1:
-            counters.took(draft, len(tokens) - 1)
+        counters, context, count = self._shared.counters, self.context, len(tokens)
+        position = len(context)
+        context.extend(tokens)
+        if count > 1:
+            counters.took(draft, count - 1)
         if draft.guess:
             before = len(draft.drafted)
             if list(tokens[:before]) == draft.drafted:
                 counters.fallback_hits += self._shared.lookup.saw(draft.match, draft.guess, tokens[before:])
         if position > self._prompt_length:
             counters.steps += 1
-            counters.committed_tokens += len(tokens)
+            counters.committed_tokens += count
         tree = self._tree
         if tree is None or self._number is None:
             return None
         blind = self._state is _BLIND
-        committed = tree.commit(tokens)
+        stayed, followed, missed = tree.commit(tokens)
         if blind:
             counters.blind_steps += 1
         else:
-            self._judge(committed, len(tokens), now)
-        return Commit(self._number, position, tuple(tokens))
+            if stayed == count:
+                counters.hits += 1
+                counters.branch_hits += missed
+            else:
+                counters.misses += 1
+                self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
+                self._clock.asked(len(context), now)
+            if missed:
+                self._clock.line_left()
+                self._last_branch_id, self._left_at = _ALL_IDS, len(context)
+            if self.window is not None:
+                self.window.observe(followed, missed, self._shared.cost)
+        return _new(Commit, (self._number, position, tuple(tokens)))
 
     def receive(self, message: Nodes | Reject, now: float) -> None:
         """Take what the drafter sent for this session.
@@ -182,7 +201,7 @@ class ControllerSession:
 
         Args:
             limit: Most tokens.
-            least: See `DraftTree.draft`.
+            least: See `FlatTree.draft`.
             now: Seconds.
         """
         self.changed = False
@@ -190,11 +209,11 @@ class ControllerSession:
         if tree is None or self._state is not _SERVED:
             return NO_DRAFT
         if not self._last_branch_id:
-            return Draft(*tree.draft(limit, least))
-        if tree.cursor.id >= self._last_branch_id:
+            return _new(Draft, (*tree.draft(limit, least), (), 0, 0))
+        if tree.cursor_id >= self._last_branch_id:
             self._last_branch_id = 0
         drafted, expected, chance = tree.draft(limit, least)
-        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, len(drafted)))
+        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, drafted))
 
     def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
@@ -205,10 +224,47 @@ class ControllerSession:
             least: The draft ends where the chance that the target takes all of it falls below this.
             now: Seconds.
         """
-        self._text.append(self._context[self._text.length :])
-        longer = lengthened(draft, self._text, self._shared.lookup, limit, least)
-        self._shared.counters.fallback_tokens += len(longer.guess)
+        self._text.append(self.context[self._text.length :])
+        shared = self._shared
+        longer = lengthened(draft, self._text, shared.lookup, limit, least, shared.vocab_size)
+        shared.counters.fallback_tokens += len(longer.guess)
         return longer
+
+    def guess(self, limit: int) -> Guess | None:
+        """What prompt lookup goes on with behind all that is drafted, of at most ``limit`` tokens with what is drafted.
+
+        None where enough is drafted, or nothing found.
+        """
+        tree, shared = self._tree, self._shared
+        drafted = [] if tree is None else tree.draft(limit)[0]
+        if len(drafted) >= limit:
+            return None
+        self._text.append(self.context[self._text.length :])
+        match, tokens, _ = guessed(self._text, shared.lookup, drafted, 1.0, limit, vocab_size=shared.vocab_size)
+        return Guess(ROOT_ID if tree is None else tree.line[0], tokens, match) if tokens else None
+
+    def expected(self, limit: int) -> float:
+        """How many of the next ``limit`` tokens the target can be expected to take of what is drafted by now."""
+        tree = self._tree
+        return 0.0 if tree is None else tree.draft(limit)[1]
+
+    def told(self, tokens: Sequence[int], looked_up: int, match: int, now: float) -> Draft:
+        """What the target has verified, of a draft that a device put together from what was published.
+
+        Args:
+            tokens: The draft.
+            looked_up: How many of them, at the end, were guessed.
+            match: Of the guess.
+            now: Seconds.
+        """
+        drafted, guess = list(tokens[: len(tokens) - looked_up]), tuple(tokens[len(tokens) - looked_up :])
+        self._shared.counters.fallback_tokens += looked_up
+        tree = self._tree
+        if tree is None or not self._last_branch_id:
+            return Draft(drafted, 0.0, 1.0, guess, match)
+        if tree.cursor_id >= self._last_branch_id:
+            self._last_branch_id = 0
+        return Draft(drafted, 0.0, 1.0, guess, match, tree.drafted_until(self._last_branch_id, drafted))
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, as `AnswerClock.coming`; None without a link."""
@@ -225,22 +281,6 @@ class ControllerSession:
         number = self._number
         self._unlink(ControllerEvent.CLOSE)
         return None if number is None else Close(number)
-
-    def _judge(self, committed: Committed, count: int, now: float) -> None:
-        """Count a commit that was made with a tree in step."""
-        counters = self._shared.counters
-        if committed.stayed == count:
-            counters.hits += 1
-            counters.branch_hits += committed.missed
-        else:
-            counters.misses += 1
-            self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-            self._clock.asked(len(self._context), now)
-        if committed.missed:
-            self._clock.line_left()
-            self._last_branch_id, self._left_at = _ALL_IDS, len(self._context)
-        if self.window is not None:
-            self.window.observe(committed.followed, committed.missed, self._shared.cost)
 
     def _rejected(self, code: str, now: float) -> None:
         if self._number is None:

@@ -9,7 +9,7 @@ from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.learned.estimates import StepTimes
 from vllm_wanspec.core.policy.length import StepCost
-from vllm_wanspec.core.policy.lookup import LookupRates
+from vllm_wanspec.core.policy.lookup import ALL_IDS, LookupRates
 
 
 @dataclass(slots=True)
@@ -28,6 +28,7 @@ class Counters:
         steps: Verification steps in which a request with a session got tokens (its prefill not included).
         committed_tokens: Tokens that those steps yielded.
         offered_tokens: Draft tokens handed to the target.
+        offered_drafted: Those of them that a drafter made.
         accepted_main_line: Draft tokens that the target took, and that the drafter's main line made.
         accepted_branch: Those that a side branch made, before the drafter knew that the text goes on there. The
             alternative with which the branch began is not among them: the target gave that token itself.
@@ -53,6 +54,7 @@ class Counters:
     steps: int = 0
     committed_tokens: int = 0
     offered_tokens: int = 0
+    offered_drafted: int = 0
     accepted_main_line: int = 0
     accepted_branch: int = 0
     accepted_lookup: int = 0
@@ -92,10 +94,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Shared:
-    """What all sessions of a controller learn together."""
+    """What all sessions of a controller learn together, and the target's vocabulary: ids are below ``vocab_size``."""
 
     counters: Counters = field(default_factory=Counters)
     calibration: Calibration = field(default_factory=Calibration)
     times: StepTimes = field(default_factory=StepTimes)
     cost: StepCost = field(default_factory=lambda: StepCost(1.0, 1.0, 0.0))
     lookup: LookupRates = field(default_factory=LookupRates)
+    vocab_size: int = ALL_IDS

@@ -45,7 +45,7 @@ class RecordedControllerSession(ControllerSession):
     """A `ControllerSession` that tells a sink of every call.
 
     The log does not repeat the drafts that `fall_back` and `commit` are given: it is the one that the session gave
-    last since the commit before, in the pool as in `replay`.
+    last since the commit before, in the pool as in `replay`, or was told of where a device made it.
     """
 
     __slots__ = ("_key", "_sink")
@@ -97,6 +97,12 @@ class RecordedControllerSession(ControllerSession):
         longer = super().fall_back(draft, limit, least, now)
         self._record(now, "fall_back", limit=limit, least=least, out=longer.tokens)
         return longer
+
+    def told(self, tokens: Sequence[int], looked_up: int, match: int, now: float) -> Draft:
+        """See `ControllerSession.told`."""
+        draft = super().told(tokens, looked_up, match, now)
+        self._record(now, "told", looked_up=looked_up, match=match, out=draft.tokens)
+        return draft
 
     def link_lost(self, now: float) -> None:
         """See `ControllerSession.link_lost`."""
@@ -233,6 +239,9 @@ class _ControllerReplay:
                 return played.draft.tokens
             case "fall_back":
                 played.draft = session.fall_back(played.draft, record["limit"], record["least"], now)
+                return played.draft.tokens
+            case "told":
+                played.draft = session.told(record["out"], record["looked_up"], record["match"], now)
                 return played.draft.tokens
             case "link_lost":
                 session.link_lost(now)

@@ -7,6 +7,7 @@ bytes come in, `decode` gives valid messages or raises `RemoteProtocolError`. It
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,7 +32,8 @@ _MAX_WEIGHT_SENT = 65536
 _MAX_ID = 2**53
 _MAX_TOKEN = 2**31 - 1
 _MAX_NATS = 2.0**127  # float32, in which they travel, has exactly this value
-_make_node = NodeRecord._make
+_node = partial(tuple.__new__, NodeRecord)
+"""Makes a node without a Python call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +295,6 @@ def _nodes(value: Any) -> tuple[NodeRecord, ...]:
     """Checked in one loop: nearly everything that a controller receives is nodes."""
     if type(value) is not list or len(value) > MAX_NODES_PER_MESSAGE:
         raise RemoteProtocolError(f"not a list of at most {MAX_NODES_PER_MESSAGE} nodes")
-    records = []
     for item in value:
         if type(item) is not list or len(item) != 5:
             raise RemoteProtocolError("a node is not an array of five")
@@ -306,8 +307,7 @@ def _nodes(value: Any) -> tuple[NodeRecord, ...]:
             and -_MAX_NATS <= logprob <= 0.0 <= entropy <= _MAX_NATS
         ):
             _refuse_node(item)
-        records.append(_make_node(item))
-    return tuple(records)
+    return tuple(map(_node, value))
 
 
 def _refuse_node(item: list[Any]) -> NoReturn:

@@ -8,9 +8,9 @@ nothing, and it changes neither the tree nor the session.
 from math import inf
 from typing import NamedTuple
 
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import Nodes
-from vllm_wanspec.core.tree import DraftTree, main_line_tip
 
 ASSUMED_GAP_S = 0.008
 LONGEST_GAP_S = 0.1
@@ -75,7 +75,7 @@ class AnswerClock:
         """The target took another token than the main line's: its end, as followed so far, is no more."""
         self._front = None
 
-    def received(self, message: Nodes, tree: DraftTree, now: float) -> None:
+    def received(self, message: Nodes, tree: FlatTree, now: float) -> None:
         """Learn how fast the drafter answers and drafts from nodes that ``tree`` has taken."""
         if not self._answered:
             # What was on its way before, and echoes, which no engine has drafted, tell nothing.
@@ -85,7 +85,7 @@ class AnswerClock:
                 self.turnaround.answer_s.add(now - self._asked_s)
             self._answered = True
         if self._front is None:
-            self._front, self._front_s = main_line_tip(tree).id, now
+            self._front, self._front_s = tree.line[0], now
             return
         advanced = 0
         for record in message.nodes:
@@ -98,14 +98,14 @@ class AnswerClock:
                 self.turnaround.gap_s.add(gap_s)
             self._front_s = now
 
-    def coming(self, tree: DraftTree, now: float, agreement: float, until: float = inf) -> Coming | None:
+    def coming(self, tree: FlatTree, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, where ``tree`` has none; None where none can be expected ``until`` then.
 
         Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
         tokens committed meanwhile are of use only if all of them agree, each with chance ``agreement``.
         """
         behind = len(tree.pending)
-        if not behind and tree.cursor.best is not None:
+        if tree.has_draft:
             return None
         gap_s = self.turnaround.gap_s.get(ASSUMED_GAP_S)
         if self._answered:

@@ -20,6 +20,7 @@ import aiohttp
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
     PATH,
@@ -35,7 +36,6 @@ from vllm_wanspec.core.messages import (
     encode,
     vocabulary_fingerprint,
 )
-from vllm_wanspec.core.tree import Node, main_line_tip
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError, WanspecError
 
@@ -234,7 +234,7 @@ class Stream:
     def lead(self) -> int:
         """Tokens of the most probable path that wait for a commit."""
         tree = self._session.tree
-        return 0 if tree is None else max(0, main_line_tip(tree).position - tree.committed_length)
+        return 0 if tree is None else max(0, tree.line[1] - len(tree.pending))
 
     @property
     def drafted(self) -> int:
@@ -263,7 +263,7 @@ class Stream:
     async def commit(self, most: int) -> int:
         """Commit up to ``most`` tokens of the draft; returns how many."""
         tree = self._session.tree
-        tokens = draw_commit(tree.cursor, most, self._rng) if tree is not None and not tree.pending else []
+        tokens = draw_commit(tree, most, self._rng) if tree is not None and not tree.pending else []
         message = self._session.commit(tokens, time.monotonic()) if tokens else None
         if message is not None:
             await self._client.send(message)
@@ -278,18 +278,19 @@ class Stream:
             await self._client.send(message)
 
 
-def draw_commit(cursor: Node, most: int, rng: Random) -> list[int]:
-    """Draw at most ``most`` tokens below a node among those that are extended already, by their probabilities.
+def draw_commit(tree: FlatTree, most: int, rng: Random) -> list[int]:
+    """Draw at most ``most`` tokens of a tree among those that are extended already, by their probabilities.
 
     The most probable one may always be drawn; where nothing else is extended it is certain.
     """
     tokens: list[int] = []
-    node = cursor
-    while node.best is not None and len(tokens) < most:
-        extended = [child for child in node.children.values() if child is node.best or child.children]
-        weights = [math.exp(child.logprob) for child in extended]
-        node = rng.choices(extended, weights)[0] if len(extended) > 1 else node.best
-        tokens.append(node.token)
+    below = tree.below()
+    while below and len(tokens) < most:
+        extended = [(node, token, logprob) for node, token, logprob, best in below if best or tree.below(node)]
+        weights = [math.exp(logprob) for _, _, logprob in extended]
+        node, token, _ = rng.choices(extended, weights)[0] if len(extended) > 1 else extended[0]
+        tokens.append(token)
+        below = tree.below(node)
     return tokens
 
 

@@ -99,7 +99,7 @@ class World:
         if echo is not None:
             tree = self.pool._sessions[name].core.tree
             assert tree is not None
-            parent, position = tree.cursor.id, self.length[name]
+            parent, position = tree.cursor_id, self.length[name]
             number += 1
             records.append(NodeRecord(number, parent, echo, 0.0, 0.0))
             parent = number

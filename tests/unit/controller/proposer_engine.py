@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from toys import VOCAB_SIZE, VOCABULARY, toy, wait_until
 
-from vllm_wanspec.controller.v1 import hooks, proposer
+from vllm_wanspec.controller import service
+from vllm_wanspec.controller.v1 import hooks
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.sim.target import Runner, new_request, scheduled
 
@@ -93,9 +94,9 @@ class Engine:
 
 def stub_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's part: the vocabulary, the rank, and the probes."""
-    monkeypatch.setattr(proposer, "_vocabulary", lambda config: VOCABULARY)
-    monkeypatch.setattr(proposer, "_is_first_rank", lambda: True)
-    monkeypatch.setattr(hooks, "install_in_engine", lambda config: None)
+    monkeypatch.setattr(service, "_vocabulary", lambda config: VOCABULARY)
+    monkeypatch.setattr(service, "_is_first_rank", lambda: True)
+    monkeypatch.setattr(hooks, "install_in_engine", lambda: None)
 
 
 def vllm_config(

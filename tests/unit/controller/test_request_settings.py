@@ -10,7 +10,8 @@ from proposer_engine import MAX_LEN, TOY, Engine, pool_of, running, stub_vllm, v
 from toys import DrafterServer, draft_model
 
 from vllm_wanspec.config import PROPOSER
-from vllm_wanspec.controller.v1 import hooks
+from vllm_wanspec.controller import front
+from vllm_wanspec.controller.ledger import wrap
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -85,14 +86,14 @@ def test_all_that_can_only_mean_off_is_off(engine: Engine, value: object) -> Non
 def test_all_that_can_only_mean_on_is_as_configured(engine: Engine, value: object) -> None:
     engine.add("a", [1, 2], **asking(value))
     engine.step()
-    assert pool_of(engine).tree("a") == engine.remote._tree
+    assert pool_of(engine).tree("a") == engine.remote._requests._tree
 
 
 @pytest.mark.parametrize("value", NARROW[:2], ids=repr)
 def test_keys_of_the_tree(engine: Engine, value: object) -> None:
     engine.add("a", [1, 2], **asking(value))
     engine.step()
-    assert pool_of(engine).tree("a") == engine.remote._tree.model_copy(update={"max_branches": 1})
+    assert pool_of(engine).tree("a") == engine.remote._requests._tree.model_copy(update={"max_branches": 1})
 
 
 @pytest.mark.parametrize("value", NARROW[2:], ids=repr)
@@ -122,16 +123,15 @@ OURS = SimpleNamespace(model=PROPOSER)
 @pytest.fixture
 def params(monkeypatch: pytest.MonkeyPatch) -> Any:
     kind = type("Params", (Params,), {"verify": Params.verify})
-    monkeypatch.setattr(hooks, "_attribute", lambda module, name: kind)
     for _ in range(3):
-        hooks._wrap_verify()
+        wrap(kind, "verify", front._verifying)
     return kind
 
 
 @pytest.mark.parametrize(("value", "fragment"), WRONG, ids=lambda value: repr(value)[:40])
 def test_what_is_not_understood_is_refused_at_the_door(params: Any, value: object, fragment: str) -> None:
     asked = params({"wanspec": value})
-    with pytest.raises(hooks.request_fault(), match=r"^vllm_xargs: wanspec: ") as caught:
+    with pytest.raises(front.request_fault(), match=r"^vllm_xargs: wanspec: ") as caught:
         asked.verify("model", OURS, None, "tokenizer")
     message = str(caught.value)
     assert fragment in message
@@ -143,7 +143,7 @@ def test_what_is_not_understood_is_refused_at_the_door(params: Any, value: objec
 
 @pytest.mark.parametrize("key", ["Wanspec", "WANSPEC", " wanspec", "wan_spec", "wan-spec"])
 def test_a_key_that_can_only_mean_ours_is_refused_at_the_door(params: Any, key: str) -> None:
-    with pytest.raises(hooks.request_fault(), match=r"^vllm_xargs: .*is not a known key; it is spelled wanspec"):
+    with pytest.raises(front.request_fault(), match=r"^vllm_xargs: .*is not a known key; it is spelled wanspec"):
         params({key: "off"}).verify("model", OURS, None, "tokenizer")
 
 
@@ -163,13 +163,13 @@ def test_without_our_proposer_nothing_is_judged(params: Any, speculative: object
 
 
 def test_a_vllm_whose_requests_are_verified_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type("Params", (), {"verify": lambda self, model_config: None})
-    monkeypatch.setattr(hooks, "_attribute", lambda module, name: kind)
-    with pytest.raises(hooks.UnsupportedError, match=r"another SamplingParams\.verify .*use vLLM"):
-        hooks.check_requests()
+    kind = type("SamplingParams", (), {"verify": lambda self, model_config: None})
+    monkeypatch.setattr(front, "attribute", lambda module, name: kind)
+    with pytest.raises(front.UnsupportedError, match=r"another SamplingParams\.verify .*use vLLM"):
+        front.check_requests()
     kind.verify = None  # type: ignore[attr-defined]
-    with pytest.raises(hooks.UnsupportedError, match=r"no SamplingParams\.verify, .*use vLLM"):
-        hooks.check_requests()
+    with pytest.raises(front.UnsupportedError, match=r"no SamplingParams\.verify, .*use vLLM"):
+        front.check_requests()
 
 
 @pytest.mark.vllm
@@ -181,7 +181,7 @@ def test_a_wrong_wish_in_a_request_s_body_is_a_fault_of_the_request(value: objec
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import SamplingParams
 
-    hooks._wrap_verify()
+    wrap(SamplingParams, "verify", front._verifying)
     bodies = (
         CompletionRequest(model="m", prompt="a", vllm_xargs={"wanspec": value}),
         ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "a"}], vllm_xargs={"wanspec": value}),

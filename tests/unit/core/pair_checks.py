@@ -9,6 +9,7 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Counters
 from vllm_wanspec.core.draft import Draft
 from vllm_wanspec.core.drafter import DrafterSession, StartBranch
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import Nodes
 from vllm_wanspec.core.states import CONTROLLER_TABLE, DRAFTER_TABLE, ControllerState, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, main_line_tip
@@ -34,9 +35,9 @@ def check_controller(session: ControllerSession, max_nodes: int, length: int) ->
     tree = session.tree
     if tree is not None:
         assert tree.committed_length == length
-        live = check_tree(tree)
+        live = check_flat(tree)
         assert live <= max_nodes
-        assert all(node.token < VOCAB_SIZE for node in tree._nodes.values())
+        assert all(tree._tokens[node] < VOCAB_SIZE for node in tree._index.values())
         assert len(tree._walked) <= 2 * max_nodes + 1  # what lazy pruning may leave behind
 
 
@@ -48,9 +49,10 @@ def accepted(counters: Counters) -> int:
 def check_sources(session: ControllerSession, draft: Draft, aside: set[int]) -> None:
     """A draft's first tokens are a branch's as far as the drafter drafted them ``aside``, by their nodes' ids."""
     assert session.tree is not None
-    path = session.tree.best_path(len(draft.drafted))
-    assert [node.token for node in path] == draft.drafted
-    assert [node.id in aside for node in path] == [index < draft.branch for index in range(len(path))]
+    tree = session.tree
+    path = tree.best_path(len(draft.drafted))
+    assert [tree._tokens[node] for node in path] == draft.drafted
+    assert [tree._ids[node] in aside for node in path] == [index < draft.branch for index in range(len(path))]
 
 
 class DrafterWatch:
@@ -137,6 +139,25 @@ def check_drafter(session: DrafterSession) -> None:
     assert session._tip() is main_line_tip(tree)
 
 
+def check_flat(tree: FlatTree) -> int:
+    """How many nodes the controller's copy has below its cursor, those not counted that wait to be pruned."""
+    live = 0
+    todo = [] if tree.pending else [tree._cursor]
+    assert tree._index[tree.cursor_id] == tree._cursor
+    while todo:
+        node = todo.pop()
+        family = tree._kids[node] or []
+        live += len(family)
+        for kid in family:
+            assert tree._parents[kid] == node < kid
+            assert tree._index[tree._ids[kid]] == kid
+            assert tree._children[node << 32 | tree._tokens[kid]] == kid
+        best = max(family, key=lambda kid: (tree._logprobs[kid], -kid), default=-1)
+        assert tree._best[node] == best
+        todo.extend(family)
+    return live
+
+
 def check_tree(tree: DraftTree) -> int:
     """The tree holds exactly what hangs together, and knows each node's place; the number of live nodes."""
     top = tree._walked[0][0] if tree._walked else tree.cursor
@@ -174,4 +195,14 @@ def shape(top: Node) -> list[tuple[int, int, int, int]]:
         node, parent = todo.pop()
         found.append((node.id, node.token, node.position, parent))
         todo.extend((child, node.id) for child in node.children.values())
+    return sorted(found)
+
+
+def flat_shape(tree: FlatTree) -> list[tuple[int, int, int, int]]:
+    """The same of the controller's copy, from its cursor on."""
+    found, todo = [], [(tree._cursor, tree._tokens[tree._cursor], tree.committed_length - len(tree.pending), -1)]
+    while todo:
+        node, token, position, parent = todo.pop()
+        found.append((tree._ids[node], token, position, parent))
+        todo.extend((kid, kid_token, position + 1, tree._ids[node]) for kid, kid_token, _, _ in tree.below(node))
     return sorted(found)

@@ -1,7 +1,7 @@
 """How every history of the pair ends: at rest both sides agree, and after that drafts are of use again."""
 
 from pair import PROMPTS, World, sessions_of
-from pair_checks import shape
+from pair_checks import flat_shape, shape
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
@@ -61,7 +61,7 @@ def _check_agreement(world: World, request: Request, session: ControllerSession)
     assert tree is not None
     assert session.state is ControllerState.SERVED
     assert drafter.state in (DrafterState.RESTING, DrafterState.FULL)
-    assert shape(tree.cursor) == shape(own.cursor)
+    assert flat_shape(tree) == shape(own.cursor)
     assert tree.committed_length == own.committed_length == len(request.context)
     _check_best(world, request)
     limits = world.setup.limits
@@ -77,10 +77,11 @@ def _check_agreement(world: World, request: Request, session: ControllerSession)
 
 def _check_best(world: World, request: Request) -> None:
     """On the side branches as on the main line, the best child is what the draft model itself would say."""
-    assert request.session.tree is not None
-    todo = [(request.session.tree.cursor, list(request.context))]
+    tree = request.session.tree
+    assert tree is not None
+    todo = [(tree._cursor, list(request.context))]
     while todo:
         node, context = todo.pop()
-        if node.best is not None:
-            assert node.best.token == world.language.draft(context)
-        todo.extend((child, [*context, token]) for token, child in node.children.items())
+        for child, token, _, best in tree.below(node):
+            assert not best or token == world.language.draft(context)
+            todo.append((child, [*context, token]))

@@ -35,6 +35,13 @@ class Play:
         records = tuple(NodeRecord(number, parent, token, q, 1.0) for number, parent, token, q in items)
         self.session.receive(Nodes(self.number, seen, records), 0.0)
 
+    @property
+    def best_bucket(self) -> int:
+        """The range of probabilities of the most probable token that comes next."""
+        tree = self.session.tree
+        assert tree is not None
+        return tree._buckets[tree.best_path(1)[0]]
+
     def draft(self, limit: int = 8) -> Draft:
         return self.session.draft(limit, 0.0, 0.0)
 
@@ -177,7 +184,7 @@ def test_a_lookup_behind_a_draft() -> None:
     play = Play([1, 2, 3, 4, 5, 6, 1, 2])
     play.nodes(8, (1, 0, 3, -0.01))
     for _ in range(400):
-        play.shared.calibration.saw(play.session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
+        play.shared.calibration.saw(play.best_bucket, True)
     draft = play.session.fall_back(play.draft(), 4, 0.0, 0.0)
     assert (draft.drafted, draft.guess) == ([3], (4, 5, 6))
     assert play.commit(3, 4, 5, 9, draft=draft) == (1, 0, 2)
@@ -189,7 +196,7 @@ def test_a_lookup_behind_a_branch() -> None:
     play.nodes(8, (1, 0, 20, SURE), (2, 1, 30, SURE), (3, 1, 40, UNSURE), (4, 3, 41, -0.01), (5, 4, 42, -0.01))
     play.commit(40, draft=play.draft())
     for _ in range(400):
-        play.shared.calibration.saw(play.session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
+        play.shared.calibration.saw(play.best_bucket, True)
     draft = play.session.fall_back(play.draft(), 4, 0.0, 0.0)
     assert (draft.drafted, draft.branch, draft.guess) == ([41, 42], 2, (43, 44))
     assert play.commit(41, 42, 43, 44, 45, draft=draft) == (0, 2, 2)

@@ -239,7 +239,7 @@ def wrong_message(rng: random.Random, world: World, request, to_drafter: bool) -
 def wrong_nodes(rng: random.Random, request) -> list[NodeRecord]:
     tree = request.session.tree
     last = tree.last_id if tree is not None else 0
-    known = list(tree._nodes) if tree is not None else [0]
+    known = list(tree._index) if tree is not None else [0]
     records = []
     strange = (rng.random() < 0.15) * 9
     for _ in range(rng.choice((0, 1, 1, 3, 8, 700))):

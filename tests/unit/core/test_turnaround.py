@@ -3,8 +3,9 @@ test_controller."""
 
 import pytest
 
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import Nodes
-from vllm_wanspec.core.tree import DraftTree, NodeRecord
+from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.core.turnaround import ASSUMED_GAP_S, LONGEST_GAP_S, AnswerClock, Coming, Turnaround
 
 START = 10
@@ -21,7 +22,7 @@ class Served:
             self.turnaround.answer_s.add(answer_s)
         if gap_s is not None:
             self.turnaround.gap_s.add(gap_s)
-        self.tree = DraftTree(START, vocab_size=100, max_nodes=64)
+        self.tree = FlatTree(START, vocab_size=100, max_nodes=64)
         self.clock = AnswerClock(self.turnaround, START)
 
     def arrive(self, now: float, *records: tuple[int, int, int], echo: bool = False, seen: int = START) -> None:

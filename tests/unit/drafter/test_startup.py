@@ -1,6 +1,7 @@
 """What cannot draft is said before a drafter starts, in one line; what can do so less well is said and adapted to."""
 
 import asyncio
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from toys import VOCAB_SIZE, VOCABULARY, toy
 
 from vllm_wanspec import plugin
 from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV
-from vllm_wanspec.controller.v1 import hooks
+from vllm_wanspec.controller import front
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.sim.engine import Engine
@@ -53,9 +54,9 @@ class Arguments:
 def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
     """As in a process that `wanspec drafter` has become."""
     kind = type("Arguments", (Arguments,), {"create_engine_config": Arguments.create_engine_config})
-    monkeypatch.setattr(hooks, "_attribute", lambda module, name: kind)
-    monkeypatch.setattr(hooks, "repair_cpu_expand", lambda: False)
-    monkeypatch.setitem(plugin.hooks.sys.modules, "vllm.engine.arg_utils", SimpleNamespace())
+    monkeypatch.setattr(front, "attribute", lambda module, name: kind)
+    monkeypatch.setattr(front, "repair_cpu_expand", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", SimpleNamespace())
     monkeypatch.setenv("VLLM_PLUGINS", "wanspec")
     monkeypatch.delenv(HOST_ENV, raising=False)
     monkeypatch.delenv(WIDTH_ENV, raising=False)

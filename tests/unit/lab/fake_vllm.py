@@ -31,6 +31,11 @@ wanspec_positions_total{{entropy="0-0.25",outcome="agreed"}} {steps}
 wanspec_positions_total{{entropy="1-inf",outcome="branch"}} {steps}
 wanspec_positions_total{{entropy="1-inf",outcome="outside"}} {steps}
 vllm:something_else{{a="b"}} 1.0
+vllm:iteration_tokens_total_count{{engine="0"}} {steps}
+"""
+DRAFTS = """\
+vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {drafts}
+vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {steps}
 """
 
 
@@ -66,7 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/metrics":
             steps = Handler.steps
             counts = {"steps": steps, "committed": TOKENS_PER_CHUNK * steps, "bytes": 100 * steps, "drafted": 3 * steps}
-            body = METRICS.format(**counts).encode()
+            text = METRICS + (DRAFTS if self.options.speculates else "")
+            body = text.format(**counts, drafts=4 * steps).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(body)
@@ -120,7 +126,11 @@ def main() -> None:
     parser.add_argument("--differ-at", type=int)
     parser.add_argument("--gap", type=float, default=0.0)
     parser.add_argument("--fail-after", type=int)
+    parser.add_argument("--speculates", action="store_true")
+    parser.add_argument("--say", help="a line for the log")
     Handler.options = parser.parse_args()
+    if Handler.options.say:
+        print(Handler.options.say, flush=True)
     if Handler.options.metrics_port:
         metrics = ThreadingHTTPServer(("127.0.0.1", Handler.options.metrics_port), Handler)
         Thread(target=metrics.serve_forever, daemon=True).start()

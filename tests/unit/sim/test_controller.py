@@ -12,7 +12,8 @@ import aiohttp
 import pytest
 from toys import FINGERPRINT, DrafterServer, draft_model, limits, toy, wait_until
 
-from vllm_wanspec.core.tree import DraftTree, NodeRecord
+from vllm_wanspec.core.flat import FlatTree
+from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.sim.controller import (
     DrafterClient,
@@ -91,7 +92,7 @@ def test_a_draft_far_ahead_is_followed() -> None:
 
 
 def test_only_extended_tokens_are_drawn() -> None:
-    tree = DraftTree(4, vocab_size=10, max_nodes=64)
+    tree = FlatTree(4, vocab_size=10, max_nodes=64)
     tree.append(
         [
             NodeRecord(1, 0, 5, -0.7, 1.0),
@@ -101,10 +102,10 @@ def test_only_extended_tokens_are_drawn() -> None:
         ]
     )
     rng = Random(3)
-    drawn = [tuple(draw_commit(tree.cursor, 2, rng)) for _ in range(200)]
+    drawn = [tuple(draw_commit(tree, 2, rng)) for _ in range(200)]
     assert set(drawn) == {(5,), (6, 8)}
     assert 40 <= drawn.count((6, 8)) <= 110  # 0.30 / (0.30 + 0.50) of them
-    assert draw_commit(tree.cursor, 0, rng) == []
+    assert draw_commit(tree, 0, rng) == []
 
 
 def test_another_vocabulary_is_refused() -> None:

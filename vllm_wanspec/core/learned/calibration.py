@@ -21,8 +21,8 @@ ADAPTIVE_DEFAULT_NATS = 1.0
 MIN_OBSERVATIONS = 50
 ASSUMED_AGREEMENT = 0.7
 
-_LOG_EDGES = tuple(log(edge) for edge in PROBABILITY_EDGES)
-_RANGES = len(PROBABILITY_EDGES) + 1
+LOG_EDGES = tuple(log(edge) for edge in PROBABILITY_EDGES)
+RANGES = len(PROBABILITY_EDGES) + 1
 
 
 class Calibration:
@@ -30,20 +30,22 @@ class Calibration:
 
     Attributes:
         probability: Per bucket the chance in (0, 1) that the target takes a token of that bucket.
+        log_probability: Their natural logarithms.
         outcomes: Per entropy range (see `entropy_ranges`) the counts of `OUTCOMES`.
     """
 
     def __init__(self) -> None:
         """Start by believing the draft model."""
-        prior = [_middle(index) for index in range(_RANGES)] * 2
+        prior = [_middle(index) for index in range(RANGES)] * 2
         self._seen = [PRIOR_WEIGHT] * len(prior)
         self._taken = [PRIOR_WEIGHT * p for p in prior]
         self.probability = prior
+        self.log_probability = [log(p) for p in prior]
         self.outcomes = [[0] * len(OUTCOMES) for _ in range(len(ENTROPY_EDGES_NATS) + 1)]
 
     def bucket(self, logprob: float, *, best: bool) -> int:
         """The range that a token's log-probability falls into; the most probable token has ranges of its own."""
-        return bisect_right(_LOG_EDGES, logprob) + (0 if best else _RANGES)
+        return bisect_right(LOG_EDGES, logprob) + (0 if best else RANGES)
 
     def saw(self, bucket: int, taken: bool) -> None:
         """Count one token of which it is now known whether the target took it."""
@@ -53,7 +55,9 @@ class Calibration:
         self._seen[bucket] += 1.0
         self._taken[bucket] += taken
         # Never 0 or 1: what comes below must keep a finite, non-zero path probability.
-        self.probability[bucket] = min(0.999, max(1e-4, self._taken[bucket] / self._seen[bucket]))
+        probability = min(0.999, max(1e-4, self._taken[bucket] / self._seen[bucket]))
+        self.probability[bucket] = probability
+        self.log_probability[bucket] = log(probability)
 
     def saw_outcome(self, entropy_nats: float, outcome: int) -> None:
         """Count what became of one drafted distribution; ``outcome`` is an index into `OUTCOMES`."""

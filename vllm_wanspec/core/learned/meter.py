@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import inf
+from typing import NamedTuple
 
 from vllm_wanspec.core.learned.estimates import Smoothed, StepTimes
 
@@ -42,6 +43,14 @@ class Pace:
         return gain * chances / yield_per_s if yield_per_s > 0.0 else inf
 
 
+class Began(NamedTuple):
+    """The beginning of a step; see `StepMeter.begins`."""
+
+    at_s: float
+    tokens: int
+    drafts: int
+
+
 class StepMeter:
     """Times the target's steps, and averages what they yield.
 
@@ -65,7 +74,8 @@ class StepMeter:
         self.tokens_per_dry_step = Smoothed(0.05)
         self._times = times
         self._speculation_length = speculation_length
-        self._began: tuple[float, int, int] | None = None
+        self._began: Began | None = None
+        self._ended_s = -inf
         self._rows = 1
 
     @property
@@ -73,22 +83,28 @@ class StepMeter:
         """Time of a step; a usual one before the first is measured."""
         return self.step_s.get(ASSUMED_STEP_S)
 
-    def begins(self, now: float, tokens: int, drafts: int) -> None:
-        """A step begins.
+    def begins(self, now: float, tokens: int, drafts: int) -> Began:
+        """A step begins; what is returned may be given to `ends`, where steps begin before others have ended.
 
         Args:
             now: Seconds.
             tokens: Tokens in the step, where all of its rows decode; 0 for a step whose time is no example.
             drafts: How many of them are drafts.
         """
-        self._began = (now, tokens, drafts)
+        self._began = Began(now, tokens, drafts)
+        return self._began
 
-    def ends(self, now: float, rows: int, yielded: int) -> bool:
-        """The step ends, with ``yielded`` tokens for ``rows`` requests; whether its time was an example."""
-        if self._began is None:
+    def ends(self, now: float, rows: int, yielded: int, began: Began | None = None) -> bool:
+        """The step ends, with ``yielded`` tokens for ``rows`` requests; whether its time was an example.
+
+        Its time counts from its beginning, or from the end of the step before where that came later.
+        """
+        if began is None:
+            began, self._began = self._began, None
+        if began is None:
             return False
-        began_s, tokens, drafts = self._began
-        self._began = None
+        began_s, tokens, drafts = began
+        began_s, self._ended_s = max(began_s, self._ended_s), now
         self.step_s.add(now - began_s)
         if not tokens:
             return False

@@ -15,6 +15,7 @@ WINDOW_TOKENS = 2048
 """So far back is sought: a bound on the time that it takes on the serving path."""
 POOR_DRAFT_TOKENS = 0.5
 """A draft of which fewer tokens can be expected to be taken is held against prompt lookup alone."""
+ALL_IDS = 2**31
 _WIDTH = array("I").itemsize
 
 
@@ -99,7 +100,9 @@ class Text:
         return 0, []
 
 
-def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: float) -> Draft:
+def lengthened(
+    draft: Draft, text: Text, rates: LookupRates, limit: int, least: float, vocab_size: int = ALL_IDS
+) -> Draft:
     """A draft with what prompt lookup goes on with; where it promises little, lookup alone if that promises more.
 
     Args:
@@ -108,29 +111,40 @@ def lengthened(draft: Draft, text: Text, rates: LookupRates, limit: int, least: 
         rates: How often lookup is right.
         limit: Most tokens of both.
         least: The guess ends where the chance that the target takes all of the draft falls below this.
+        vocab_size: Ids are below this; a guess ends before one that stands in the text and is not.
     """
     drafted, expected, chance, _, _, branch = draft
     if expected < POOR_DRAFT_TOKENS:
-        match, guess, worth = _guess(text, rates, [], 1.0, limit, least)
+        match, guess, worth = guessed(text, rates, [], 1.0, limit, least, vocab_size)
         if worth > expected:
             return Draft([], worth, 1.0, guess, match)
         if not drafted:
             return Draft([], expected + worth, 1.0, guess, match)
-    match, guess, worth = _guess(text, rates, drafted, chance, limit, least)
+    match, guess, worth = guessed(text, rates, drafted, chance, limit, least, vocab_size)
     return Draft(drafted, expected + worth, chance, guess, match, branch)
 
 
-def _guess(
-    text: Text, rates: LookupRates, drafted: list[int], chance: float, limit: int, least: float
+def guessed(
+    text: Text,
+    rates: LookupRates,
+    drafted: Sequence[int],
+    chance: float,
+    limit: int,
+    least: float = 0.0,
+    vocab_size: int = ALL_IDS,
 ) -> tuple[int, tuple[int, ...], float]:
-    """Length of the match, tokens to go on with after ``drafted``, and how many can be expected to be taken."""
+    """What prompt lookup goes on with after ``drafted``, of which the target takes all with ``chance``.
+
+    Returns:
+        Length of the match, tokens, and how many of them can be expected to be taken.
+    """
     length, found = text.continuation(max(0, limit - len(drafted)), drafted)
     each = rates.chance[length]
     guess: list[int] = []
     expected = 0.0
     for token in found:
         chance *= each
-        if chance < least:
+        if chance < least or token >= vocab_size:
             break
         expected += chance
         guess.append(token)

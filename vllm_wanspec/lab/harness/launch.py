@@ -50,7 +50,12 @@ DYING_S = 3.0
 
 @contextlib.contextmanager
 def serving(
-    specs: Sequence[ServerSpec], folder: Path, console: Console, *, in_turn: bool = False
+    specs: Sequence[ServerSpec],
+    folder: Path,
+    console: Console,
+    *,
+    in_turn: bool = False,
+    deadline_s: float = START_DEADLINE_S,
 ) -> Iterator[dict[str, Server]]:
     """Start servers and wait until all are ready; stop them when the block ends, whatever happens.
 
@@ -59,6 +64,7 @@ def serving(
         folder: Existing folder for their logs.
         console: Where to show progress.
         in_turn: Start each when the one before is ready: many that share a core would all be late together.
+        deadline_s: Seconds within which each must be ready.
 
     Yields:
         The servers by name.
@@ -69,17 +75,19 @@ def serving(
     with ServerGroup(folder) as group:
         servers: dict[str, Server] = {}
         for some in [[spec] for spec in specs] if in_turn else [specs]:
-            servers |= start(group, some, console)
+            servers |= start(group, some, console, deadline_s)
         with dying_servers_explain(group):
             yield servers
         console.print("stopping the servers", style="dim")
 
 
-def start(group: ServerGroup, specs: Sequence[ServerSpec], console: Console) -> dict[str, Server]:
-    """Start servers of a group and wait until all are ready; by name."""
+def start(
+    group: ServerGroup, specs: Sequence[ServerSpec], console: Console, deadline_s: float = START_DEADLINE_S
+) -> dict[str, Server]:
+    """Start servers of a group and wait until all are ready, each within ``deadline_s`` seconds; by name."""
     servers = [group.start(spec) for spec in specs]
     with starting(console, servers) as ready:
-        group.wait_ready(servers, START_DEADLINE_S, on_ready=ready)
+        group.wait_ready(servers, deadline_s, on_ready=ready)
     return {server.name: server for server in servers}
 
 

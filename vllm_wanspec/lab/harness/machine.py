@@ -12,9 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,16 +47,23 @@ def portable(text: str, *folders: Path) -> str:
 
 
 @functools.cache
-def has_gpu() -> bool:
-    """Whether ``nvidia-smi`` lists a GPU; never takes longer than 10 s."""
+def gpus() -> tuple[str, ...]:
+    """Return the names of the GPUs that ``nvidia-smi`` lists; never takes longer than 10 s."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
-        return False
+        return ()
     try:
         listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return listed.returncode == 0 and "GPU " in listed.stdout
+        return ()
+    if listed.returncode:
+        return ()
+    return tuple(re.findall(r"^GPU \d+: (.*?)(?: \(UUID.*)?$", listed.stdout, re.MULTILINE))
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU."""
+    return bool(gpus())
 
 
 def cores() -> list[int]:
@@ -139,7 +148,7 @@ def versions() -> dict[str, str]:
 def describe() -> str:
     """Return processor, usable cores, memory and system in one line."""
     kind = _cpu_model() or platform.machine()
-    gpu = ", NVIDIA GPU" if has_gpu() else ""
+    gpu = "".join(f", {count} × {name}" for name, count in Counter(gpus()).items())
     return f"{kind}, {len(cores())} cores{_memory()}{gpu}, {platform.system()} {platform.release()}"
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient
 
@@ -35,6 +36,7 @@ async def serve_clients(
     requests: Sequence[Sequence[Text]],
     on_answer: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
+    **asked: Any,
 ) -> list[Served]:
     """Serve all clients at once, each its requests in turn.
 
@@ -43,6 +45,7 @@ async def serve_clients(
         requests: Of each client.
         on_answer: Called after each of them.
         clock: Monotonic seconds.
+        asked: What else is asked of `CompletionClient.complete`.
 
     Raises:
         ClientError: A request failed; the others are given up.
@@ -53,7 +56,7 @@ async def serve_clients(
         pieces: Pieces = []
         for text in texts:
             sent_s = clock()
-            done = await client.complete(text.prompt_ids, len(text.expected))
+            done = await client.complete(text.prompt_ids, len(text.expected), **asked)
             pieces += [(sent_s + at_ms / 1000.0, tokens) for at_ms, tokens in done.pieces]
             answers.append((text, done))
             on_answer()

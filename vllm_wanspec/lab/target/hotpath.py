@@ -150,7 +150,7 @@ class _LiveRun:
                 advance()
         elapsed_s, busy_s = time.monotonic() - began_s, self._others_s() - busy_s
         nodes, after = counters.received_nodes - nodes, self._stats()
-        if self._proposer._failed:
+        if self._proposer.failed:
             raise WanspecError("the proposer gave up; its error is above")
         if not any(step.offered for step in times):
             raise WanspecError(f"no drafts; the drafter's last words:\n{self._server.log_tail()}")

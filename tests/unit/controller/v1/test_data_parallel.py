@@ -1,9 +1,10 @@
 """Several engines of one target: each has its metrics port and its event file, and none holds a step back."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, pool_of, running, stub_vllm, vllm_config
 from toys import DrafterServer, draft_model, wait_until
 
-from vllm_wanspec.config import Settings
+from vllm_wanspec.config import PROPOSER, Settings
+from vllm_wanspec.controller import engine as engine_core
+from vllm_wanspec.controller import front, service
 from vllm_wanspec.controller.startup import settings_of
-from vllm_wanspec.controller.v1 import hooks, proposer
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -28,7 +30,7 @@ def server() -> Iterator[DrafterServer]:
 def ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ports: list[int] = []
     stub_vllm(monkeypatch)
-    monkeypatch.setattr(proposer, "serve_metrics", lambda pool, settings: ports.append(settings.port))
+    monkeypatch.setattr(service, "serve_metrics", lambda pool, settings: ports.append(settings.port))
     return ports
 
 
@@ -47,12 +49,13 @@ class Arguments:
 def in_engine(monkeypatch: pytest.MonkeyPatch, config: SimpleNamespace, *, size: int, rank: int, dense: bool) -> None:
     """What of a configuration reaches an engine process of so many."""
     kind: Any = type("Arguments", (Arguments,), {"create_engine_config": Arguments.create_engine_config})
-    monkeypatch.setattr(hooks, "_attribute", lambda module, name: kind)
-    monkeypatch.setattr(hooks, "check", lambda config: None)
-    hooks._wrap_create_engine_config()
+    monkeypatch.setattr(front, "attribute", lambda module, name: kind)
+    monkeypatch.setattr(front, "repair_cpu_expand", lambda: False)
+    monkeypatch.setitem(sys.modules, "vllm.engine.arg_utils", ModuleType("arg_utils"))
+    front.install(lambda config: front.V1)
     parallel = config.parallel_config
     parallel.data_parallel_size = size
-    config.speculative_config.model = hooks.PROPOSER
+    config.speculative_config.model = PROPOSER
     config.model_config.skip_tokenizer_init = False
     assert kind(config).create_engine_config() is config
     parallel.data_parallel_index = rank
@@ -106,7 +109,9 @@ def test_rank_0_and_an_engine_alone_have_what_the_file_says(
 def test_no_step_of_a_dense_model_is_held_back_with_data_parallelism(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: DrafterServer, ports: list[int], rank: int
 ) -> None:
-    monkeypatch.setattr(hooks, "_engine_core", lambda: SimpleNamespace(input_queue=SimpleNamespace(qsize=lambda: 0)))
+    monkeypatch.setattr(
+        engine_core, "_engine_core", lambda: SimpleNamespace(input_queue=SimpleNamespace(qsize=lambda: 0))
+    )
     config = vllm_config(tmp_path, server.url)
     in_engine(monkeypatch, config, size=2, rank=rank, dense=True)
     with running(config) as engine:
@@ -116,7 +121,9 @@ def test_no_step_of_a_dense_model_is_held_back_with_data_parallelism(
 def test_an_engine_alone_may_hold_steps_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: DrafterServer, ports: list[int]
 ) -> None:
-    monkeypatch.setattr(hooks, "_engine_core", lambda: SimpleNamespace(input_queue=SimpleNamespace(qsize=lambda: 0)))
+    monkeypatch.setattr(
+        engine_core, "_engine_core", lambda: SimpleNamespace(input_queue=SimpleNamespace(qsize=lambda: 0))
+    )
     config = vllm_config(tmp_path, server.url)
     in_engine(monkeypatch, config, size=1, rank=0, dense=True)
     with running(config) as engine:

@@ -4,20 +4,15 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 
+from vllm_wanspec.controller import cpu_mends, engine, front
 from vllm_wanspec.controller.v1 import hooks
 
 pytestmark = pytest.mark.vllm
-
-VLLM_CONFIG = SimpleNamespace(
-    parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-    speculative_config=SimpleNamespace(model=hooks.PROPOSER),
-    additional_config={},
-)
 
 
 def pristine(name: str) -> ModuleType:
@@ -39,14 +34,14 @@ def cpu() -> None:
 
 
 def test_the_installed_vllm_passes_the_probe() -> None:
-    hooks.check(VLLM_CONFIG)
-    hooks.check_requests()
+    hooks.check()
+    front.check_requests()
 
 
 def test_every_entry_of_the_ledger_is_there_in_the_installed_vllm() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    for wrap in hooks.LEDGER:
+    for wrap in (*front.LEDGER, *cpu_mends.LEDGER, *engine.LEDGER, *hooks.LEDGER):
         target = wrap.target.split(" ")[0]
         if target.startswith("GPUModelRunner."):
             name = target.split(".")[1]
@@ -70,7 +65,7 @@ def _is_module(name: str) -> bool:
 @pytest.mark.usefixtures("cpu")
 def test_the_repair_of_expand_is_still_needed() -> None:
     """Where this fails, vLLM has mended it: take the repair and its ledger entry out."""
-    assert hooks.expand_is_faulty(pristine("vllm.utils.cpu_triton_utils")._expand_kernel_impl)
+    assert cpu_mends.expand_is_faulty(pristine("vllm.utils.cpu_triton_utils")._expand_kernel_impl)
 
 
 @pytest.mark.usefixtures("cpu")
@@ -84,7 +79,7 @@ def test_the_repair_of_top_k_is_still_needed() -> None:
 
 
 def test_our_expand_is_right() -> None:
-    assert not hooks.expand_is_faulty(hooks._expand)
+    assert not cpu_mends.expand_is_faulty(cpu_mends._expand)
 
 
 def test_expand_against_a_loop() -> None:
@@ -96,7 +91,7 @@ def test_expand_against_a_loop() -> None:
             counts = torch.randint(0, 5, (6,), generator=generator)
             values = torch.randint(0, 4, (6,), generator=generator).to(dtype)
             output = torch.full((int(counts.sum()) + 3,), -9).to(dtype)
-            hooks._expand(output, values, counts.cumsum(0).to(torch.int32), 0, 1, MAX_NUM_TOKENS=32)
+            cpu_mends._expand(output, values, counts.cumsum(0).to(torch.int32), 0, 1, MAX_NUM_TOKENS=32)
             expected = [
                 1 if value == 0 else value
                 for value, count in zip(values.tolist(), counts.tolist(), strict=True)
@@ -111,7 +106,7 @@ def broken(*args: object, **kwargs: object) -> None:
 
 @pytest.mark.parametrize("expand", [broken, lambda *args, **kwargs: None])
 def test_expands_that_fail_or_do_nothing_are_faulty(expand: Callable) -> None:
-    assert hooks.expand_is_faulty(expand)
+    assert cpu_mends.expand_is_faulty(expand)
 
 
 @pytest.mark.usefixtures("cpu")
@@ -131,8 +126,8 @@ def test_installing_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineArgs, "create_engine_config", EngineArgs.create_engine_config)
     monkeypatch.setattr(GPUModelRunner, "_update_states", GPUModelRunner._update_states)
     monkeypatch.setattr(EngineCore, "post_step", EngineCore.post_step)
-    hooks.install()
-    hooks.install_in_engine(VLLM_CONFIG)
+    front.install(lambda config: front.V1)
+    hooks.install_in_engine()
     first = (
         cpu_triton_utils._expand_kernel_impl,
         topk_topp_sampler.apply_top_k_only,
@@ -141,14 +136,14 @@ def test_installing_twice_is_harmless(monkeypatch: pytest.MonkeyPatch) -> None:
         EngineCore.post_step,
     )
     assert first[0] is not expand
-    assert not hooks.expand_is_faulty(first[0])
+    assert not cpu_mends.expand_is_faulty(first[0])
     assert first[1] is not top_k
     empty = torch.empty(0, 2)
     assert first[1](empty, torch.empty(0, dtype=torch.int32)) is empty
-    hooks.install()
-    hooks.install_in_engine(VLLM_CONFIG)
-    assert not hooks.repair_cpu_expand()
-    assert not hooks.repair_empty_top_k()
+    front.install(lambda config: front.V1)
+    hooks.install_in_engine()
+    assert not cpu_mends.repair_cpu_expand()
+    assert not cpu_mends.repair_empty_top_k()
     assert first == (
         cpu_triton_utils._expand_kernel_impl,
         topk_topp_sampler.apply_top_k_only,
@@ -165,7 +160,7 @@ def test_top_k_with_rows_is_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = pristine("vllm.v1.sample.ops.topk_topp_sampler").apply_top_k_only
     monkeypatch.setattr(topk_topp_sampler, "apply_top_k_only", original)
-    assert hooks.repair_empty_top_k()
+    assert cpu_mends.repair_empty_top_k()
     logits = torch.tensor([[1.0, 3.0, 2.0], [5.0, 4.0, 6.0]])
     k = torch.tensor([1, 2], dtype=torch.int32)
     wrapped = topk_topp_sampler.apply_top_k_only(logits.clone(), k)

@@ -144,7 +144,7 @@ def test_before_the_first_step_there_is_nothing(engine: Engine) -> None:
     assert engine.remote.propose([[1], []], None, None) == [[], []]
 
 
-@pytest.mark.parametrize("broken", ["begin", "step_begins", "step", "draft", "length"])
+@pytest.mark.parametrize("broken", ["begin", "step_begins", "step", "draft", "known"])
 def test_a_fault_of_ours_ends_drafting_not_the_engine(
     engine: Engine, log: LogLines, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:

@@ -12,7 +12,9 @@ from proposer_engine import MAX_LEN, TOY, Engine, K, pool_of, running, stub_vllm
 from toys import DrafterServer, draft_model, wait_until
 
 from vllm_wanspec.config import TreeSettings
-from vllm_wanspec.controller.v1 import hooks, proposer
+from vllm_wanspec.controller import engine as engine_module
+from vllm_wanspec.controller import service
+from vllm_wanspec.controller.requests import tokens_and_drafts
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.errors import ConfigError
 
@@ -57,7 +59,7 @@ def test_a_request_s_own_tree_settings(engine: Engine, server: DrafterServer) ->
     engine.add("usual", [3, 4])
     engine.run_until_accepted("narrow", 10)
     engine.run_until_accepted("usual", 10)
-    usual = engine.remote._tree
+    usual = engine.remote._requests._tree
     assert pool_of(engine).tree("narrow") == TreeSettings(
         **{**usual.model_dump(), "max_branches": 1, "lookahead_tokens": 7}
     )
@@ -93,7 +95,7 @@ def test_a_wrong_wish_is_served_as_configured_and_said_once(
     for name in "abc":
         engine.add(name, [1, 2, ord(name) % 40], **asking(wrong))
     engine.run_until_accepted("a", 5)
-    assert [pool_of(engine).tree(name) for name in "abc"] == [engine.remote._tree] * 3
+    assert [pool_of(engine).tree(name) for name in "abc"] == [engine.remote._requests._tree] * 3
     [warning] = [line for line in log.warnings() if "vllm_xargs" in line]
     assert fragment in warning
     assert "request a is served as configured" in warning
@@ -126,7 +128,7 @@ def test_length_max_is_obeyed(tmp_path: Path, server: DrafterServer, stubs: None
 def test_other_ranks_do_not_connect(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proposer, "_is_first_rank", lambda: False)
+    monkeypatch.setattr(service, "_is_first_rank", lambda: False)
     remote = RemoteProposer(vllm_config(tmp_path, server.url))
     assert remote.pool is None
     engine = Engine(remote)
@@ -149,7 +151,7 @@ def test_metrics_are_served_where_configured(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ports: list[int] = []
-    monkeypatch.setattr(proposer, "serve_metrics", lambda pool, settings: ports.append(settings.port))
+    monkeypatch.setattr(service, "serve_metrics", lambda pool, settings: ports.append(settings.port))
     with running(vllm_config(tmp_path, server.url, more="metrics: {port: 9464}\n")):
         assert ports == [9464]
 
@@ -170,7 +172,7 @@ def test_steps_that_are_examples_of_decoding(changes: dict, expected: tuple[int,
         "num_scheduled_tokens": {"a": 4, "b": 1, "c": 2},
         "total_num_scheduled_tokens": 7,
     }
-    assert proposer._tokens_and_drafts(SimpleNamespace(**(output | changes))) == expected
+    assert tokens_and_drafts(SimpleNamespace(**(output | changes))) == expected
 
 
 def test_steps_are_timed_by_what_they_decode(engine: Engine) -> None:
@@ -185,7 +187,7 @@ def test_steps_are_held_back_only_where_the_queue_is_known(
     tmp_path: Path, server: DrafterServer, stubs: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     core = SimpleNamespace(input_queue=queue.Queue())
-    monkeypatch.setattr(hooks, "_engine_core", lambda: core)
+    monkeypatch.setattr(engine_module, "_engine_core", lambda: core)
     with running(vllm_config(tmp_path, server.url)) as engine:
         assert pool_of(engine)._late._queued() == 0
         core.input_queue.put(1)

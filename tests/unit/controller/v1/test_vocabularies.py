@@ -9,7 +9,7 @@ from conftest import LogLines
 from proposer_engine import MAX_LEN, TOY, pool_of, running, stub_vllm, vllm_config
 from toys import VOCAB_SIZE, VOCABULARY, DrafterServer, draft_model, toy, wait_until
 
-from vllm_wanspec.controller.v1 import proposer
+from vllm_wanspec.controller import service
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
 from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
@@ -41,7 +41,7 @@ def refused(
 ) -> Iterator[str]:
     """The line that says so."""
     stub_vllm(monkeypatch)
-    monkeypatch.setattr(proposer, "_vocabulary", lambda config: ours)
+    monkeypatch.setattr(service, "_vocabulary", lambda config: ours)
     with DrafterServer(toy(), model=model_of(theirs)) as server:
         remote = RemoteProposer(vllm_config(tmp_path, server.url, more=more))
         assert remote.pool is not None

@@ -107,7 +107,7 @@ def test_a_draft_that_promises_little_gives_way_to_a_lookup_that_promises_more()
     assert better.drafted == []
     session.receive(Nodes(1, 8, (sure,)), 0.0)
     for _ in range(400):  # the draft model turns out to be right
-        shared.calibration.saw(session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
+        shared.calibration.saw(session.tree._buckets[session.tree.best_path(1)[0]], True)  # type: ignore[union-attr]
     good = session.draft(1, 0.0, 0.0)
     assert good.tokens == [9]
     assert good.expected > 0.9
@@ -120,7 +120,7 @@ def test_a_short_draft_is_lengthened() -> None:
     session.open(1, Limits(8, 64, 2, 2, 4, 1.0, 0.0), 0.0, vocab_size=99, turnaround=Turnaround())
     session.receive(Nodes(1, 8, (NodeRecord(1, 0, 3, -0.01, 0.1),)), 0.0)
     for _ in range(400):
-        shared.calibration.saw(session.tree.cursor.best.bucket, True)  # type: ignore[union-attr]
+        shared.calibration.saw(session.tree._buckets[session.tree.best_path(1)[0]], True)  # type: ignore[union-attr]
     short = session.draft(8, 0.0, 0.0)
     alone = short.expected
     longer = session.fall_back(short, 3, 0.0, 0.0)
