@@ -297,10 +297,6 @@ class FlatTree:
             count += 1
         return count
 
-    def held(self, draft: Sequence[int]) -> int:
-        """How many tokens of a draft, counted from the first, the tree holds after the committed context."""
-        return self.drafted_until(self._last_id, draft)
-
     def below(self, node: int | None = None) -> list[tuple[int, int, float, bool]]:
         """What follows a node, the cursor if none is given: index, token, log-probability, and whether it is the best.
 

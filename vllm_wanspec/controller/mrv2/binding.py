@@ -22,8 +22,6 @@ class HostBinding:
     What has arrived since the scheduler got its drafts replaces them where it is better and no longer.
     """
 
-    early = False
-
     def __init__(self, pool: DraftPool, draft_tokens: torch.Tensor) -> None:
         """Write into ``draft_tokens``: int64 [slots, most drafts]."""
         self._pool = pool
@@ -45,8 +43,6 @@ class HostBinding:
 
 class WalkBinding:
     """Has the device walk the published trees: what it finds is known to the host when the step's output is there."""
-
-    early = True
 
     def __init__(self, walk: DeviceWalk, memory: DeviceMemory, device: torch.device) -> None:
         """Launch ``walk`` over ``memory``."""

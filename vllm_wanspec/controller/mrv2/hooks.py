@@ -87,11 +87,12 @@ def install() -> None:
         config = import_module(_CONFIG).VllmConfig
         wrap(config, "_get_v2_model_runner_unsupported_features", _supporting_ours)
         wrap(config, "__post_init__", _keeping_async_scheduling)
-        for module in (_SPECULATORS, _RUNNER):
-            if module in sys.modules or module == _SPECULATORS:
-                _wrap_in(module, "init_speculator", _building_ours)
+        wrap(_found(_SPECULATORS), "init_speculator", _building_ours)
+        wrap(sys.modules.get(_RUNNER), "init_speculator", _building_ours)  # which has imported it by name
     if "vllm.v1.engine.core" in sys.modules:
-        _wrap_in(_ASYNC_SCHEDULER, "AsyncScheduler", None)
+        scheduler = getattr(_found(_ASYNC_SCHEDULER), "AsyncScheduler", None)
+        wrap(scheduler, "update_from_output", _hearing_wishes)
+        wrap(scheduler, "_update_after_schedule", _granting_wishes)
 
 
 def check() -> None:
@@ -131,16 +132,12 @@ def missing() -> str:
     return ""
 
 
-def _wrap_in(module: str, name: str, make: Any) -> None:
+def _found(module: str) -> Any:
+    """A module of vLLM's; None where this one has none: `check` says so where it matters."""
     try:
-        owner = import_module(module)
+        return import_module(module)
     except ImportError:
-        return  # `check` says so where it matters
-    if make is not None:
-        wrap(owner, name, make)
-    elif hasattr(owner, name):
-        wrap(getattr(owner, name), "update_from_output", _hearing_wishes)
-        wrap(getattr(owner, name), "_update_after_schedule", _granting_wishes)
+        return None
 
 
 # The configuration

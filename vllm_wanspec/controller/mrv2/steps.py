@@ -9,7 +9,6 @@ A `Step` is made when drafts are bound, goes with the step's output, and is read
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,8 +16,6 @@ from typing import Any, Protocol
 from vllm_wanspec.controller.requests import Requests, tokens_and_drafts
 from vllm_wanspec.core.block import Walked
 from vllm_wanspec.core.learned.meter import Began
-
-logger = logging.getLogger("vllm.wanspec.proposer")
 
 Wish = Mapping[str, int]
 """How many drafts each request should have room for in the step to come, by request."""
@@ -29,13 +26,7 @@ Told = Callable[[], list[Walked]]
 
 
 class Binding(Protocol):
-    """Writes the drafts of a batch where the runner reads them.
-
-    Attributes:
-        early: Whether it can do so before the output of the step before is known.
-    """
-
-    early: bool
+    """Writes the drafts of a batch where the runner reads them."""
 
     def bind(self, requests: Sequence[str], slots: Any, placed: Sequence[Sequence[int]], fixed: bool) -> Told | None:
         """Write drafts for the rows of a step.

@@ -59,8 +59,6 @@ class PlayedPool:
 class PlayedBinding:
     """Notes what it binds; each draft is told as its request's name says."""
 
-    early = True
-
     def __init__(self, told: dict[str, Walked] | None = None) -> None:
         self.bound: list[tuple[list[str], list[int], list[int], bool]] = []
         self.told = told
