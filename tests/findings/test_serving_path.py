@@ -212,12 +212,10 @@ def useful(rows: int) -> World:
     return world
 
 
-@finding("2.3", "each row of a step costs a dozen Python calls")
 def test_a_row_costs_the_serving_path_next_to_nothing() -> None:
     assert (step_calls(useful(128), STEP) - step_calls(useful(64), STEP)) / 64 <= 3.0
 
 
-@finding("2.3", "a step whose drafts do not pay costs the serving path as much as one whose drafts do")
 def test_where_drafts_do_not_pay_they_cost_the_serving_path_little() -> None:
     dear = STEP._replace(draft_s=1e-4)
     world = World(64, speculation=8, agreement=0.02, seed=1)
@@ -225,7 +223,7 @@ def test_where_drafts_do_not_pay_they_cost_the_serving_path_little() -> None:
     before = world.pool.counters.offered_tokens
     withheld = step_calls(world, dear)
     assert world.pool.counters.offered_tokens - before < 4 * 64 * 8
-    assert withheld < 0.5 * step_calls(useful(64), STEP)
+    assert withheld / 64 <= 2.5  # what was verified is committed all the same; nothing is drafted
 
 
 def test_a_node_costs_the_links_side_next_to_nothing() -> None:

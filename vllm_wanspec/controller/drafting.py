@@ -11,6 +11,7 @@ from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.live import LiveSession
 from vllm_wanspec.controller.waiting import LateDrafts
 from vllm_wanspec.core.counters import Shared
+from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.learned.meter import StepMeter
 from vllm_wanspec.core.policy.length import Payoff, Plan, length_policy
 
@@ -35,6 +36,7 @@ class Drafting:
         *,
         speculation_length: int,
         clock: Callable[[], float],
+        recorded: bool = False,
     ) -> None:
         """Draft as configured.
 
@@ -45,7 +47,9 @@ class Drafting:
             late: Waits for drafts that are late.
             speculation_length: Most drafts that a request can have.
             clock: Seconds, monotonic.
+            recorded: Whether the sessions tell an event log of each draft.
         """
+        self._recorded = recorded
         self._policy = length_policy(settings.length.policy)
         self.windowed = self._policy.windowed
         self.looks_up = "ngram" in settings.fallback
@@ -67,11 +71,14 @@ class Drafting:
         Returns:
             Drafts per row; empty where there is none.
         """
+        if self._payoff is not None and not self._payoff.looks():
+            self._counters.unpaid_steps += 1
+            return [[] for _ in batch]
         plan, now = self._plan(limit), self._clock()
         dry = self._take(batch, plan, now)
         if dry and self._late.hold_back(dry, limit, arrived):
             now = self._clock()
-            self._take([live for live in batch if live is not None and live.core.changed], plan, now)
+            self._take([live for live in batch if live is not None and live.has_news], plan, now)
         if self.looks_up and len(batch) <= MAX_LOOKUP_ROWS:
             self._look_up(batch, plan, now)
         return self._handed_out(batch)
@@ -89,7 +96,7 @@ class Drafting:
             if live is None or not length:
                 drafts.append([])
                 continue
-            if live.core.changed:
+            if live.has_news:
                 draft = live.core.draft(length, 0.0, now)
                 if draft.expected > live.draft.expected:
                     live.draft = draft
@@ -108,6 +115,9 @@ class Drafting:
             ``limit`` where a drafter serves the row or prompt lookup has something, else 0; 0 for all where drafts do
             not pay.
         """
+        if self._payoff is not None and not self._payoff.looks():
+            self._counters.unpaid_steps += 1
+            return [0] * len(batch)
         lengths = [0 if live is None or live.link is None is live.guess else limit for live in batch]
         if uniform and any(lengths):
             lengths = [limit] * len(batch)
@@ -129,15 +139,20 @@ class Drafting:
 
     def _take(self, batch: Sequence[LiveSession | None], plan: Plan, now: float) -> list[LiveSession]:
         """Draft with all that has arrived by now; those for which nothing has that a drafter serves."""
-        own, windowed = plan, self.windowed
+        own, windowed, recorded = plan, self.windowed, self._recorded
         dry: list[LiveSession] = []
         for live in batch:
             if live is None:
                 continue
             if windowed:
                 own = self._own_plan(live, plan)
-            draft = live.draft = live.core.draft(own.limit, own.least, now)
-            if not draft.drafted and live.link is not None:
+            tree = live.core.tree
+            if tree is None:
+                live.draft = NO_DRAFT
+                continue
+            draft = live.core.draft(own.limit, own.least, now) if recorded else tree.draft(own.limit, own.least)
+            live.draft = draft
+            if not draft.drafted:
                 dry.append(live)
         return dry
 
@@ -154,7 +169,7 @@ class Drafting:
         expected = 0.0
         drafts: list[list[int]] = [[] for _ in batch]
         for row, live in enumerate(batch):
-            if live is not None:
+            if live is not None and live.draft is not NO_DRAFT:
                 drafted, worth, _, guess, _, _ = live.draft
                 count = len(drafted) + len(guess)
                 live.offered = count > 0

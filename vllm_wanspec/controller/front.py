@@ -125,8 +125,8 @@ def _letting_through_what_the_runner_applies(original: Callable[..., Any]) -> Ca
 
 def _checking(original: Callable[..., Any], check: Check, check_others: CheckOthers) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
-        vllm_config = original(self, *args, **kwargs)
         try:
+            vllm_config = original(self, *args, **kwargs)
             if getattr(vllm_config.speculative_config, "model", None) == PROPOSER:
                 check_target(vllm_config)
                 runner = check(vllm_config)

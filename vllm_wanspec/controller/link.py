@@ -13,6 +13,7 @@ import statistics
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from math import inf
 from typing import Protocol
@@ -152,6 +153,10 @@ class DrafterLink:
             self._asked_s = min(self._asked_s, time.monotonic())
             self._flushed_s = 0.0
         self._outbox.append(message)
+
+    def send_all(self, commits: Iterable[Message]) -> None:
+        """Queue what sessions that have been opened go on with; as `send`."""
+        self._outbox.extend(commits)
 
     def flush(self) -> None:
         """Wake the writer, if there is anything to send; for a drafter that drafts nothing only now and then.

@@ -10,7 +10,7 @@ from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import NO_DRAFT
-from vllm_wanspec.core.flat import Guess, TreeWords
+from vllm_wanspec.core.words import Guess, TreeWords
 
 NO_END = sys.maxsize
 """Of a request of which it is not known when it ends."""
@@ -57,7 +57,13 @@ class LiveSession:
         self.words: TreeWords | None = None
         self.guess: Guess | None = None
 
+    @property
+    def has_news(self) -> bool:
+        """Whether nodes have come since its last draft."""
+        tree = self.core.tree
+        return tree is not None and tree.changed
+
     def has_drafts(self, count: int) -> bool:
         """Whether so many tokens have been drafted for the next step, or no drafter serves the request."""
         tree = self.core.tree
-        return tree is None or len(tree.best_path(count)) == count
+        return tree is None or len(tree.path) - tree.at >= count

@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from math import inf
 
 from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.choice import choose, limits_for, tell_of_shorter_context
@@ -25,13 +26,16 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
-from vllm_wanspec.core.flat import TreeWords, chained
 from vllm_wanspec.core.learned.meter import Began, StepMeter
 from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.length import StepCost, Window
 from vllm_wanspec.core.vocabulary import Tokens
+from vllm_wanspec.core.words import TreeWords, chained
 from vllm_wanspec.errors import RemoteProtocolError
+
+MESSAGES_AT_A_TIME = 8
+"""After so many messages the link thread lets others run."""
 
 
 class DraftPool:
@@ -75,7 +79,13 @@ class DraftPool:
         self.meter = StepMeter(self.shared.times, self._speculation_length)
         self._late = LateDrafts(settings.late, self.meter, self.shared, clock=clock, queued=queued)
         self._drafting = Drafting(
-            settings, self.meter, self.shared, self._late, speculation_length=self._speculation_length, clock=clock
+            settings,
+            self.meter,
+            self.shared,
+            self._late,
+            speculation_length=self._speculation_length,
+            clock=clock,
+            recorded=sink is not None,
         )
         self._max_model_len = max_model_len
         self._shorter: set[DrafterLink] = set()
@@ -87,6 +97,7 @@ class DraftPool:
         rng = random.Random(seed)
         self.links = [DrafterLink(e, fingerprint, self, rng, tokens) for e in settings.draft_endpoints]
         self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
+        self._open_at = inf
         self._thread = LinkThread(self.links)
 
     @property
@@ -146,10 +157,11 @@ class DraftPool:
             began: What `step_begins` gave, where the next step has begun before this one ends.
         """
         now = self._clock()
-        if self.meter.ends(now, len(rows), sum(len(tokens) for _, tokens in rows), began) and self._drafting.windowed:
+        if self.meter.ends(now, len(rows), sum([len(tokens) for _, tokens in rows]), began) and self._drafting.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
-        sessions = self._sessions
+        sessions, counters, plain = self._sessions, self.counters, self._sink is None
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
+        commits: dict[DrafterLink, list[Message]] = {}
         with self._arrived:
             if told:
                 self._take_told(rows, told, now)
@@ -157,22 +169,34 @@ class DraftPool:
                 live = sessions.get(request)
                 if live is None or not tokens:
                     continue
-                draft, link = live.draft, live.link
+                core, draft, link = live.core, live.draft, live.link
+                if link is None and draft is NO_DRAFT and plain:  # as `ControllerSession.commit`, without the call
+                    dry_rows += 1
+                    dry_yield += len(tokens)
+                    if len(core.context) > core.prompt_length:
+                        counters.steps += 1
+                        counters.committed_tokens += len(tokens)
+                    core.context.extend(tokens)
+                    continue
                 if live.offered and draft.drafted:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
                 else:
                     dry_rows += 1
                     dry_yield += len(tokens)
-                message = live.core.commit(tokens, now, draft)
                 live.draft = NO_DRAFT
+                message = core.commit(tokens, now, draft)
                 if link is not None and message is not None:
-                    if live.core.length <= live.room:
-                        link.send(message)
-                    else:
+                    if len(core.context) > live.room:
                         self._leave(live, link, now)
-                elif live.core.wants_link(now):
-                    self._open(live, now)
+                    elif link in commits:
+                        commits[link].append(message)
+                    else:
+                        commits[link] = [message]
+            for link, messages in commits.items():
+                link.send_all(messages)
+            if now >= self._open_at:
+                self._open_waiting(now)
             if self._publication is not None:
                 self._look_ahead(rows)
         self._flush()
@@ -192,9 +216,7 @@ class DraftPool:
             Drafts per row, each of at most ``limit`` token ids; empty where there is no draft.
         """
         with self._arrived:
-            sessions = self._sessions
-            batch = [sessions.get(request) if request is not None else None for request in requests]
-            return self._drafting.draft(batch, limit, self._arrived)
+            return self._drafting.draft(self._batch(requests), limit, self._arrived)
 
     def draft_again(self, requests: Sequence[str | None], lengths: Sequence[int]) -> list[list[int]]:
         """The drafts that `draft` gave, or better ones where more has arrived since.
@@ -204,14 +226,12 @@ class DraftPool:
             lengths: Most tokens to draft per row, as the target has laid the step out.
         """
         with self._arrived:
-            batch = [self._sessions.get(request) if request is not None else None for request in requests]
-            return self._drafting.draft_again(batch, lengths)
+            return self._drafting.draft_again(self._batch(requests), lengths)
 
     def lengths(self, requests: Sequence[str | None], limit: int, *, uniform: bool) -> list[int]:
         """How many drafts each row should have room for; see `Drafting.lengths`."""
         with self._arrived:
-            batch = [self._sessions.get(request) if request is not None else None for request in requests]
-            return self._drafting.lengths(batch, limit, uniform=uniform)
+            return self._drafting.lengths(self._batch(requests), limit, uniform=uniform)
 
     def place(self, request: str, slot: int | None) -> None:
         """A request has a slot of the target's, where its tree is published from now on; or none any more."""
@@ -284,31 +304,38 @@ class DraftPool:
             RemoteProtocolError: No correct drafter sends that; the link drops the connection.
         """
         now = self._clock()
-        for message in messages:
+        for number, message in enumerate(messages):
             if not isinstance(message, Nodes | Reject) or message.session >= link.next_number:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
-            # Taken anew for each message: a frame can be long, and the serving path must not wait for all of it.
+            # The lock is taken anew for each message, and the interpreter given away between some: a frame can be long,
+            # and the serving path must not wait for all of it.
+            if number % MESSAGES_AT_A_TIME == MESSAGES_AT_A_TIME - 1:
+                time.sleep(0.0)
             with self._arrived:
                 live = self._by_link[link].get(message.session)
                 if live is None:
                     continue
                 live.core.receive(message, now)
                 if isinstance(message, Reject):
-                    del self._by_link[link][message.session]
-                    live.link = None
+                    self._off_link(live, link)
+                    self._open_at = min(self._open_at, live.core.reopen_at)
                 self._publish(live)
                 self._arrived.notify_all()
 
     # Below here the lock is held.
 
+    def _batch(self, requests: Sequence[str | None]) -> list[LiveSession | None]:
+        """Sessions of a batch; None for rows without a name, or without a session."""
+        return list(map(self._sessions.get, requests))  # type: ignore[arg-type]  # None is no request's name
+
     def _take_told(self, rows: Sequence[tuple[str, Sequence[int]]], told: Sequence[Walked], now: float) -> None:
         """Have the drafts that a device made in their sessions' places."""
         for (request, _), (tokens, looked_up) in zip(rows, told, strict=True):
-            live = self._sessions.get(request)
+            live = self._sessions.get(request) if tokens else None
             if live is not None:
                 match = 0 if live.guess is None else live.guess.match
                 live.draft = live.core.told(tokens, looked_up, match, now)
-                live.offered = bool(tokens)
+                live.offered = True
                 self.shared.counters.offered_tokens += len(tokens)
                 self.shared.counters.offered_drafted += len(tokens) - looked_up
 
@@ -317,8 +344,12 @@ class DraftPool:
         looks_up = self._drafting.looks_up and len(rows) <= MAX_LOOKUP_ROWS
         for request, tokens in rows:
             live = self._sessions.get(request)
-            if live is not None and tokens and live.slot is not None:
-                live.guess = live.core.guess(2 * self._speculation_length + 1) if looks_up else None
+            if live is None or not tokens or live.slot is None:
+                continue
+            before = live.guess
+            live.guess = live.core.guess(2 * self._speculation_length + 1) if looks_up else None
+            # A tree's block serves on while the text follows it, and nodes that arrive renew it.
+            if before is not None or live.guess is not None or (live.words is not None and live.words.outdated()):
                 self._publish(live)
 
     def _publish(self, live: LiveSession) -> None:
@@ -356,13 +387,26 @@ class DraftPool:
 
     def _leave(self, live: LiveSession, link: DrafterLink, now: float) -> None:
         """End a session whose drafts cannot be used any more; another drafter may still have some that can."""
-        del self._by_link[link][live.number]
+        self._off_link(live, link)
         link.send(Close(live.number))
         if isinstance(live.core, RecordedControllerSession):
             live.core.note("leave", now)
         live.core.link_lost(now)
-        live.link = None
         self._open(live, now)
+
+    def _off_link(self, live: LiveSession, link: DrafterLink) -> None:
+        """A link has one session less, and may have had no room for more."""
+        del self._by_link[link][live.number]
+        live.link = None
+        self._open_at = -inf
+
+    def _open_waiting(self, now: float) -> None:
+        """Open the sessions that wait for a drafter with room, or for its reject to be over."""
+        waiting = [live for live in self._sessions.values() if live.link is None]
+        for live in waiting:
+            if live.core.wants_link(now):
+                self._open(live, now)
+        self._open_at = min([at_s for live in waiting if (at_s := live.core.reopen_at) > now], default=inf)
 
     def _open(self, live: LiveSession, now: float) -> None:
         if live.core.length > last_use(live.end):
@@ -393,10 +437,10 @@ class DraftPool:
         if live is None:
             return
         self._withdraw(live)
-        message = live.core.close(self._clock())
-        if live.link is not None and message is not None:
-            del self._by_link[live.link][live.number]
-            live.link.send(message)
+        link, message = live.link, live.core.close(self._clock())
+        if link is not None and message is not None:
+            self._off_link(live, link)
+            link.send(message)
 
     def _flush(self) -> None:
         for link in self.links:

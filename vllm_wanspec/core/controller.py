@@ -10,18 +10,19 @@ from math import inf
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
-from vllm_wanspec.core.flat import FlatTree, Guess
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.policy.lookup import Text, guessed, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
 from vllm_wanspec.core.tree import ROOT_ID
 from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
+from vllm_wanspec.core.words import Guess
 from vllm_wanspec.errors import RemoteProtocolError
 
 FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
-_SERVED, _BLIND = ControllerState.SERVED, ControllerState.BLIND  # to look them up takes long, on the serving path
+_BLIND = ControllerState.BLIND  # to look it up takes long, on the serving path
 _ALL_IDS = sys.maxsize
 _new = tuple.__new__
 """Makes a named tuple without a Python call: on the serving path they are made by the hundred."""
@@ -34,25 +35,26 @@ class ControllerSession:
     ``now`` is in seconds, on one clock for all sessions.
 
     Attributes:
-        context: The committed token ids; read only.
-        changed: Whether the tree has changed since the last `draft`.
+        context: The committed token ids. Read only, but that whoever serves the target may just append what it has
+            verified while there is no link and no draft, and count it.
+        prompt_length: Tokens that the context began with.
+        tree: The copy of the draft tree; None without a link. Read only.
+        reopen_at: When a session that the drafter has rejected may be opened again.
         window: The request's adaptive window, if the length policy has one.
     """
 
     __slots__ = (
         "_clock",
-        "_last_branch_id",
         "_left_at",
         "_number",
-        "_prompt_length",
         "_rejects",
-        "_reopen_at",
         "_shared",
         "_state",
         "_text",
-        "_tree",
-        "changed",
         "context",
+        "prompt_length",
+        "reopen_at",
+        "tree",
         "window",
     )
 
@@ -65,29 +67,22 @@ class ControllerSession:
             window: The request's adaptive window, if the length policy has one.
         """
         self.context = list(context)
-        self._prompt_length = len(context)
+        self.prompt_length = len(context)
         self._shared = shared
         self._state = ControllerState.UNSERVED
         self._number: int | None = None
-        self._tree: FlatTree | None = None
-        self._last_branch_id = 0  # Nodes up to this one are a side branch's: all, until the drafter knows …
-        self._left_at = 0  # … the text up to here.
+        self.tree: FlatTree | None = None
+        self._left_at = 0  # All nodes are a side branch's until the drafter knows the text up to here.
         self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
-        self._reopen_at = 0.0
+        self.reopen_at = 0.0
         self._rejects = 0
         self._text = Text()
         self.window = window
-        self.changed = False
 
     @property
     def length(self) -> int:
         """Tokens in the committed context."""
         return len(self.context)
-
-    @property
-    def tree(self) -> FlatTree | None:
-        """The copy of the draft tree; None without a link. Read only."""
-        return self._tree
 
     @property
     def state(self) -> ControllerState:
@@ -97,7 +92,7 @@ class ControllerSession:
     def wants_link(self, now: float) -> bool:
         """Whether `open` may be called: there is no link, and no reject that still holds."""
         state = self._state
-        return state is ControllerState.UNSERVED or (state is ControllerState.BACKING_OFF and now >= self._reopen_at)
+        return state is ControllerState.UNSERVED or (state is ControllerState.BACKING_OFF and now >= self.reopen_at)
 
     def open(self, number: int, limits: Limits, now: float, *, vocab_size: int, turnaround: Turnaround) -> Open:
         """Begin a session on a link; the message to send.
@@ -111,13 +106,12 @@ class ControllerSession:
         """
         self._state = CONTROLLER_TABLE[self._state, ControllerEvent.OPEN]
         self._number = number
-        self._tree = FlatTree(
+        self.tree = FlatTree(
             len(self.context),
             vocab_size=vocab_size,
             max_nodes=limits.max_nodes,
             calibration=self._shared.calibration,
         )
-        self._last_branch_id = 0
         self._clock = AnswerClock(turnaround, len(self.context))
         self._shared.counters.opened_sessions += 1
         return Open(number, tuple(self.context), limits)
@@ -135,34 +129,45 @@ class ControllerSession:
         position = len(context)
         context.extend(tokens)
         if count > 1:
-            counters.took(draft, count - 1)
+            if draft.guess or draft.branch:
+                counters.took(draft, count - 1)
+            else:
+                counters.accepted_main_line += min(count - 1, len(draft.drafted))
         if draft.guess:
             before = len(draft.drafted)
             if list(tokens[:before]) == draft.drafted:
                 counters.fallback_hits += self._shared.lookup.saw(draft.match, draft.guess, tokens[before:])
-        if position > self._prompt_length:
+        if position > self.prompt_length:
             counters.steps += 1
             counters.committed_tokens += count
-        tree = self._tree
-        if tree is None or self._number is None:
+        tree = self.tree
+        if tree is None:
             return None
-        blind = self._state is _BLIND
-        stayed, followed, missed = tree.commit(tokens)
-        if blind:
+        missed = False
+        at = tree.at
+        if tree.path[at : at + count] == tokens:  # as `FlatTree.commit` does, without the call
+            tree.at = at + count
+            counters.hits += 1
+            followed = count
+        elif self._state is _BLIND:
+            tree.commit(tokens)
             counters.blind_steps += 1
+            return _new(Commit, (self._number, position, tuple(tokens)))
         else:
+            stayed, followed, missed = tree.commit(tokens)
             if stayed == count:
                 counters.hits += 1
                 counters.branch_hits += missed
             else:
                 counters.misses += 1
                 self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-                self._clock.asked(len(context), now)
+                self._clock.asked = len(context), now
             if missed:
-                self._clock.line_left()
-                self._last_branch_id, self._left_at = _ALL_IDS, len(context)
-            if self.window is not None:
-                self.window.observe(followed, missed, self._shared.cost)
+                if stayed == count:
+                    self._clock.line_left()
+                tree.branch_id, self._left_at = _ALL_IDS, len(context)
+        if self.window is not None:
+            self.window.observe(followed, missed, self._shared.cost)
         return _new(Commit, (self._number, position, tuple(tokens)))
 
     def receive(self, message: Nodes | Reject, now: float) -> None:
@@ -174,17 +179,18 @@ class ControllerSession:
         if isinstance(message, Reject):
             self._rejected(message.code, now)
             return
-        tree = self._tree
+        tree = self.tree
         if tree is None:
             return
         if message.seen > tree.committed_length:
             raise RemoteProtocolError(f"nodes claim commit position {message.seen} of {tree.committed_length}")
-        if self._last_branch_id == _ALL_IDS and message.seen >= self._left_at:
-            self._last_branch_id = tree.last_id
+        if tree.branch_id == _ALL_IDS and message.seen >= self._left_at:
+            tree.branch_id = tree.last_id
         appended = tree.append(message.nodes)
         if appended.aside:
-            self._last_branch_id, self._left_at = _ALL_IDS, appended.aside
-        self.changed = True
+            tree.branch_id, self._left_at = _ALL_IDS, appended.aside
+        elif tree.cursor_id >= tree.branch_id:
+            tree.branch_id = 0
         self._rejects = 0
         counters = self._shared.counters
         counters.received_nodes += len(message.nodes)
@@ -204,16 +210,8 @@ class ControllerSession:
             least: See `FlatTree.draft`.
             now: Seconds.
         """
-        self.changed = False
-        tree = self._tree
-        if tree is None or self._state is not _SERVED:
-            return NO_DRAFT
-        if not self._last_branch_id:
-            return _new(Draft, (*tree.draft(limit, least), (), 0, 0))
-        if tree.cursor_id >= self._last_branch_id:
-            self._last_branch_id = 0
-        drafted, expected, chance = tree.draft(limit, least)
-        return Draft(drafted, expected, chance, branch=tree.drafted_until(self._last_branch_id, drafted))
+        tree = self.tree
+        return NO_DRAFT if tree is None else tree.draft(limit, least)
 
     def fall_back(self, draft: Draft, limit: int, least: float, now: float) -> Draft:
         """What the target may verify with the help of prompt lookup, with a link or without.
@@ -235,8 +233,8 @@ class ControllerSession:
 
         None where enough is drafted, or nothing found.
         """
-        tree, shared = self._tree, self._shared
-        drafted = [] if tree is None else tree.draft(limit)[0]
+        tree, shared = self.tree, self._shared
+        drafted = [] if tree is None else tree.draft(limit).drafted
         if len(drafted) >= limit:
             return None
         self._text.append(self.context[self._text.length :])
@@ -245,8 +243,8 @@ class ControllerSession:
 
     def expected(self, limit: int) -> float:
         """How many of the next ``limit`` tokens the target can be expected to take of what is drafted by now."""
-        tree = self._tree
-        return 0.0 if tree is None else tree.draft(limit)[1]
+        tree = self.tree
+        return 0.0 if tree is None else tree.draft(limit).expected
 
     def told(self, tokens: Sequence[int], looked_up: int, match: int, now: float) -> Draft:
         """What the target has verified, of a draft that a device put together from what was published.
@@ -259,16 +257,13 @@ class ControllerSession:
         """
         drafted, guess = list(tokens[: len(tokens) - looked_up]), tuple(tokens[len(tokens) - looked_up :])
         self._shared.counters.fallback_tokens += looked_up
-        tree = self._tree
-        if tree is None or not self._last_branch_id:
-            return Draft(drafted, 0.0, 1.0, guess, match)
-        if tree.cursor_id >= self._last_branch_id:
-            self._last_branch_id = 0
-        return Draft(drafted, 0.0, 1.0, guess, match, tree.drafted_until(self._last_branch_id, drafted))
+        tree = self.tree
+        branch = 0 if tree is None else tree.drafted_until(tree.branch_id, drafted)
+        return Draft(drafted, 0.0, 1.0, guess, match, branch)
 
     def coming(self, now: float, agreement: float, until: float = inf) -> Coming | None:
         """When the next draft is expected, as `AnswerClock.coming`; None without a link."""
-        tree = self._tree
+        tree = self.tree
         return None if tree is None else self._clock.coming(tree, now, agreement, until)
 
     def link_lost(self, now: float) -> None:
@@ -288,9 +283,9 @@ class ControllerSession:
         self._shared.counters.rejected_sessions += 1
         self._unlink(ControllerEvent.BAR if code in _PERMANENT_REJECTS else ControllerEvent.REJECT)
         self._rejects += 1
-        self._reopen_at = now + min(MAX_REOPEN_DELAY_S, FIRST_REOPEN_DELAY_S * 2.0 ** min(self._rejects, 10))
+        self.reopen_at = now + min(MAX_REOPEN_DELAY_S, FIRST_REOPEN_DELAY_S * 2.0 ** min(self._rejects, 10))
 
     def _unlink(self, event: ControllerEvent) -> None:
         self._state = CONTROLLER_TABLE[self._state, event]
         self._number = None
-        self._tree = None
+        self.tree = None

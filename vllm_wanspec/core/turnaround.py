@@ -47,9 +47,11 @@ class AnswerClock:
 
     Attributes:
         turnaround: The drafter's; measured here.
+        asked: Set where a commit has left the tree: the drafter must begin anew at a context of so many tokens, since
+            when. An attribute, since it is on the serving path; noted when the clock is next asked.
     """
 
-    __slots__ = ("_answered", "_asked_length", "_asked_s", "_front", "_front_s", "turnaround")
+    __slots__ = ("_answered", "_asked_length", "_asked_s", "_front", "_front_s", "asked", "turnaround")
 
     def __init__(self, turnaround: Turnaround, length: int) -> None:
         """Begin with a session's opening, at a context of ``length`` tokens.
@@ -59,17 +61,19 @@ class AnswerClock:
         self.turnaround = turnaround
         self._asked_length = length
         self._asked_s: float | None = None
+        self.asked: tuple[int, float] | None = None
         self._answered = False
         self._front: int | None = None
         self._front_s = 0.0
 
-    def asked(self, length: int, now: float) -> None:
-        """A commit has left the tree: the drafter must begin anew at a context of ``length`` tokens."""
-        opening = not self._answered and self._asked_s is None
-        self._asked_length = length
-        self._asked_s = None if opening else now
-        self._answered = False
-        self._front = None
+    def _note_asked(self) -> None:
+        if self.asked is not None:
+            opening = not self._answered and self._asked_s is None
+            self._asked_length, asked_s = self.asked
+            self._asked_s = None if opening else asked_s
+            self._answered = False
+            self._front = None
+            self.asked = None
 
     def line_left(self) -> None:
         """The target took another token than the main line's: its end, as followed so far, is no more."""
@@ -77,6 +81,7 @@ class AnswerClock:
 
     def received(self, message: Nodes, tree: FlatTree, now: float) -> None:
         """Learn how fast the drafter answers and drafts from nodes that ``tree`` has taken."""
+        self._note_asked()
         if not self._answered:
             # What was on its way before, and echoes, which no engine has drafted, tell nothing.
             if message.seen < self._asked_length or all(record.is_echo for record in message.nodes):
@@ -104,8 +109,9 @@ class AnswerClock:
         Drafts asked for by a commit that left the tree come one answer time later, one gap apart; those that meet
         tokens committed meanwhile are of use only if all of them agree, each with chance ``agreement``.
         """
+        self._note_asked()
         behind = len(tree.pending)
-        if tree.has_draft:
+        if tree.at < len(tree.path):
             return None
         gap_s = self.turnaround.gap_s.get(ASSUMED_GAP_S)
         if self._answered:

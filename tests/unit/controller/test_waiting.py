@@ -10,8 +10,8 @@ from pools import LIMIT, PROMPT, pool_of, served
 from toys import wait_until
 
 from vllm_wanspec.controller.waiting import WAIT_SLICE_S
-from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import Draft
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.turnaround import Turnaround
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -44,19 +44,19 @@ def test_a_step_is_held_back_for_drafts_about_to_arrive() -> None:
 def test_after_a_wait_only_sessions_whose_trees_have_changed_are_drafted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     world = ready("abc")
     drafts = world.miss("a", "b")
-    calls: list[ControllerSession] = []
-    draft = ControllerSession.draft
+    calls: list[FlatTree] = []
+    draft = FlatTree.draft
 
-    def watched(self: ControllerSession, *args: float) -> Draft:
+    def watched(self: FlatTree, *args: float) -> Draft:
         calls.append(self)
         return draft(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ControllerSession, "draft", watched)
+    monkeypatch.setattr(FlatTree, "draft", watched)
     for name in "ab":
         world.later(0.008, name, LIMIT, echo=world.length[name] - 1 + WRONG)
     assert world.draft(drafts) > 0.0
-    sessions = [world.pool._sessions[name].core for name in "abc"]
-    assert calls == [*sessions, *sessions[:2]]
+    trees = [world.pool._sessions[name].core.tree for name in "abc"]
+    assert calls == [*trees, *trees[:2]]
     assert all(drafts)
 
 

@@ -142,8 +142,8 @@ def check_drafter(session: DrafterSession) -> None:
 def check_flat(tree: FlatTree) -> int:
     """How many nodes the controller's copy has below its cursor, those not counted that wait to be pruned."""
     live = 0
-    todo = [] if tree.pending else [tree._cursor]
-    assert tree._index[tree.cursor_id] == tree._cursor
+    todo = [] if tree.pending else [tree.cursor]
+    assert tree._index[tree.cursor_id] == tree.cursor
     while todo:
         node = todo.pop()
         family = tree._kids[node] or []
@@ -200,7 +200,7 @@ def shape(top: Node) -> list[tuple[int, int, int, int]]:
 
 def flat_shape(tree: FlatTree) -> list[tuple[int, int, int, int]]:
     """The same of the controller's copy, from its cursor on."""
-    found, todo = [], [(tree._cursor, tree._tokens[tree._cursor], tree.committed_length - len(tree.pending), -1)]
+    found, todo = [], [(tree.cursor, tree._tokens[tree.cursor], tree.committed_length - len(tree.pending), -1)]
     while todo:
         node, token, position, parent = todo.pop()
         found.append((tree._ids[node], token, position, parent))

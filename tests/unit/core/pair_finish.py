@@ -79,7 +79,7 @@ def _check_best(world: World, request: Request) -> None:
     """On the side branches as on the main line, the best child is what the draft model itself would say."""
     tree = request.session.tree
     assert tree is not None
-    todo = [(tree._cursor, list(request.context))]
+    todo = [(tree.cursor, list(request.context))]
     while todo:
         node, context = todo.pop()
         for child, token, _, best in tree.below(node):

@@ -235,16 +235,17 @@ def test_late_drafts_that_were_wrong_are_no_hits() -> None:
     assert session.state is ControllerState.BLIND
 
 
-def test_a_session_says_whether_its_tree_has_changed_since_its_last_draft() -> None:
+def test_a_tree_says_whether_nodes_have_come_since_its_last_draft() -> None:
     session, _ = make_session()
     open_session(session)
-    assert not session.changed
+    assert session.tree is not None
+    assert not session.tree.changed
     session.receive(nodes([(1, 0, 20, -0.1)]), 0.0)
-    assert session.changed
+    assert session.tree.changed
     assert draft(session) == [20]
-    assert not session.changed
+    assert not session.tree.changed
     session.commit([20], 0.0)
-    assert not session.changed
+    assert not session.tree.changed
 
 
 def test_a_draft_says_how_much_of_it_is_expected() -> None:

@@ -15,9 +15,10 @@ from tree_checks import CONTEXT, record
 
 from vllm_wanspec.core import flat
 from vllm_wanspec.core.block import BLOCK_NODES, MAX_FOLLOWED, Publication, parts, walk
-from vllm_wanspec.core.flat import FlatTree, Guess, TreeWords
+from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.learned.calibration import Calibration
 from vllm_wanspec.core.tree import DraftTree, NodeRecord, main_line_tip
+from vllm_wanspec.core.words import Guess, TreeWords
 from vllm_wanspec.errors import RemoteProtocolError
 
 VOCAB_SIZE = 5
@@ -63,10 +64,11 @@ class Both:
         assert (tree.last_id, tree.cursor_id, tree.size) == (plain.last_id, plain.cursor.id, plain.size)
         tip = plain.cursor if plain.pending else main_line_tip(plain)
         assert tree.line == (tip.id, tip.position - plain.cursor.position)
-        assert tree.has_draft == bool(plain.best_path(1))
+        assert tree.path[tree.at :] == [node.token for node in plain.best_path(1000)]
         assert [tree._ids[node] for node in tree.best_path(LIMIT)] == [node.id for node in plain.best_path(LIMIT)]
         for least in (0.0, 0.3):
-            assert tree.draft(LIMIT, least) == plain.draft(LIMIT, least)
+            tokens, *chances = plain.draft(LIMIT, least)
+            assert tree.draft(LIMIT, least)[:3] == (tokens, *map(pytest.approx, chances))
         for last_id in range(max(0, tree.cursor_id), tree.last_id + 1, 3):
             path = [node.token for node in plain.best_path(LIMIT)]
             assert tree.drafted_until(last_id, path) == plain.drafted_until(last_id, LIMIT)
@@ -74,7 +76,7 @@ class Both:
         assert [entry[1:] for entry in tree.below()] == below
         assert self.learned.outcomes == self.plain_learned.outcomes
         assert self.learned.probability == self.plain_learned.probability
-        assert {number: tree._reaches[node] - tree._reaches[tree._cursor] for number, node in tree._index.items()} == (
+        assert {number: tree._reaches[node] - tree._reaches[tree.cursor] for number, node in tree._index.items()} == (
             pytest.approx({number: node.reach - plain.cursor.reach for number, node in plain._nodes.items()}, abs=1e-9)
         )
 

@@ -35,7 +35,7 @@ class Served:
     def leave(self, now: float, *tokens: int) -> None:
         """A commit that leaves the tree."""
         assert self.tree.commit(tokens).stayed < len(tokens)
-        self.clock.asked(self.tree.committed_length, now)
+        self.clock.asked = self.tree.committed_length, now
 
     def coming(self, now: float, agreement: float = 0.8, **more: float) -> Coming | None:
         return self.clock.coming(self.tree, now, agreement, **more)

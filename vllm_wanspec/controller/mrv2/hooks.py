@@ -32,7 +32,8 @@ LEDGER = (
     Wrap(
         "vllm.config.vllm.VllmConfig.__post_init__",
         "vLLM 0.32 refuses async scheduling with every custom proposer, whatever the model runner.",
-        "Class-wide wrap: with our proposer on Model Runner V2 the method counts as one that goes with it meanwhile.",
+        "Class-wide wrap: with our proposer on Model Runner V2 the method counts as one that goes with it meanwhile; "
+        "what that runner lacks for it is one line.",
         "vLLM 0.33, which asks for the model runner.",
     ),
     Wrap(
@@ -101,6 +102,10 @@ def check() -> None:
     Raises:
         UnsupportedError: vLLM lacks what the wraps need.
     """
+    if not attribute("vllm.triton_utils", "HAS_TRITON"):
+        raise UnsupportedError(
+            "Model Runner V2 needs Triton, which is not installed: install it, or unset VLLM_USE_V2_MODEL_RUNNER"
+        )
     runner = attribute(_RUNNER, "GPUModelRunner")
     need_parameters(runner, "finish_requests", ("self", "scheduler_output"))
     need_parameters(runner, "add_requests", ("self", "scheduler_output"))
@@ -157,6 +162,8 @@ def _keeping_async_scheduling(original: Callable[..., Any]) -> Callable[..., Any
     def __post_init__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_ours(self) or not self.use_v2_model_runner:
             return original(self, *args, **kwargs)
+        if missing():  # vLLM would refuse it too, in other words and with a traceback
+            raise UnsupportedError(missing())
         with _method_goes_with_async_scheduling():
             return original(self, *args, **kwargs)
 

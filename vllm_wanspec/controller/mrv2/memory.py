@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm_wanspec.core.block import BLOCK_NODES, Walked, Words
+from vllm_wanspec.core.block import BLOCK_NODES, NO_WALK, Walked, Words
 
 if TYPE_CHECKING:
     import torch
@@ -116,10 +116,10 @@ class DeviceMemory:
         """The same as the device has it, int64."""
         return self._told[ring_index].tensor
 
-    def told_draft(self, ring_index: int, row: int) -> Walked:
-        """The draft of a row of the batch; valid when `told` is."""
-        head, *tokens = self._told[ring_index].array[row].tolist()
-        return Walked(tokens[: head & 0xFF], head >> 8 & 0xFF)
+    def told_drafts(self, ring_index: int, rows: int) -> list[Walked]:
+        """The drafts of the batch's first ``rows`` rows; valid when `told` is."""
+        told = self._told[ring_index].array[:rows].tolist()
+        return [Walked(row[1 : 1 + (row[0] & 0xFF)], row[0] >> 8 & 0xFF) if row[0] else NO_WALK for row in told]
 
 
 def _itself(tensor: torch.Tensor) -> torch.Tensor:

@@ -72,6 +72,7 @@ def make_speculator(vllm_config: Any, device: torch.device, req_states: Any) -> 
     binding: Binding | None = None
     if requests is not None and memory is not None:
         walk = DeviceWalk(memory, req_states, limit, requests.pool.shared.vocab_size, device)
+        walk.launch(torch.full((1,), -1, device=device), 0)  # compiles the kernel, before anybody waits for it
         binding = WalkBinding(walk, memory, device)
         if requests.pool.waits:
             logger.info("late: no step is held back for drafts with async scheduling; what arrives in time counts")

@@ -63,6 +63,7 @@ class RemoteDrafts:
     """One model runner's drafts, on one tensor-parallel rank.
 
     Attributes:
+        binding: How drafts are bound; None on other ranks than the first.
         warming_up: Whether the requests that come are vLLM's own, made to warm its kernels up.
     """
 
@@ -89,7 +90,7 @@ class RemoteDrafts:
         """
         self.warming_up = False
         self._requests = requests
-        self._binding = binding
+        self.binding = binding
         self._limit = limit
         self._share = share
         self._wishes = wishes
@@ -160,9 +161,9 @@ class RemoteDrafts:
                 step.began = serving.pool.step_begins(*tokens_and_drafts(scheduler_output))
                 if early is not None:
                     step.told = _reordered(early, requests)
-                elif by_request and self._binding is not None:
+                elif by_request and self.binding is not None:
                     fixed = bool(scheduler_output.has_structured_output_requests)
-                    step.told = self._binding.bind(requests, slots, placed, fixed)
+                    step.told = self.binding.bind(requests, slots, placed, fixed)
         except Exception as error:
             self._fail(error)
         # That the ranks share what is in the slots follows from what all of them know, whatever went wrong on one.
@@ -178,9 +179,9 @@ class RemoteDrafts:
             return
         self._early = (requests, None)
         try:
-            if self._serving() is not None and self._binding is not None:
+            if self._serving() is not None and self.binding is not None:
                 placed = [(PLACEHOLDER,) * self._limit] * len(requests)
-                self._early = (requests, self._binding.bind(requests, slots, placed, fixed=False))
+                self._early = (requests, self.binding.bind(requests, slots, placed, fixed=False))
         except Exception as error:
             self._fail(error)
         if self._share is not None:
@@ -262,11 +263,15 @@ PLACEHOLDER = -1
 
 def _cut(told: Sequence[Walked], lengths: Sequence[int]) -> list[Walked]:
     """Drafts, as much of them as was verified."""
-    cut = []
-    for (tokens, looked_up), length in zip(told, lengths, strict=True):
-        over = max(0, len(tokens) - length)
-        cut.append(Walked(list(tokens[:length]), max(0, looked_up - over)))
-    return cut
+    return [
+        walked if len(walked.tokens) <= length else _shortened(walked, length)
+        for walked, length in zip(told, lengths, strict=True)
+    ]
+
+
+def _shortened(walked: Walked, length: int) -> Walked:
+    tokens, looked_up = walked
+    return Walked(tokens[:length], max(0, looked_up - (len(tokens) - length)))
 
 
 def _reordered(early: tuple[list[str], Told | None], requests: Sequence[str]) -> Told | None:

@@ -12,6 +12,8 @@ AWC_WEIGHT = 0.4
 AWC_ROUNDS = 2
 PROBE_STEPS = 128
 """After that many steps without drafts, because they did not pay, one with drafts measures again what they cost."""
+LOOK_STEPS = 8
+"""After that many steps in a row whose drafts did not pay, only every so many-th step looks whether they would."""
 LEARNING_STEPS = 16
 """While too few steps without drafts have been timed, every so many-th step with drafts goes without them."""
 
@@ -149,6 +151,13 @@ class Payoff:
         self._times = times
         self._off_steps = 0
         self._steps = 0
+
+    def looks(self) -> bool:
+        """Whether to ask at all what this step's drafts are worth; called once per step, before `pays`."""
+        if self._off_steps < LOOK_STEPS or self._off_steps % LOOK_STEPS == 0:
+            return True
+        self._off_steps += 1
+        return False
 
     def pays(self, *, rows: int, drafts: int, expected: float, full: bool) -> bool:
         """Whether to hand the target the drafts of this step.

@@ -125,7 +125,8 @@ def test_on_a_cpu_the_reference_walks(slots: Slots) -> None:
     rows[NO_ROW] = -1
     DeviceWalk(memory, states, LIMIT, VOCAB_SIZE, cpu).launch(rows, RING - 1)
     check(slots, memory.told(RING - 1), states.draft_tokens.numpy())
-    assert all(memory.told_draft(RING - 1, slot) == slots.expected(slot) for slot in range(COUNT) if slot != NO_ROW)
+    told = memory.told_drafts(RING - 1, COUNT)
+    assert all(told[slot] == slots.expected(slot) for slot in range(COUNT) if slot != NO_ROW)
     assert not memory.told(0).any()
 
 
@@ -137,11 +138,11 @@ def test_rows_are_told_in_the_order_of_the_batch(slots: Slots) -> None:
     memory.headers[:], memory.words[:] = slots.headers, slots.words
     walk = DeviceWalk(memory, states, LIMIT, VOCAB_SIZE, cpu)
     walk.launch(torch.tensor([5, 2, 9]), 1)
-    assert [memory.told_draft(1, row) for row in range(4)] == [*map(slots.expected, (5, 2, 9)), Walked([], 0)]
+    assert memory.told_drafts(1, 4) == [*map(slots.expected, (5, 2, 9)), Walked([], 0)]
     assert (states.draft_tokens[[5, 2, 9], :LIMIT] >= 0).all()
     assert (states.draft_tokens[[0, 1, 3, 4]] == -1).all()
     walk.launch(torch.tensor([], dtype=torch.int64), 1)
-    assert memory.told_draft(1, 0) == slots.expected(5)
+    assert memory.told_drafts(1, 1) == [slots.expected(5)]
 
 
 def test_a_walk_sees_what_has_been_published(slots: Slots) -> None:
@@ -154,10 +155,10 @@ def test_a_walk_sees_what_has_been_published(slots: Slots) -> None:
     publication.publish(2, 10, array("q", [word(UNDER_ROOT, 4, 255, BEST), word(0, 1, 200, BEST)]))
     walk = DeviceWalk(memory, states, LIMIT, VOCAB_SIZE, cpu)
     walk.launch(torch.tensor([2]), 0)
-    assert memory.told_draft(0, 0) == ([4, 1], 0)
+    assert memory.told_drafts(0, 1) == [([4, 1], 0)]
     publication.clear(2)
     walk.launch(torch.tensor([2]), 0)
-    assert memory.told_draft(0, 0) == ([], 0)
+    assert memory.told_drafts(0, 1) == [([], 0)]
 
 
 def test_memory_of_another_limit_is_refused(slots: Slots) -> None:

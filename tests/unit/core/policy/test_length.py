@@ -13,6 +13,7 @@ from vllm_wanspec.core.policy.length import (
     AWC_MAX,
     AWC_ROUNDS,
     LEARNING_STEPS,
+    LOOK_STEPS,
     PROBE_STEPS,
     Payoff,
     Plan,
@@ -284,6 +285,23 @@ def test_a_step_that_pays_starts_the_count_anew() -> None:
     assert pays(payoff, 2.0)
     assert not any(pays(payoff, 0.1) for _ in range(PROBE_STEPS - 1))
     assert pays(payoff, 0.1)
+
+
+def test_after_many_steps_that_did_not_pay_only_some_look_whether_they_would() -> None:
+    payoff = Payoff(measured(plain_s=0.02, drafted_s=0.03))
+    looked = [step for step in range(1, 6 * LOOK_STEPS) if payoff.looks() and not pays(payoff, 0.1)]
+    assert looked == [*range(1, LOOK_STEPS + 1), *range(LOOK_STEPS + 1, 6 * LOOK_STEPS, LOOK_STEPS)]
+    while not payoff.looks():
+        pass
+    assert pays(payoff, 2.0)
+    assert all(payoff.looks() and pays(payoff, 2.0) for _ in range(3 * LOOK_STEPS))
+
+
+def test_a_few_steps_that_do_not_pay_among_others_that_do_cost_no_look() -> None:
+    payoff = Payoff(measured(plain_s=0.02, drafted_s=0.03))
+    for expected in [0.1] * (LOOK_STEPS - 1) + [2.0] + [0.1, 2.0] * LOOK_STEPS:
+        assert payoff.looks()
+        pays(payoff, expected)
 
 
 def test_a_probe_that_finds_drafts_cheaper_lets_them_be() -> None:

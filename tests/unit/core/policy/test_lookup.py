@@ -94,6 +94,15 @@ def test_a_guess_ends_where_it_is_hardly_ever_taken() -> None:
     assert session.fall_back(NO_DRAFT, 8, 0.6, 0.0).tokens == []
 
 
+def prove_right(session: ControllerSession, shared: Shared) -> None:
+    """The draft model turns out to be right, of such tokens as the session's next; the tree hears of it as ever."""
+    tree = session.tree
+    assert tree is not None
+    for _ in range(400):
+        shared.calibration.saw(tree._buckets[tree.best_path(1)[0]], True)
+    tree._lay_path()
+
+
 def test_a_draft_that_promises_little_gives_way_to_a_lookup_that_promises_more() -> None:
     shared = Shared()
     session = ControllerSession([1, 2, 3, 4, 5, 1, 2, 3], shared)
@@ -106,8 +115,7 @@ def test_a_draft_that_promises_little_gives_way_to_a_lookup_that_promises_more()
     assert (better.tokens, better.expected) == ([4, 5], pytest.approx(0.75))
     assert better.drafted == []
     session.receive(Nodes(1, 8, (sure,)), 0.0)
-    for _ in range(400):  # the draft model turns out to be right
-        shared.calibration.saw(session.tree._buckets[session.tree.best_path(1)[0]], True)  # type: ignore[union-attr]
+    prove_right(session, shared)
     good = session.draft(1, 0.0, 0.0)
     assert good.tokens == [9]
     assert good.expected > 0.9
@@ -119,8 +127,7 @@ def test_a_short_draft_is_lengthened() -> None:
     session = ControllerSession([1, 2, 3, 4, 5, 6, 1, 2], shared)
     session.open(1, Limits(8, 64, 2, 2, 4, 1.0, 0.0), 0.0, vocab_size=99, turnaround=Turnaround())
     session.receive(Nodes(1, 8, (NodeRecord(1, 0, 3, -0.01, 0.1),)), 0.0)
-    for _ in range(400):
-        shared.calibration.saw(session.tree._buckets[session.tree.best_path(1)[0]], True)  # type: ignore[union-attr]
+    prove_right(session, shared)
     short = session.draft(8, 0.0, 0.0)
     alone = short.expected
     longer = session.fall_back(short, 3, 0.0, 0.0)
