@@ -132,9 +132,7 @@ def _event(path: Path, number: int, record: Mapping[str, Any], header: tuple[str
             raise _broken(path, number, f'{expected} as "{name}" of {call}')
     out = record.get("out", [])
     check, expected = (
-        (_tokens, "a list of token ids")
-        if call in {"draft", "fall_back"}
-        else (_outputs, "a list of messages or actions")
+        (_tokens, "a list of token ids") if call in DRAFTS else (_outputs, "a list of messages or actions")
     )
     if not check(out):
         raise _broken(path, number, f'{expected} as "out" of {call}')
@@ -216,6 +214,8 @@ _TEXT = (_text, "a text")
 _MAYBE_TEXT: Field = (lambda value: value is None or isinstance(value, str), "a text")
 _COUNT = (_count, "a number from 0")
 _BRANCH: dict[str, Field] = {"branch": _COUNT}
+DRAFTS = frozenset({"draft", "fall_back", "told"})
+"""Calls that give out the tokens of a draft; others give out messages."""
 _FIELDS: dict[str, dict[str, dict[str, Field]]] = {
     "controller": {
         "begin": {"context": _TOKENS},
@@ -225,6 +225,7 @@ _FIELDS: dict[str, dict[str, dict[str, Field]]] = {
         "receive": {"message": (_one_of(NODES, REJECT), "a nodes or reject message")},
         "draft": {"limit": _COUNT},
         "fall_back": {"limit": _COUNT},
+        "told": {"looked_up": _COUNT},
         "wait": {"waited_s": (lambda value: _number(value) and value >= 0, "seconds from 0")},
         "leave": {},
         "link_lost": {},

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 
-from vllm_wanspec.trace.log import COMMIT, NODES, OPEN, Event
+from vllm_wanspec.trace.log import COMMIT, DRAFTS, NODES, OPEN, Event
 from vllm_wanspec.trace.tree import WASTED, Fate, Node, TreeCopy
 
 
@@ -193,13 +193,14 @@ class TargetReplay:
         self._draft: tuple[list[int], int, list[Node]] = ([], 0, [])
         self._ready_s = begin.at_s
         self._waited_s = 0.0
+        self._longest = 0  # of the drafts that a device made: how many there was room for is not in the log
         self._from_branch = False
         self._steps = 0
 
     def follow(self, event: Event) -> None:
         """Take the next event of the request."""
         self.end_s = max(self.end_s, event.at_s)
-        if event.call not in {"draft", "fall_back"}:
+        if event.call not in DRAFTS:
             self.figures.bytes_sent += sum(map(_size, event.data.get("out", ())))
         match event.call:
             case "link":
@@ -218,6 +219,10 @@ class TargetReplay:
             case "fall_back":
                 self._draft = (event.data["out"], event.data["limit"], [])
                 self._ready_s = event.at_s
+            case "told":  # by a device, when the step is over: it was fixed some time after the commit before
+                tokens = event.data["out"]
+                self._longest = max(self._longest, len(tokens))
+                self._draft = (tokens, self._longest, self._tree.path(tokens) if self._tree is not None else [])
             case "wait":
                 self._wait(event)
             case "leave":  # a lost link follows, as far as the session is concerned

@@ -21,7 +21,7 @@ from sample import (
 )
 
 from vllm_wanspec.errors import ConfigError
-from vllm_wanspec.trace.target import Figures, TargetReplay
+from vllm_wanspec.trace.target import Figures, Had, TargetReplay
 from vllm_wanspec.trace.timeline import Timeline, find_request, load, summarize
 from vllm_wanspec.trace.tree import Fate
 
@@ -250,6 +250,30 @@ def test_draft_tokens_that_were_not_verified_are_not_rejected(tmp_path: Path) ->
     ]
     target = load_one(write(tmp_path / "log", lines)).target
     assert [node.fate for node in target.nodes] == [Fate.FORESEEN, Fate.LEFT]
+
+
+def test_drafts_that_a_device_made_are_shown_like_others(tmp_path: Path) -> None:
+    """[10, 11] came from the tree, 12 from prompt lookup; the target took the first two."""
+    nodes = [[1, 0, 9, 0.0, 0.0], [2, 1, 10, -0.1, 0.2], [3, 2, 11, -0.1, 0.2]]
+    lines = [
+        header("controller", CONTROLLER_S),
+        call(0, "r", "begin", context=[1]),
+        call(0, "r", "open", drafter="west", peer=PEER, out=[]),
+        call(1, "r", "commit", tokens=[9], out=[]),
+        call(2, "r", "receive", message=[6, 7, 2, nodes], out=[]),
+        call(30, "r", "told", looked_up=1, match=3, out=[10, 11, 12]),
+        call(30, "r", "commit", tokens=[10, 11, 99], out=[]),
+        call(60, "r", "commit", tokens=[98], out=[]),
+    ]
+    target = load_one(write(tmp_path / "log", lines)).target
+    assert [(step.had, step.drafted, step.accepted) for step in target.steps] == [
+        (Had.PREFILL, [], 0),
+        (Had.FULL, [10, 11, 12], 2),
+        (Had.NONE, [], 0),
+    ]
+    assert [node.fate for node in target.nodes] == [Fate.ECHO, Fate.ACCEPTED, Fate.ACCEPTED]
+    assert target.figures.bytes_sent == 0
+    assert target.steps[1].end_s - target.steps[1].start_s == pytest.approx(0.029)
 
 
 def test_orphans_and_repeats_do_no_harm(tmp_path: Path) -> None:
