@@ -172,7 +172,7 @@ def main() -> None:
             engine = Engine(RandomTokens(model.vocab_size), pace)
         else:
             language = Language(vocab_size=arguments.vocab_size)
-            model = draft_model(language, max_context=arguments.max_context)
+            model = draft_model(language, max_context=arguments.max_context, max_sessions=arguments.max_sessions)
             engine = Engine(language, pace)
     except (WanspecError, ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pace", default=DEFAULT_PACE, help="duration of a step: ms + ms per branch, or none")
     add("--model", help="claim this model's vocabulary, and draft random tokens of it")
     add("--vocab-size", type=int, default=1 << 17, help="of the invented language")
+    add("--max-sessions", type=int, default=DraftModel.max_sessions, help="per connection")
     add("--max-context", type=int, default=MAX_CONTEXT_TOKENS, help="tokens that its draft model takes")
     return parser
 

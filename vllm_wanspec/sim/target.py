@@ -64,8 +64,8 @@ class StepTimes:
     """One step: nanoseconds in the proposer, on the clock and on this thread's processor, and what it yielded.
 
     What it was held back on purpose is in ``wait_ns``, and not in ``take_ns``.
-    Where ``propose_ns + take_ns`` is well above ``cpu_ns``, the thread waited: for a lock, for the interpreter, or for
-    the processor.
+    Where ``begin_ns + propose_ns + take_ns`` is well above ``cpu_ns``, the thread waited: for a lock, for the
+    interpreter, or for the processor.
     """
 
     begin_ns: int
@@ -121,6 +121,7 @@ class PlayedTarget:
         workload: Workload,
         *,
         waited_s: Callable[[], float] = lambda: 0.0,
+        off_clock_ns: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -131,11 +132,13 @@ class PlayedTarget:
             language: What the target speaks.
             workload: What it does.
             waited_s: How long the proposer has held steps back on purpose so far.
+            off_clock_ns: How long it has been about what it only plays so far, which is not measured.
             clock: Seconds, monotonic.
             sleep: Lets so many of them pass.
         """
         self._proposer = proposer
         self._waited_s = waited_s
+        self._off_clock_ns = off_clock_ns
         self._clock = clock
         self._sleep = sleep
         self._language = language
@@ -152,7 +155,12 @@ class PlayedTarget:
         """One whole step: scheduling, forward, verification, `propose`, outputs, and the taking of the drafts."""
         runner, proposer = self._runner, self._proposer
         output = self._schedule()
+        off_clock_ns = self._off_clock_ns()
         begin = _timed(proposer.begin_step, runner, output)
+        off_clock_ns = self._off_clock_ns() - off_clock_ns
+        for request, draft in zip(self._requests, self._drafts([r.draft for r in self._requests]), strict=True):
+            request.draft = draft
+        offered = sum(len(request.draft) for request in self._requests)
         decoding = [not request.new for request in self._requests]
         sampled = self._forward(output.total_num_scheduled_tokens)
         propose = _timed(self._propose, sampled)
@@ -162,15 +170,19 @@ class PlayedTarget:
         wait_ns = round((self._waited_s() - waited_s) * 1e9)
         self._take(runner._draft_token_ids)
         return StepTimes(
-            begin_ns=begin.wall_ns,
+            begin_ns=begin.wall_ns - off_clock_ns,
             propose_ns=propose.wall_ns,
             take_ns=take.wall_ns - wait_ns,
             wait_ns=wait_ns,
-            cpu_ns=propose.cpu_ns + take.cpu_ns,
+            cpu_ns=begin.cpu_ns - off_clock_ns + propose.cpu_ns + take.cpu_ns,
             decoding=sum(decoding),
             yielded=sum(len(tokens) for tokens, old in zip(sampled, decoding, strict=True) if old),
-            offered=sum(len(request.draft) for request in self._requests),
+            offered=offered,
         )
+
+    def _drafts(self, laid_out: Sequence[list[int]]) -> Sequence[list[int]]:
+        """What is verified in a step, of what the scheduler has laid out per row: by default that."""
+        return laid_out
 
     def _propose(self, sampled: list[list[int]]) -> None:
         runner = self._runner
@@ -220,6 +232,7 @@ def new_request(name: str, prompt: list[int] | None, **changes: Any) -> SimpleNa
         "prompt_token_ids": prompt,
         "mm_features": [],
         "prompt_embeds": None,
+        "prefill_token_ids": prompt,
         "sampling_params": SimpleNamespace(extra_args=None, temperature=0.0),
     }
     return SimpleNamespace(**{**values, **changes})
@@ -244,6 +257,8 @@ def scheduled(
     return SimpleNamespace(
         scheduled_new_reqs=list(new),
         finished_req_ids=finished,
+        preempted_req_ids=None,
+        has_structured_output_requests=False,
         num_spec_tokens_to_schedule=limit,
         num_scheduled_tokens=dict(counts),
         total_num_scheduled_tokens=sum(counts.values()),

@@ -1,8 +1,13 @@
 """``make bench-hotpath``: what the serving path itself costs.
 
-A full batch of requests with full trees is stepped through the real proposer, pool and link, while a drafter in another
-process sends what it drafts: how long `propose` and the taking of the drafts hold the model runner. Apart from that:
-how long it takes to decode a frame of 64 nodes and to hang it into its tree. No model, no network, no vLLM.
+A large batch is stepped through the real pool and link, with what each of the two model runners calls before them,
+while a drafter in another process sends trees for as many of the requests as it has room for: how long our calls of a
+step hold the model runner. Apart from that: how long it takes to decode a frame of 64 nodes and to hang it into its
+tree. No model, no network, no vLLM.
+
+On V1 those calls are the beginning of the step, `propose`, and the taking of the drafts. On Model Runner V2 with async
+scheduling they are the laying out of a step without the walk itself, which is the device's, and the taking of its
+output, publishing included.
 
 Settings are the defaults but for the lookahead. What the late rule waits on purpose is taken off and shown apart; to
 decide on it is part of the cost. As in vLLM's engine, the garbage collector runs, on a heap that was frozen before.
@@ -17,6 +22,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -25,7 +31,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from vllm_wanspec.config import Settings
+from vllm_wanspec.controller.mrv2.memory import DeviceMemory
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
+from vllm_wanspec.core.block import Publication
+from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.cpu import core_seconds
@@ -34,9 +43,11 @@ from vllm_wanspec.lab.harness.running import Outputs, log_folder
 from vllm_wanspec.lab.harness.servers import HOST, Server, ServerSpec, free_ports, service_command
 from vllm_wanspec.lab.harness.view import progress_bar
 from vllm_wanspec.lab.report.writing import measured
+from vllm_wanspec.lab.stats import percentile
 from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
-from vllm_wanspec.lab.target.hotpath_report import HotpathOptions, HotpathResult, Run, hotpath_document
+from vllm_wanspec.lab.target.hotpath_report import RUNNERS, V1, HotpathOptions, HotpathResult, Run, hotpath_document
 from vllm_wanspec.lab.target.played import make_pool, make_settings
+from vllm_wanspec.lab.target.played_async import HERE, AsyncProposer, PlayedAsyncTarget
 from vllm_wanspec.sim.models import Language
 from vllm_wanspec.sim.service import STATS_PATH
 from vllm_wanspec.sim.target import PlayedTarget, StepTimes, Workload
@@ -48,6 +59,7 @@ WARM_UP_WINDOW = 20
 """Steps; the trees are full when their mean size in one window is hardly larger than in the window before."""
 FULL_GROWTH = 1.02
 MAX_WARM_UP_WINDOWS = 12
+CALIBRATIONS = 201
 REFRESH_STEPS = 10
 
 
@@ -61,7 +73,7 @@ def measure(options: HotpathOptions, console: Console) -> HotpathResult:
     began_s = time.monotonic()
     target_core, drafter_core = machine.pin_cores(gpu=False)
     cores = [core for core in (target_core, drafter_core) if core is not None]
-    drafter = _drafter_spec(drafter_core, options.running_branches)
+    drafter = _drafter_spec(drafter_core, options)
     settings = make_settings(f"http://{HOST}:{drafter.port}", options.tree, options.late)
     with (
         log_folder(None, "", console) as folder,
@@ -74,16 +86,16 @@ def measure(options: HotpathOptions, console: Console) -> HotpathResult:
                 f"{FRAME_NODES} nodes of {name}": measure_frames(options.frames, sessions, advance)
                 for name, sessions in (("1 session", 1), (f"{SPREAD_SESSIONS} sessions", SPREAD_SESSIONS))
             }
-        runs = []
+        runs: dict[str, list[Run]] = {runner: [] for runner in RUNNERS}
         with serving([drafter], folder, console) as servers:
-            for number in range(1, options.runs + 1):
+            for number, runner in product(range(1, options.runs + 1), RUNNERS):
                 with (
-                    _LiveRun(options, settings, servers["drafter"], cores) as live,
+                    _LiveRun(runner, options, settings, servers["drafter"], cores) as live,
                     progress_bar(console, auto_refresh=False) as progress,
                 ):
-                    advance = _drawn_by_hand(progress, f"run {number} of {options.runs}", options.steps)
+                    advance = _drawn_by_hand(progress, f"{runner}, run {number} of {options.runs}", options.steps)
                     live.warm_up()
-                    runs.append(live.measure(advance))
+                    runs[runner].append(live.measure(advance))
         interval_ms = sys.getswitchinterval() * 1e3
     return HotpathResult(options, runs, frames, interval_ms, time.monotonic() - began_s)
 
@@ -95,16 +107,25 @@ def _drawn_by_hand(progress: Progress, description: str, total: int) -> Callable
 
 
 class _LiveRun:
-    """One pool with its link, a proposer over it, and a played target that steps them."""
+    """One pool with its link, what a model runner calls before it, and a played target that steps them."""
 
-    def __init__(self, options: HotpathOptions, settings: Settings, server: Server, cores: Sequence[int]) -> None:
+    def __init__(
+        self, runner: str, options: HotpathOptions, settings: Settings, server: Server, cores: Sequence[int]
+    ) -> None:
         self._steps = options.steps
         self._server, self._cores = server, cores
         language, workload = Language(), options.workload
-        self._pool = make_pool(settings, language, workload.limit)
-        self._proposer = RemoteProposer.over(self._pool, settings.tree, workload.limit)
-        counters = self._pool.counters
-        self._target = PlayedTarget(self._proposer, language, workload, waited_s=lambda: counters.wait_seconds)
+        memory = None if runner == V1 else DeviceMemory.allocate(workload.rows, workload.limit, HERE)
+        publication = None if memory is None else Publication(memory.headers, memory.words)
+        self._pool = make_pool(settings, language, workload.limit, publication)
+        self._proposer: RemoteProposer | AsyncProposer
+        if memory is None:
+            self._proposer = RemoteProposer.over(self._pool, settings.tree, workload.limit)
+            counters = self._pool.counters
+            self._target = PlayedTarget(self._proposer, language, workload, waited_s=lambda: counters.wait_seconds)
+        else:
+            self._proposer = AsyncProposer(self._pool, settings.tree, memory)
+            self._target = PlayedAsyncTarget(self._proposer, language, workload)
 
     def __enter__(self) -> Self:
         self._pool.start()
@@ -139,6 +160,7 @@ class _LiveRun:
             WanspecError: The proposer gave up, or no drafts came, so that there was nothing to measure.
         """
         counters = self._pool.counters
+        loop_us = calibration_us()
         times: list[StepTimes] = []
         sizes: list[float] = []
         before, nodes = self._stats(), counters.received_nodes
@@ -163,12 +185,13 @@ class _LiveRun:
             engine=engine,
             gc_pauses_ms=tuple(pauses),
             others_share=max(0.0, busy_s - engine["cpu_s"]) / elapsed_s,
+            loop_us=loop_us,
         )
 
     def _tree_nodes(self) -> float:
-        """Nodes per session, those included that the commits of this step have ruled out: as `propose` found them."""
+        """Nodes per session that has a tree, those included that the step's commits have ruled out."""
         trees = [live.core.tree for live in self._pool._sessions.values()]
-        return _mean([0 if tree is None else tree.size for tree in trees])
+        return _mean([tree.size for tree in trees if tree is not None])
 
     def _others_s(self) -> float:
         """Seconds for which our cores were busy so far, without this process's own; 0 where the system does not say."""
@@ -181,10 +204,27 @@ class _LiveRun:
         return found
 
 
-def _drafter_spec(core: int | None, running_branches: int) -> ServerSpec:
+def calibration_us() -> float:
+    """What a fixed loop of interpreted code takes, in microseconds, the median of some: this processor, right now."""
+    times_us = []
+    for _ in range(CALIBRATIONS):
+        found: dict[int, list[int]] = {}
+        began_ns = time.perf_counter_ns()
+        for number in range(1000):
+            found[number & 63] = [number, len(found)]
+        times_us.append((time.perf_counter_ns() - began_ns) / 1e3)
+    return percentile(times_us, 0.5)
+
+
+def _drafter_spec(core: int | None, options: HotpathOptions) -> ServerSpec:
     """The invented drafter, a process of its own."""
     (port,) = free_ports(1)
-    argv = service_command(port, "--running-branches", str(running_branches))
+    argv = service_command(
+        port,
+        *("--running-branches", str(options.running_branches)),
+        *("--max-sessions", str(options.drafted)),
+        *("--pace", options.pace),
+    )
     return ServerSpec("drafter", argv, port, core=core)
 
 
@@ -231,8 +271,12 @@ def main(
     json_file: Annotated[Path, typer.Option("--json", metavar="FILE", help="Write the figures here.")] = Path(
         "build/hotpath.json"
     ),
+    markdown_file: Annotated[
+        Path | None, typer.Option("--markdown", metavar="FILE", help="Write a report here.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Fail where a bar is missed.")] = False,
     sessions: Annotated[int, typer.Option(min=1, help="Requests in the batch.")] = STANDARD.workload.rows,
+    drafted: Annotated[int, typer.Option(min=1, help="Of them the drafter has room for.")] = STANDARD.drafted,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps in a run.")] = STANDARD.steps,
     runs: Annotated[int, typer.Option(min=1, help="Runs, each with sessions of its own.")] = STANDARD.runs,
     frames: Annotated[int, typer.Option(min=1, help="Single frames to decode and apply.")] = STANDARD.frames,
@@ -249,6 +293,7 @@ def main(
     running_branches: Annotated[
         int, typer.Option(min=1, help="The drafter's places for branches.")
     ] = STANDARD.running_branches,
+    pace: Annotated[str, typer.Option(help="The drafter's step: ms + ms per branch.")] = STANDARD.pace,
 ) -> None:
     """Measure what the serving path itself costs: no model, no network, no vLLM.
 
@@ -257,12 +302,14 @@ def main(
     """
 
     def read_and_measure(console: Console) -> HotpathResult:
-        wanted = (steps, runs, frames, switch_interval_ms, tree, late, running_branches)
+        Pacing.parse(pace, "--pace")
+        wanted = (drafted, steps, runs, frames, switch_interval_ms, tree, late, running_branches, pace)
         return measure(HotpathOptions(Workload(rows=sessions), *wanted), console)
 
     with suppress(OSError):  # what is wrong with the folder is told in a moment
         json_file.parent.mkdir(parents=True, exist_ok=True)
-    measured("python -m vllm_wanspec.lab.target.hotpath", read_and_measure, hotpath_document, Outputs(json_file), check)
+    outputs = Outputs(json_file, markdown_file)
+    measured("python -m vllm_wanspec.lab.target.hotpath", read_and_measure, hotpath_document, outputs, check)
 
 
 if __name__ == "__main__":

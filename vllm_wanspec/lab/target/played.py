@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
+from vllm_wanspec.core.block import Publication
 from vllm_wanspec.sim.models import Language
 
 LOOKAHEAD_TOKENS = 64
@@ -22,8 +23,12 @@ def make_settings(url: str, tree: str = "", late: str | None = None) -> Settings
     return settings.model_copy(update={"tree": settings.tree.overridden(tree)}) if tree else settings
 
 
-def make_pool(settings: Settings, language: Language, limit: int) -> DraftPool:
+def make_pool(settings: Settings, language: Language, limit: int, publication: Publication | None = None) -> DraftPool:
     """A pool for targets that speak ``language``; it has not been started."""
     return DraftPool(
-        settings, fingerprint=language.fingerprint, vocab_size=language.vocab_size, speculation_length=limit
+        settings,
+        fingerprint=language.fingerprint,
+        vocab_size=language.vocab_size,
+        speculation_length=limit,
+        publication=publication,
     )
