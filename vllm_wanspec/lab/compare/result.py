@@ -163,7 +163,7 @@ class Result:
                 yield f"{label(cell)}: no link measured the round trip"
             elif options.loss and measured_ms >= wanted_ms:
                 continue  # losses make round trips longer, as they should, and none shorter
-            elif is_off(measured_ms, wanted_ms):
+            elif is_off(measured_ms, wanted_ms, options.time_scale):
                 yield f"{label(cell)}: the link measured {measured_ms:.1f} ms where {wanted_ms:.1f} ms were emulated"
 
     def _count_faults(self) -> Iterator[str]:

@@ -265,4 +265,4 @@ class Run:
                 self._servers[name].check_alive()
 
         metrics = [url for name in behind if (url := self._plans[name].metrics) is not None]
-        return Wan(http, lineup.control_url, metrics, check_alive)
+        return Wan(http, lineup.control_url, metrics, check_alive, self.options.time_scale)

@@ -18,7 +18,8 @@ TIMEOUT_S = 5.0
 POLL_S = 0.05
 #: How long a link may take to come up again and to measure the round trip.
 LINK_DEADLINE_S = 20.0
-#: What a link measures may differ from R by so much and this share of R; a run in which it differs by more is invalid.
+#: What a link measures may differ from R by so much and this share of R, both before the time scale; a run in which it
+#: differs by more is invalid.
 R_TOLERANCE_MS = 2.0
 R_TOLERANCE_SHARE = 0.05
 
@@ -31,32 +32,40 @@ def expected_ms(rtt_ms: float, jitter_ms: float = 0.0) -> float:
     return rtt_ms + jitter_ms
 
 
-def is_off(measured_ms: float, rtt_ms: float) -> bool:
+def is_off(measured_ms: float, rtt_ms: float, time_scale: float = 1.0) -> bool:
     """Whether a measured round trip is not the one that was set.
 
     Args:
         measured_ms: What a link measures, the median of its last pings.
         rtt_ms: The mean that is to be expected, jitter included (`expected_ms`).  Losses are not: a ping that waited
             for a time-out counts for half a minute, so judge what is measured before there are any, as `Wan.set` does.
+        time_scale: By which both have been multiplied, as all times of the run.
     """
-    return not abs(measured_ms - rtt_ms) <= R_TOLERANCE_MS + R_TOLERANCE_SHARE * rtt_ms
+    return not abs(measured_ms - rtt_ms) <= R_TOLERANCE_MS * time_scale + R_TOLERANCE_SHARE * rtt_ms
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wan:
     """Sets round trip, jitter and losses of the WAN proxy, and reads what the links measure.
+
+    A round trip is what links measure while nothing else happens. They, the proxy and the drafter take a millisecond or
+    two of it themselves: by so much the proxy's delay is shorter.
 
     Args:
         http: Open aiohttp session.
         control_url: The proxy's control API.
         metrics: Metrics URLs of the controllers behind it.
         check_alive: Called while waiting; raises when that has become pointless.
+        time_scale: By which all times of the run are multiplied.
+        path_ms: The round trip without any delay; measured when one is set first, unless given.
     """
 
     http: aiohttp.ClientSession
     control_url: str
     metrics: Sequence[str]
     check_alive: Callable[[], None] = lambda: None
+    time_scale: float = 1.0
+    path_ms: float | None = None
 
     async def set(self, rtt_ms: float, jitter_ms: float = 0.0, loss: float = 0.0) -> bool:
         """Change the WAN, and wait until every link has connected anew and measured the round trip.
@@ -74,7 +83,12 @@ class Wan:
         Raises:
             ClientError: The proxy cannot be changed, or a link did not come up again.
         """
-        await self._ask("PATCH", "/settings", {"rtt_ms": rtt_ms, "jitter_ms": jitter_ms, "loss": 0.0})
+        if self.path_ms is None:
+            await self._ask("PATCH", "/settings", {"rtt_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0})
+            await self._connect_anew(0.0)
+            self.path_ms = sum([await self._measured_ms(url) for url in self.metrics]) / len(self.metrics)
+        delay_ms = max(0.0, rtt_ms - self.path_ms)
+        await self._ask("PATCH", "/settings", {"rtt_ms": delay_ms, "jitter_ms": jitter_ms, "loss": 0.0})
         measured = await self._connect_anew(expected_ms(rtt_ms, jitter_ms))
         if loss:
             await self._ask("PATCH", "/settings", {"loss": loss})
@@ -97,9 +111,11 @@ class Wan:
         raise ClientError(f"the link to the drafter was not up {LINK_DEADLINE_S:.0f} s after the WAN was changed")
 
     async def _is_near(self, url: str, rtt_ms: float) -> bool:
-        link = await self._link_samples(url)
-        measured_ms = 1000.0 * link.get(RTT, 0.0)
-        return link.get("wanspec_drafter_up") == 1.0 and not is_off(measured_ms, rtt_ms)
+        up = (await self._link_samples(url)).get("wanspec_drafter_up") == 1.0
+        return up and not is_off(await self._measured_ms(url), rtt_ms, self.time_scale)
+
+    async def _measured_ms(self, url: str) -> float:
+        return 1000.0 * (await self._link_samples(url)).get(RTT, 0.0)
 
     async def _link_samples(self, url: str) -> dict[str, float]:
         samples = await read_samples(self.http, url, "wanspec_drafter_")

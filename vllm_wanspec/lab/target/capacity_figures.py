@@ -118,7 +118,9 @@ class Row:
     def trip_is_off(self) -> bool:
         """Whether the link measured another round trip than was emulated."""
         emulated, measured = self.emulated_rtt_ms, self.measured_rtt_ms
-        return emulated is not None and measured is not None and is_off(measured, emulated)
+        if emulated is None or measured is None:
+            return False
+        return is_off(measured, emulated, time_scale=emulated / self.rtt_ms if self.rtt_ms else 1.0)
 
     @property
     def is_valid(self) -> bool:

@@ -125,7 +125,8 @@ class LoadPart:
                 check_counted(self._plan.stats)
                 cells = list(self._cells())
                 task, rows, trip_ms = progress.add_task("", total=len(cells)), [], None
-                wan = Wan(http, self._plan.control_url, list(self._plan.metrics.values()), self._check_alive)
+                links = list(self._plan.metrics.values())
+                wan = Wan(http, self._plan.control_url, links, self._check_alive, self._options.time_scale)
                 for arm, rtt_ms, clients in cells:
                     what = f"{self._load.name}: {title(arm, rtt_ms)}, γ = {arm.gamma}, {clients} clients"
                     progress.update(task, description=what)

@@ -46,7 +46,8 @@ async def controlled(link: Link) -> AsyncIterator[Wan]:
     async with link.proxy, served({"/metrics": link.page, "/second": link.page, "/empty": str}) as (http, url):
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield Wan(http, f"http://127.0.0.1:{runner.addresses[0][1]}", [f"{url}/metrics", f"{url}/second"])
+        control_url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        yield Wan(http, control_url, [f"{url}/metrics", f"{url}/second"], path_ms=0.0)
         await runner.cleanup()
 
 
@@ -78,6 +79,27 @@ def test_the_round_trip_is_set_once_every_link_has_measured_it(monkeypatch: pyte
             link.looks = -1000  # it never connects again
             with pytest.raises(ClientError, match="was not up 0 s after the WAN was changed"):
                 await wan.set(50.0)
+
+    asyncio.run(main())
+
+
+def test_the_proxy_delays_by_what_the_path_does_not_take_itself() -> None:
+    link = make_link()
+    link.error_ms = 1.5
+
+    async def main() -> None:
+        async with controlled(link) as wan:
+            wan.path_ms = None
+            await connecting(link, wan._connect_anew(1.5))  # as if it had been connected a while
+            setting = asyncio.create_task(wan.set(30.0))
+            while wan.path_ms is None or not setting.done():
+                link.proxy.connections_total += 2
+                await asyncio.sleep(0.05)
+            assert await setting
+            assert wan.path_ms == pytest.approx(1.5)
+            assert link.proxy.settings.rtt_ms == pytest.approx(28.5)
+            assert await connecting(link, wan.set(1.0))
+            assert link.proxy.settings.rtt_ms == 0.0
 
     asyncio.run(main())
 
@@ -116,6 +138,12 @@ def test_jitter_and_losses_are_set_too_and_losses_begin_once_the_round_trip_is_m
 )
 def test_what_counts_as_another_round_trip(measured_ms: float, rtt_ms: float, off: bool) -> None:
     assert is_off(measured_ms, rtt_ms) is off
+
+
+def test_what_is_off_is_judged_before_the_time_scale() -> None:
+    assert is_off(15.5, 12.5)
+    assert not is_off(15.5, 12.5, time_scale=1.25)
+    assert is_off(15.7, 12.5, time_scale=1.25)
 
 
 def test_the_mean_round_trip_has_the_mean_of_both_jitters() -> None:

@@ -112,7 +112,9 @@ class NoWan:
 
     trips_ms: list[float]
 
-    def __init__(self, http: object, url: str, metrics: Sequence[str], check_alive: Callable[[], None]) -> None:
+    def __init__(
+        self, http: object, url: str, metrics: Sequence[str], check_alive: Callable[[], None], time_scale: float
+    ) -> None:
         check_alive()
 
     async def set(self, rtt_ms: float) -> bool:
