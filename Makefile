@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .PHONY: demo bench bench-capacity bench-dtype bench-gpu bench-hotpath bench-more bench-overhead bench-trees bench-width \
-	unit test test-all compat-source fuzz docs lint install clean help
+	unit test test-all exactness compat-source fuzz docs lint install clean help
 
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
@@ -60,9 +60,11 @@ bench-dtype: install  ## greedy texts that part from plain vLLM's, in bfloat16 a
 bench-gpu: install  ## on a GPU: exactness, and what our constraints and we cost (about 45 minutes)
 	@scripts/gpu_check.sh
 
-# What the serving path costs: no model, no network; needs two quiet cores.
-bench-hotpath: install  ## the serving path with 64 sessions, in microseconds
-	@$(BIN)/python -m vllm_wanspec.lab.target.hotpath --json build/hotpath.json
+# What the serving path costs on either model runner: no model, no network; needs two quiet cores.
+bench-hotpath: install  ## what our calls of a step cost with 256 requests (about six minutes)
+	@mkdir -p docs/results
+	$(BIN)/python -m vllm_wanspec.lab.target.hotpath --json docs/results/hotpath.json --markdown docs/results/hotpath.md
+	echo "make bench-hotpath: $$SECONDS s"
 
 # What remote drafting costs target and drafter where nothing is paced; takes about ten minutes and two quiet cores.
 bench-overhead: install  ## what remote drafting costs where nothing is paced (about ten minutes)
@@ -86,6 +88,15 @@ bench-width: install  ## what running branches cost the drafter (about six minut
 	@mkdir -p docs/results
 	$(BIN)/python -m vllm_wanspec.lab.drafter.width --json docs/results/width.json --markdown docs/results/width.md
 	echo "make bench-width: $$SECONDS s"
+
+# Every workload on both model runners, Model Runner V2 with its kernels interpreted: takes about half an hour.
+exactness: install  ## the exactness tests on both model runners; writes docs/results/exactness.md
+	@mkdir -p build docs/results
+	rm -f build/exactness.jsonl
+	WANSPEC_EXACTNESS=build/exactness.jsonl $(BIN)/pytest -q $(addprefix tests/integration/test_, \
+		exactness.py outage.py parameters.py sampling.py small_target.py structured_output.py tensor_parallel.py)
+	$(BIN)/python scripts/exactness_table.py build/exactness.jsonl docs/results/exactness
+	echo "make exactness: $$SECONDS s"
 
 # Figures come from docs/results, states from the code; a test says when a page is behind.
 docs: install  ## the generated parts of the pages: figures, states

@@ -176,3 +176,27 @@ def width(results: Results) -> str:
         f"{table(titles, lines)}\n\nOne session whose branches all run, API server and engine on one core of "
         f"{data['machine']}. Source: {results.source('width')}."
     )
+
+
+def hotpath(results: Results) -> str:
+    """What our calls of a step take on each model runner."""
+    data = results["hotpath"]
+    lines = [
+        [
+            runner,
+            *(number(found[name][key], 2) for name in ("path_ms", "cpu_ms") for key in ("p50", "p99")),
+            f"{found['nodes_per_s']:,}",
+            number(found["loop_us"], 0),
+            "yes" if found["held"] else "no",
+        ]
+        for runner, found in data["runners"].items()
+    ]
+    titles = (
+        "model runner", "all our calls of a step, ms: p50", "p99", "processor time, ms: p50", "p99",
+        "nodes/s arriving", "calibration loop, µs", "held",
+    )  # fmt: skip
+    bars = data["bars"]["path_ms"]
+    return (
+        f"{table(titles, lines)}\n\n{data['sessions']} requests, the drafter has room for {data['drafted']}. Asked "
+        f"for: p50 {bars['p50']} ms, p99 {bars['p99']} ms. Source: {results.source('hotpath')}."
+    )

@@ -37,5 +37,6 @@ def writers(results: Results) -> dict[str, Callable[[], str]]:
         "below one nat": costs.below_one_nat,
         "overhead": costs.overhead,
         "width": costs.width,
+        "hotpath": costs.hotpath,
     }
     return {name: partial(make, results) for name, make in makers.items()}

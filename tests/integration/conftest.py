@@ -9,7 +9,7 @@ import pytest
 from vllm_wanspec.lab.harness.models import DemoModels
 from vllm_wanspec.lab.harness.servers import ServerGroup
 
-from .fleet import MODEL_NAME, V1, Drafter, Fleet, Target, find_test_models, on_runner, read_prompts
+from .fleet import MODEL_NAME, REMOTE_ALONE, V1, Drafter, Fleet, Target, find_test_models, on_runner, read_prompts
 from .peers import Peers, serve_peers
 from .workload import PlainTruth
 
@@ -31,7 +31,7 @@ def pair(fleet: Fleet) -> tuple[Drafter, Target, Target]:
     """Drafter, plain target, target with remote drafts: started side by side, since starting takes long."""
     drafter = fleet.drafter()
     plain = fleet.plain()
-    wanspec = fleet.wanspec("wanspec", {"draft_endpoints": [{"name": "main", "url": drafter.url}]})
+    wanspec = fleet.wanspec("wanspec", {"draft_endpoints": [{"name": "main", "url": drafter.url}]} | REMOTE_ALONE)
     fleet.wait_ready(drafter.server, plain.server, wanspec.server)
     return drafter, plain, wanspec
 
@@ -54,7 +54,7 @@ def target(runner: str, fleet: Fleet, pair: tuple[Drafter, Target, Target]) -> I
     if runner == V1:
         yield pair[2]
         return
-    config = {"draft_endpoints": [{"name": "main", "url": pair[0].url}]}
+    config = {"draft_endpoints": [{"name": "main", "url": pair[0].url}]} | REMOTE_ALONE
     found = fleet.wanspec(f"wanspec-{runner}", config, **on_runner(runner))
     fleet.wait_ready(found.server)
     yield found

@@ -37,6 +37,7 @@ BAD_DRAFTERS = {
     "turncoat": "run a `wanspec drafter` of our version there",
 }
 """Drafters of the small target beside the good one, and what their log line must say."""
+THREADS_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 START_DEADLINE_S = 300.0
 STOP_DEADLINE_S = 20.0
 
@@ -106,6 +107,12 @@ EACH_RUNNER = pytest.mark.parametrize(
 """vLLM's model runners: V1, and Model Runner V2 without and with async scheduling, its kernels interpreted on a CPU."""
 
 
+VERIFY_ALL = {"length": {"policy": "fixed", "shut_off": False}}
+"""Of targets whose exactness is tested: drafts that hardly pay are verified too, so that many are rejected."""
+REMOTE_ALONE = VERIFY_ALL | {"fallback": []}
+"""The same without prompt lookup, which would take the places of many of them."""
+
+
 def on_runner(runner: str) -> dict[str, Any]:
     """What `Fleet.wanspec` needs for a target on a model runner."""
     if runner == V1:
@@ -142,6 +149,8 @@ class Fleet:
         name: str,
         config: Mapping[str, object],
         *,
+        model: Path | None = None,
+        ranks: int = 1,
         speculative_tokens: int = 8,
         extra_flags: Sequence[str] = (),
         extra_env: Mapping[str, str] | None = None,
@@ -151,6 +160,8 @@ class Fleet:
         Args:
             name: For its log file.
             config: The YAML file without ``metrics``.
+            model: The demo's target if none is given.
+            ranks: Tensor-parallel processes; two of them use the drafter's core too.
             speculative_tokens: Most draft tokens verified per step.
             extra_flags: More ``vllm serve`` flags; the last of two counts.
             extra_env: More environment variables.
@@ -160,9 +171,13 @@ class Fleet:
         path.write_text(yaml.safe_dump({**config, "metrics": {"port": metrics_port}}), "utf-8")
         core = machine.pin_cores()[0]
         env = machine.server_env(core) | token_env() | {PACING_ENV: PACE} | dict(extra_env or {})
-        argv = wanspec_command("serve", str(self.models.target), "--wanspec", str(path))
+        argv = wanspec_command("serve", str(model or self.models.target), "--wanspec", str(path))
         argv += ["--speculative-tokens", str(speculative_tokens), "--port", str(port)]
         argv += ["--served-model-name", MODEL_NAME, *flags(), *extra_flags]
+        if ranks > 1:
+            argv += ["--tensor-parallel-size", str(ranks), "--distributed-executor-backend", "mp"]
+            cores, core = machine.pin_cores(), None
+            env[THREADS_ENV] = "nobind" if None in cores else "|".join(str(cores[rank % 2]) for rank in range(ranks))
         server = self.group.start(ServerSpec(name, argv, port, env, core))
         return Target(server, f"http://{HOST}:{metrics_port}/metrics")
 
@@ -175,7 +190,7 @@ class Fleet:
         endpoints.append({"name": "wrong-token", "url": drafter_url, "token_env": WRONG_TOKEN_ENV})
         return self.wanspec(
             f"small-{runner}",
-            {"draft_endpoints": endpoints},
+            {"draft_endpoints": endpoints} | VERIFY_ALL,
             speculative_tokens=SPECULATIVE_TOKENS,
             extra_flags=[
                 *("--max-model-len", str(CONTEXT_LIMIT)),

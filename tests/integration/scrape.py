@@ -10,10 +10,10 @@ import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
 from .fleet import Target
+from .records import note
 
-LEAST_ACCEPTED = 500
+LEAST_ACCEPTED = 300
 LEAST_REJECTED = 300
-"""Fewer than accepted ones: calibrated trees offer little that is likely to be rejected."""
 FILLERS_RIGHT = 0.05
 POLL_S = 0.05
 WAIT_S = 60.0
@@ -35,7 +35,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Drafts:
-    """vLLM's own count of verified draft tokens."""
+    """Tokens that a drafter made: neither prompt lookup's nor what fills drafts up counts."""
 
     accepted: int
     rejected: int
@@ -60,9 +60,9 @@ async def wanspec_page(http: aiohttp.ClientSession, target: Target) -> Page:
 
 
 async def read_drafts(http: aiohttp.ClientSession, target: Target) -> Drafts:
-    page = await vllm_page(http, target)
-    accepted = int(page.get("vllm:spec_decode_num_accepted_tokens_total"))
-    return Drafts(accepted, int(page.get("vllm:spec_decode_num_draft_tokens_total")) - accepted)
+    page = await wanspec_page(http, target)
+    accepted = sum(int(page.get(f"wanspec_accepted_{source}_total")) for source in ("main_line", "branch"))
+    return Drafts(accepted, int(page.get("wanspec_offered_drafted_total")) - accepted)
 
 
 async def is_up(http: aiohttp.ClientSession, target: Target, drafter: str) -> bool:
@@ -79,6 +79,7 @@ async def drafts_decide(
     yield
     drafts = await read_drafts(http, target) - before
     print(f"drafts accepted {drafts.accepted}, rejected {drafts.rejected}")
+    note(accepted=drafts.accepted, rejected=drafts.rejected)
     assert drafts.accepted >= accepted, f"vacuous: only {drafts.accepted} drafts accepted"
     assert drafts.rejected >= rejected, f"vacuous: only {drafts.rejected} drafts rejected"
 

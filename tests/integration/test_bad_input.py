@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from mrv2_env import mrv2_env
 
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import DemoModels
@@ -30,11 +31,15 @@ PIPELINE = ("--pipeline-parallel-size", "2", "--distributed-executor-backend", "
 ENDS_S = 200.0
 #: An unsupported vLLM, for want of one: a method that we wrap is not there.
 OTHER_VLLM = """
-import vllm.v1.worker.gpu_model_runner as module
+import os
+from importlib import import_module
 from vllm.entrypoints.cli.main import main
-del module.GPUModelRunner.take_draft_token_ids
+runner = "gpu.model_runner" if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1" else "gpu_model_runner"
+del import_module("vllm.v1.worker." + runner).GPUModelRunner.take_draft_token_ids
 main()
 """
+V2 = {"VLLM_USE_V2_MODEL_RUNNER": "1"}
+OVERLAID = mrv2_env(async_scheduling=True)
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,12 @@ class Case:
     Attributes:
         argv: Builds the command from the models and the folder with the files.
         says: What the line must contain.
+        env: More environment variables.
     """
 
     argv: Callable[[str, Path], list[str]]
     says: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
 
 
 def short(file: str, *more: str) -> Callable[[str, Path], list[str]]:
@@ -91,6 +98,9 @@ CASES = {
     "long, no tokenizer": Case(long("good.yaml", "--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
     "drafter, no tokenizer": Case(drafter("--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
     "drafter, logits": Case(drafter("--logprobs-mode", "raw_logits"), ("--logprobs-mode raw_logits", "raw_logprobs")),
+    "long, no Triton": Case(long("good.yaml"), ("Triton", "unset VLLM_USE_V2_MODEL_RUNNER"), V2),
+    "long, pipeline on V2": Case(long("good.yaml", *PIPELINE), ("--pipeline-parallel-size is 2", "use 1"), OVERLAID),
+    "long, unsupported vLLM on V2": Case(other_vllm, ("take_draft_token_ids", "use vLLM"), OVERLAID),
     "long, unsupported vLLM": Case(other_vllm, ("take_draft_token_ids", "use vLLM")),
 }
 
@@ -105,7 +115,7 @@ def ended(models: DemoModels, tmp_path_factory: pytest.TempPathFactory) -> dict[
     def run(item: tuple[int, Case]) -> Ended:
         number, case = item
         argv = case.argv(str(models.target), folder)
-        return Program(f"case-{number}", argv, machine.server_env(), folder).end(ENDS_S)
+        return Program(f"case-{number}", argv, machine.server_env() | case.env, folder).end(ENDS_S)
 
     with ThreadPoolExecutor(2) as threads:
         return dict(zip(CASES, threads.map(run, enumerate(CASES.values())), strict=True))

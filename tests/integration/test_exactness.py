@@ -5,7 +5,7 @@ import asyncio
 import aiohttp
 import pytest
 
-from .fleet import ASYNC, EACH_RUNNER, Target
+from .fleet import ASYNC, EACH_RUNNER, MRV2, V1, Target
 from .scrape import LEAST_ACCEPTED, drafts_decide, each_is_somebody_s, is_up, until
 from .workload import PlainTruth, Request, client_of, run_staggered, vary
 
@@ -15,6 +15,11 @@ REQUESTS = 32
 AT_ONCE = 6
 LONGEST_PROMPT = 800
 SAMPLED_TOKENS = 20
+SAYS = {
+    V1: "remote drafting on the V1 model runner, as vLLM chooses (Model Runner V2 needs Triton",
+    MRV2: "remote drafting on Model Runner V2 with no async scheduling, by VLLM_USE_V2_MODEL_RUNNER=1",
+    ASYNC: "remote drafting on Model Runner V2 with async scheduling, by VLLM_USE_V2_MODEL_RUNNER=1",
+}
 
 
 def test_staggered_greedy_requests_are_exact(
@@ -23,6 +28,7 @@ def test_staggered_greedy_requests_are_exact(
     chosen = [prompt for prompt in prompts if len(prompt) < LONGEST_PROMPT][:REQUESTS]
     assert len(chosen) == REQUESTS and len({len(prompt) for prompt in chosen}) > REQUESTS // 2
     requests = vary(chosen)
+    assert SAYS[runner] in wanspec.log()
 
     async def main() -> None:
         async with aiohttp.ClientSession() as http:

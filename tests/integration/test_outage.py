@@ -7,11 +7,11 @@ import pytest
 
 from vllm_wanspec.lab.harness.client import Completion
 
-from .fleet import START_DEADLINE_S, Drafter, Target
+from .fleet import EACH_RUNNER, START_DEADLINE_S, Drafter, Target
 from .scrape import Drafts, drafts_decide, is_up, read_drafts, until
 from .workload import PlainTruth, Request, Run, client_of, send, vary
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), EACH_RUNNER]
 
 AT_ONCE = 6
 USED = Drafts(accepted=300, rejected=300)

@@ -7,12 +7,12 @@ import pytest
 
 from vllm_wanspec.lab.harness.client import Completion
 
-from .fleet import ASYNC, CHUNK, CONTEXT_LIMIT, MODEL_NAME, SPECULATIVE_TOKENS, Target
+from .fleet import ASYNC, CHUNK, CONTEXT_LIMIT, EACH_RUNNER, MODEL_NAME, SPECULATIVE_TOKENS, Target
 from .peers import Peers
 from .scrape import drafts_decide, is_up, until, vllm_page, wanspec_page
 from .workload import PlainTruth, Request, client_of, run_staggered, send
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), EACH_RUNNER]
 
 AT_ONCE = 8
 LEAVING_TOKENS = 96
@@ -94,7 +94,7 @@ def test_two_choices_per_request(
     small: Target, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     """vLLM takes n = 2 only with sampling; sampling among one token is greedy, and goes the way of sampling."""
-    requests = [Request(prompt, 96) for prompt in cut(prompts, 16, begin=8)]
+    requests = [Request(prompt, 96) for prompt in cut(prompts, 22, begin=8)]
 
     async def choices(http: aiohttp.ClientSession, request: Request) -> list[Completion]:
         body = {"model": MODEL_NAME, "prompt": request.prompt, "max_tokens": request.max_tokens, "n": 2}

@@ -10,6 +10,7 @@ import aiohttp
 from vllm_wanspec.lab.harness.client import Completion, CompletionClient, first_difference
 
 from .fleet import MODEL_NAME, Target
+from .records import note
 
 REQUEST_TIMEOUT_S = 240.0
 STAGGER_TOKENS = 24
@@ -132,6 +133,31 @@ class PlainTruth:
             ties += await self._follow(http, number, expected, got)
         tokens = sum(len(completion.token_ids) for completion in completions)
         print(f"{len(completions)} requests, {tokens} tokens, all plain vLLM's; ties: {ties}")
+        note(requests=len(completions), tokens=tokens, ties=ties)
+
+    async def check_as_asked(
+        self, http: aiohttp.ClientSession, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Completion]:
+        """As `check`, against plain vLLM's answers to the same requests with all that they ask for; those answers.
+
+        What follows a tie is not compared.
+        """
+        client = client_of(http, self.target)
+        expected = await asyncio.gather(*(send(client, request) for request in requests))
+        ties = 0
+        for number, (right, got) in enumerate(zip(expected, completions, strict=True)):
+            position = first_difference(right.token_ids, got.token_ids)
+            assert position is None or await client.is_tie(
+                right.prompt_ids, right.token_ids, got.token_ids, position
+            ), (
+                f"request {number} ({requests[number].extra}) differs from plain vLLM at token {position}: "
+                f"{got.token_ids[position:][:3]} for {right.token_ids[position:][:3]}"
+            )
+            ties += position is not None
+        tokens = sum(len(completion.token_ids) for completion in completions)
+        print(f"{len(completions)} requests, {tokens} tokens, all plain vLLM's; ties: {ties}")
+        note(requests=len(completions), tokens=tokens, ties=ties)
+        return expected
 
     async def _follow(self, http: aiohttp.ClientSession, number: int, plain: Completion, got: Completion) -> int:
         """Ties of one completion; after a tie plain vLLM goes on from the other token."""

@@ -13,9 +13,27 @@ ASYNC_ENV = "WANSPEC_TEST_ASYNC"
 
 
 def register() -> None:
-    """Set both patches; what they replace has to be there."""
+    """Set all patches; what they replace has to be there."""
+    _store_under_masks_of_any_type()
     _mask_logits_in_torch()
     _leave_async_scheduling_alone()
+
+
+def _store_under_masks_of_any_type() -> None:
+    """Make a mask boolean: a scalar and a block of booleans with `&` between them give the interpreter integers.
+
+    vLLM's kernel that applies a grammar has such a mask.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_masked_store
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache_policy: Any) -> Any:
+        boolean = interpreter.TensorHandle(mask.data.astype(bool), tl.int1)
+        return original(self, ptrs, value, boolean, cache_policy)
+
+    interpreter.InterpreterBuilder.create_masked_store = create_masked_store
 
 
 def _mask_logits_in_torch() -> None:
