@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pages.results import NOT_MEASURED, Results, number, quotient, ratio, table
+from pages.results import NOT_MEASURED, Results, not_yet, number, quotient, ratio, table
 
 BELOW_ONE_NAT = ("0-0.25", "0.25-0.5", "0.5-1")
 
@@ -180,6 +180,8 @@ def width(results: Results) -> str:
 
 def hotpath(results: Results) -> str:
     """What our calls of a step take on each model runner."""
+    if not results.has("hotpath.json"):
+        return not_yet("bench-hotpath", "hotpath.json")
     data = results["hotpath"]
     lines = [
         [

@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SAMPLES = 20_000
 FAULTY_SAMPLES = 2_000
-V2_SAMPLES = 4_000
-"""Of model runner V2, whose kernels are interpreted."""
+V2_SAMPLES = 400
+"""Of Model Runner V2, whose kernels are interpreted: a hundred take three quarters of a minute."""
 BIAS = {str(token): -2.0 for token in range(200, 400)}
 PROMPTS = 4
 LONGEST_PROMPT = 300
@@ -37,6 +37,9 @@ CLASSES = 50
 LEAST_EXPECTED = 5.0
 LEAST_P = 0.001
 LEAST_DECIDED = 0.3
+LEAST_DECIDED_ASYNC = 0.05
+"""With async scheduling a step is laid out before the drafter can know what the one before it left the tree for: at
+T = 1 most steps leave it, so that every other has no draft."""
 LEAST_DRAFTS = 300
 ARM_DEADLINE_S = 900.0
 PLAIN_SEED, WANSPEC_SEED, FAULTY_SEED = 1_000_000, 2_000_000, 3_000_000
@@ -118,8 +121,9 @@ def test_the_distribution_is_plain_vllms(laboratory: Laboratory, plain_arm: Arm)
 def check_like(expected: Arm, arm: Arm, runner: str) -> None:
     """Fail unless an arm's tokens are distributed as the expected ones, and drafts decided about many of them."""
     decided = {position: arm.decided[str(position)] / arm.samples for position in DECIDED_POSITIONS}
+    least = LEAST_DECIDED_ASYNC if runner == ASYNC else LEAST_DECIDED
     for position, share in decided.items():
-        assert share >= LEAST_DECIDED, f"vacuous: only {share:.0%} decided against a draft at position {position}"
+        assert share >= least, f"vacuous: only {share:.0%} decided against a draft at position {position}"
     assert min(arm.accepted, arm.rejected) >= LEAST_DRAFTS
     least_p = corrected_p(expected, arm)
     note(runner=runner, samples=arm.samples, least_p=least_p, decided=min(decided.values()))
@@ -143,7 +147,7 @@ def test_min_p_and_logit_bias_act_on_drafted_rows(
     extra = ("--sampling", json.dumps(sampling))
     [name] = sampling
     expected = laboratory.run(f"plain-{name}", FAULTY_SAMPLES, PLAIN_SEED, *extra)
-    arm = laboratory.run_wanspec(f"wanspec-{name}", FAULTY_SAMPLES, WANSPEC_SEED, *extra, env=v2_env(ASYNC))
+    arm = laboratory.run_wanspec(f"wanspec-{name}", V2_SAMPLES, WANSPEC_SEED, *extra, env=v2_env(ASYNC))
     check_like(expected, arm, ASYNC)
     assert corrected_p(plain_arm, arm) < LEAST_P / 1000
 

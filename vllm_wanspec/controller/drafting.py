@@ -71,8 +71,7 @@ class Drafting:
         Returns:
             Drafts per row; empty where there is none.
         """
-        if self._payoff is not None and not self._payoff.looks():
-            self._counters.unpaid_steps += 1
+        if self._sits_out(batch):
             return [[] for _ in batch]
         plan, now = self._plan(limit), self._clock()
         dry = self._take(batch, plan, now)
@@ -115,8 +114,7 @@ class Drafting:
             ``limit`` where a drafter serves the row or prompt lookup has something, else 0; 0 for all where drafts do
             not pay.
         """
-        if self._payoff is not None and not self._payoff.looks():
-            self._counters.unpaid_steps += 1
+        if self._sits_out(batch):
             return [0] * len(batch)
         lengths = [0 if live is None or live.link is None is live.guess else limit for live in batch]
         if uniform and any(lengths):
@@ -129,6 +127,13 @@ class Drafting:
                 self._counters.unpaid_steps += 1
                 return [0] * len(batch)
         return lengths
+
+    def _sits_out(self, batch: Sequence[LiveSession | None]) -> bool:
+        """Whether drafts have not paid for so long that this step does not look at any."""
+        if self._payoff is None or self._payoff.looks():
+            return False
+        self._counters.unpaid_steps += any(live is not None and live.link is not None for live in batch)
+        return True
 
     def _plan(self, limit: int) -> Plan:
         """The plan of all requests; with a windowed policy only the limit that theirs start from."""
@@ -148,7 +153,7 @@ class Drafting:
                 own = self._own_plan(live, plan)
             tree = live.core.tree
             if tree is None:
-                live.draft = NO_DRAFT
+                live.draft = live.core.draft(own.limit, own.least, now) if recorded else NO_DRAFT
                 continue
             draft = live.core.draft(own.limit, own.least, now) if recorded else tree.draft(own.limit, own.least)
             live.draft = draft

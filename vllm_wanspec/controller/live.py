@@ -33,7 +33,7 @@ class LiveSession:
         link: The link to the drafter that serves it; None while none does.
         number: The session's on that link.
         draft: What was drafted last since its last commit.
-        offered: Whether the target got that draft; it can be withheld.
+        offered: Whether the target got that draft; it can be withheld. Of no meaning while there is none.
         end: Its length in tokens when it is over.
         room: The longest context that its link's drafts are of use for.
         slot: Its place in the target's memory, where its tree is published; None without one.

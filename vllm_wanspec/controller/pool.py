@@ -318,7 +318,6 @@ class DraftPool:
                 live.core.receive(message, now)
                 if isinstance(message, Reject):
                     self._off_link(live, link)
-                    self._open_at = min(self._open_at, live.core.reopen_at)
                 self._publish(live)
                 self._arrived.notify_all()
 
@@ -393,6 +392,7 @@ class DraftPool:
             live.core.note("leave", now)
         live.core.link_lost(now)
         self._open(live, now)
+        self._publish(live)
 
     def _off_link(self, live: LiveSession, link: DrafterLink) -> None:
         """A link has one session less, and may have had no room for more."""

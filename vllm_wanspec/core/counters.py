@@ -42,9 +42,9 @@ class Counters:
         late_drafts: Positions whose drafts arrived after they were committed.
         late_hits: Those of them whose draft was right: it confirmed what was pending.
         stale_nodes: Nodes dropped on arrival because what they hang below is gone.
-        fallback_tokens: Tokens that prompt lookup added for want of drafts, those of withheld steps included.
+        fallback_tokens: Tokens that prompt lookup added for want of drafts, those of steps included that withheld them.
         fallback_hits: Those of them that proved right.
-        unpaid_steps: Steps whose drafts were withheld because they would have cost more than they yield.
+        unpaid_steps: Steps whose drafts were withheld, or not looked at: they would cost more than they yield.
         waits: Steps held back for drafts about to arrive.
         wait_seconds: Time of those waits.
         opened_sessions: Sessions opened, again after a lost link included.

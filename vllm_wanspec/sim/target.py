@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm_wanspec.sim.models import Language
 
-__all__ = ["PlayedTarget", "Proposer", "Runner", "StepTimes", "Workload", "new_request", "scheduled"]
+__all__ = ["PlayedTarget", "Proposer", "Runner", "StepTimes", "Timing", "Workload", "new_request", "scheduled"]
 
 OUTPUT_S = 0.001
 """From `propose` to the taking of the drafts, while the step's tokens go out: frames arrive in it."""
@@ -57,6 +57,18 @@ class Workload:
     token_ms: float = 0.1
     limit: int = 8
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Nanoseconds, on the clock and on a thread's processor."""
+
+    wall_ns: int
+    cpu_ns: int
+
+    def less(self, other: Timing) -> Timing:
+        """This without the other."""
+        return Timing(self.wall_ns - other.wall_ns, self.cpu_ns - other.cpu_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +133,7 @@ class PlayedTarget:
         workload: Workload,
         *,
         waited_s: Callable[[], float] = lambda: 0.0,
-        off_clock_ns: Callable[[], int] = lambda: 0,
+        off_clock: Callable[[], Timing] = lambda: Timing(0, 0),
         clock: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -132,13 +144,13 @@ class PlayedTarget:
             language: What the target speaks.
             workload: What it does.
             waited_s: How long the proposer has held steps back on purpose so far.
-            off_clock_ns: How long it has been about what it only plays so far, which is not measured.
+            off_clock: How long it has been about what it only plays so far, which is not measured.
             clock: Seconds, monotonic.
             sleep: Lets so many of them pass.
         """
         self._proposer = proposer
         self._waited_s = waited_s
-        self._off_clock_ns = off_clock_ns
+        self._off_clock = off_clock
         self._clock = clock
         self._sleep = sleep
         self._language = language
@@ -155,9 +167,8 @@ class PlayedTarget:
         """One whole step: scheduling, forward, verification, `propose`, outputs, and the taking of the drafts."""
         runner, proposer = self._runner, self._proposer
         output = self._schedule()
-        off_clock_ns = self._off_clock_ns()
-        begin = _timed(proposer.begin_step, runner, output)
-        off_clock_ns = self._off_clock_ns() - off_clock_ns
+        off = self._off_clock()
+        begin = _timed(proposer.begin_step, runner, output).less(self._off_clock().less(off))
         for request, draft in zip(self._requests, self._drafts([r.draft for r in self._requests]), strict=True):
             request.draft = draft
         offered = sum(len(request.draft) for request in self._requests)
@@ -170,11 +181,11 @@ class PlayedTarget:
         wait_ns = round((self._waited_s() - waited_s) * 1e9)
         self._take(runner._draft_token_ids)
         return StepTimes(
-            begin_ns=begin.wall_ns - off_clock_ns,
+            begin_ns=begin.wall_ns,
             propose_ns=propose.wall_ns,
             take_ns=take.wall_ns - wait_ns,
             wait_ns=wait_ns,
-            cpu_ns=begin.cpu_ns - off_clock_ns + propose.cpu_ns + take.cpu_ns,
+            cpu_ns=begin.cpu_ns + propose.cpu_ns + take.cpu_ns,
             decoding=sum(decoding),
             yielded=sum(len(tokens) for tokens, old in zip(sampled, decoding, strict=True) if old),
             offered=offered,
@@ -266,15 +277,9 @@ def scheduled(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Timing:
-    wall_ns: int
-    cpu_ns: int
-
-
-def _timed(call: Callable[..., object], *arguments: object) -> _Timing:
+def _timed(call: Callable[..., object], *arguments: object) -> Timing:
     """How long a call took, on the clock and on this thread's processor."""
     cpu_ns, began_ns = time.thread_time_ns(), time.perf_counter_ns()
     call(*arguments)
     wall_ns = time.perf_counter_ns() - began_ns
-    return _Timing(wall_ns, time.thread_time_ns() - cpu_ns)
+    return Timing(wall_ns, time.thread_time_ns() - cpu_ns)

@@ -238,7 +238,8 @@ class RemoteDrafts:
         try:
             if self._wishes:
                 told = None if self._early is None else self._early[1]
-                return None if told is None else [walked.tokens for walked in told()]
+                # Lists of their own: vLLM changes them in place.
+                return None if told is None else [list(walked.tokens) for walked in told()]
             serving = self._serving()
             if serving is None:
                 return [[] for _ in requests]

@@ -51,7 +51,7 @@ class Run:
 
     Attributes:
         steps: Their times.
-        mean_tree_nodes: Live nodes per session as `propose` finds them, mean.
+        mean_tree_nodes: Nodes per session that has a tree, after the step; mean.
         nodes_per_s: Nodes that arrived, in time or stale.
         elapsed_s: Of the steps.
         engine: What the drafter's engine did meanwhile; see `Engine.stats` of the simulator.

@@ -21,7 +21,7 @@ from vllm_wanspec.controller.mrv2.walk import DeviceWalk
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.requests import Requests
 from vllm_wanspec.sim.models import Language
-from vllm_wanspec.sim.target import PlayedTarget, Workload
+from vllm_wanspec.sim.target import PlayedTarget, Timing, Workload
 
 HERE = torch.device("cpu")
 
@@ -48,9 +48,9 @@ class AsyncProposer:
         return self._requests.failed
 
     @property
-    def off_clock_ns(self) -> int:
+    def off_clock(self) -> Timing:
         """What the device's part has taken so far."""
-        return 0 if self._walk is None else self._walk.spent_ns
+        return Timing(0, 0) if self._walk is None else Timing(self._walk.wall_ns, self._walk.cpu_ns)
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """A step is laid out: requests go and come, and drafts are bound."""
@@ -88,15 +88,16 @@ class AsyncProposer:
 
 
 class _OffClock(DeviceWalk):
-    """A walk that notes how long it takes, in nanoseconds."""
+    """A walk that notes how long it takes, in nanoseconds: on the clock, and on the thread's processor."""
 
-    spent_ns = 0
+    wall_ns = cpu_ns = 0
 
     def launch(self, idx_mapping: torch.Tensor, ring_index: int) -> None:
         """See `DeviceWalk.launch`."""
-        began_ns = time.perf_counter_ns()
+        cpu_ns, began_ns = time.thread_time_ns(), time.perf_counter_ns()
         super().launch(idx_mapping, ring_index)
-        self.spent_ns += time.perf_counter_ns() - began_ns
+        self.wall_ns += time.perf_counter_ns() - began_ns
+        self.cpu_ns += time.thread_time_ns() - cpu_ns
 
 
 class PlayedAsyncTarget(PlayedTarget):
@@ -104,7 +105,7 @@ class PlayedAsyncTarget(PlayedTarget):
 
     def __init__(self, proposer: AsyncProposer, language: Language, workload: Workload) -> None:
         """As `PlayedTarget`."""
-        super().__init__(proposer, language, workload, off_clock_ns=lambda: proposer.off_clock_ns)
+        super().__init__(proposer, language, workload, off_clock=lambda: proposer.off_clock)
         self._async = proposer
 
     def _drafts(self, laid_out: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -12,7 +12,7 @@ from conftest import LogLines
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.mrv2.steps import RemoteDrafts, Told
 from vllm_wanspec.controller.requests import Requests
-from vllm_wanspec.core.block import Walked
+from vllm_wanspec.core.block import NO_WALK, Walked
 
 LIMIT = 4
 
@@ -71,7 +71,7 @@ class PlayedBinding:
         if self.told is None:
             return None
         told, rows = dict(self.told), list(requests)
-        return lambda: [told.get(name, Walked([], 0)) for name in rows]
+        return lambda: [told.get(name, NO_WALK) for name in rows]
 
 
 class World:
@@ -260,6 +260,16 @@ def test_drafts_under_a_grammar_are_bound_early_and_stay() -> None:
     # And the one after is bound late again.
     world.drafts.bind(output({"a": HOLD}), ["a"], [0])
     assert len(world.binding.bound) == 2
+
+
+def test_lists_that_the_scheduler_gets_are_its_own() -> None:
+    """vLLM cuts and fills them in place, those of rows without a draft too."""
+    world = World(wishes=True, told={"a": NO_WALK, "b": NO_WALK, "c": Walked([5], 0)})
+    world.drafts.bind_early(["a", "b", "c"], [0, 1, 2])
+    for draft in world.drafts.laid_out(["a", "b", "c"]) or ():
+        draft.extend([-1, -1])
+    assert Walked([], 0) == NO_WALK
+    assert world.drafts.laid_out(["a", "b", "c"]) == [[], [], [5]]
 
 
 def test_without_early_drafts_the_scheduler_keeps_its_placeholders() -> None:

@@ -83,7 +83,8 @@ def test_the_round_trip_is_set_once_every_link_has_measured_it(monkeypatch: pyte
     asyncio.run(main())
 
 
-def test_the_proxy_delays_by_what_the_path_does_not_take_itself() -> None:
+def test_the_proxy_delays_by_what_the_path_does_not_take_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wan_control, "PINGS_S", 0.05)
     link = make_link()
     link.error_ms = 1.5
 
