@@ -33,7 +33,7 @@ GREEDY = {
 SAMPLED = {
     "test_the_distribution_is_plain_vllms": "T = 1",
     "test_the_distribution_is_plain_vllms_on_model_runner_v2": "T = 1",
-    "test_min_p_and_logit_bias_act_on_drafted_rows": "T = 1, with",
+    "test_min_p_and_logit_bias_act_on_drafted_rows": "T = 1, with min_p and logit_bias",
 }
 SUMMED = ("requests", "tokens", "ties", "accepted", "rejected")
 
@@ -47,14 +47,6 @@ def read(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
         for name, value in record.items():
             figures[name] = figures.get(name, 0) + value if name in SUMMED else value
     return found
-
-
-def parts(test: str) -> tuple[str, str, str]:
-    """A test's function, its runner, and what else stands in its brackets."""
-    function, _, rest = test.partition("[")
-    words = rest.rstrip("]")
-    runner = next((name for name in sorted(RUNNERS, key=len, reverse=True) if words == name), "")
-    return function, runner, "" if runner else words
 
 
 def greedy_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -79,12 +71,12 @@ def sampled_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Sampled output, by its distribution."""
     rows = []
     for test, figures in found.items():
-        function, _, more = parts(test)
+        function = test.partition("[")[0]
         if function in SAMPLED and "least_p" in figures:
             name = RUNNERS[str(figures["runner"])]
             decided = f"{100 * figures['decided']:.0f} %"
             rows.append([
-                f"{SAMPLED[function]} {more}".strip(), name, f"{figures['samples']:,}", f"{figures['least_p']:.2g}",
+                SAMPLED[function], name, f"{figures['samples']:,}", f"{figures['least_p']:.2g}",
                 decided, *_counts(figures, "accepted", "rejected"),
             ])  # fmt: skip
     titles = ["sampling", "model runner", "samples", "p", "decided against drafts", "drafts accepted", "rejected"]
@@ -116,7 +108,7 @@ def main(arguments: Sequence[str]) -> int:
     """Read the lines of the first file, and write what the second names, with .json and .md."""
     lines, target = Path(arguments[0]), Path(arguments[1])
     found = read(lines.read_text("utf-8").splitlines())
-    unknown = {function for function, _, _ in map(parts, found)} - GREEDY.keys() - SAMPLED.keys()
+    unknown = {test.partition("[")[0] for test in found} - GREEDY.keys() - SAMPLED.keys()
     if unknown:
         print(f"not in the table: {', '.join(sorted(unknown))}", file=sys.stderr)
     provenance = Provenance.of_this_run("python scripts/exactness_table.py")

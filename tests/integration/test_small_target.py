@@ -63,7 +63,7 @@ def test_requests_that_end_at_max_model_len(
     small: Target, runner: str, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     """One that comes close to the limit must not switch drafts off for the others, nor have them verify rubbish."""
-    chosen = cut(prompts, 24, begin=4)
+    chosen = cut(prompts, 30, begin=4)
     requests = [Request(prompt, CONTEXT_LIMIT - len(prompt)) for prompt in chosen]
 
     async def main() -> None:
@@ -94,7 +94,7 @@ def test_two_choices_per_request(
     small: Target, peers: Peers, plain: PlainTruth, prompts: list[tuple[int, ...]]
 ) -> None:
     """vLLM takes n = 2 only with sampling; sampling among one token is greedy, and goes the way of sampling."""
-    requests = [Request(prompt, 96) for prompt in cut(prompts, 22, begin=8)]
+    requests = [Request(prompt, 96) for prompt in cut(prompts, 26, begin=8)]
 
     async def choices(http: aiohttp.ClientSession, request: Request) -> list[Completion]:
         body = {"model": MODEL_NAME, "prompt": request.prompt, "max_tokens": request.max_tokens, "n": 2}

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900), EACH_RUNNER]
 ALLOWED = r"[A-Za-z_ ().,:=\n]*"
 """Neither digits nor quotes, which the demo's prompts are full of."""
 GRAMMAR = {"structured_outputs": {"regex": ALLOWED}}
-REQUESTS = 24
+REQUESTS = 32
 AT_ONCE = 6
 LONGEST_PROMPT = 600
 
