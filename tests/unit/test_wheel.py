@@ -235,6 +235,7 @@ def test_all_but_route_and_kernel_imports_beside_the_base_install(place: Place) 
         "vllm_wanspec.controller.mrv2.kernel": "triton",
         "vllm_wanspec.controller.mrv2.binding": "torch",
         "vllm_wanspec.controller.mrv2.speculator": "torch",
+        "vllm_wanspec.lab.target.played_async": "torch",
     }
 
 

@@ -24,16 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import typer
 from rich.console import Console
 from rich.progress import Progress
 
 from vllm_wanspec.config import Settings
-from vllm_wanspec.controller.mrv2.memory import DeviceMemory
 from vllm_wanspec.controller.v1.proposer import RemoteProposer
-from vllm_wanspec.core.block import Publication
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.errors import WanspecError
 from vllm_wanspec.lab.harness import machine
@@ -47,10 +45,12 @@ from vllm_wanspec.lab.stats import percentile
 from vllm_wanspec.lab.target.frames import FRAME_NODES, SPREAD_SESSIONS, measure_frames
 from vllm_wanspec.lab.target.hotpath_report import RUNNERS, V1, HotpathOptions, HotpathResult, Run, hotpath_document
 from vllm_wanspec.lab.target.played import make_pool, make_settings
-from vllm_wanspec.lab.target.played_async import HERE, AsyncProposer, PlayedAsyncTarget
 from vllm_wanspec.sim.models import Language
 from vllm_wanspec.sim.service import STATS_PATH
 from vllm_wanspec.sim.target import PlayedTarget, StepTimes, Workload
+
+if TYPE_CHECKING:
+    from vllm_wanspec.lab.target.played_async import AsyncProposer
 
 STANDARD = HotpathOptions()
 LINK_DEADLINE_S = 10.0
@@ -115,17 +115,16 @@ class _LiveRun:
         self._steps = options.steps
         self._server, self._cores = server, cores
         language, workload = Language(), options.workload
-        memory = None if runner == V1 else DeviceMemory.allocate(workload.rows, workload.limit, HERE)
-        publication = None if memory is None else Publication(memory.headers, memory.words)
-        self._pool = make_pool(settings, language, workload.limit, publication)
         self._proposer: RemoteProposer | AsyncProposer
-        if memory is None:
+        if runner == V1:
+            self._pool = make_pool(settings, language, workload.limit)
             self._proposer = RemoteProposer.over(self._pool, settings.tree, workload.limit)
             counters = self._pool.counters
             self._target = PlayedTarget(self._proposer, language, workload, waited_s=lambda: counters.wait_seconds)
         else:
-            self._proposer = AsyncProposer(self._pool, settings.tree, memory)
-            self._target = PlayedAsyncTarget(self._proposer, language, workload)
+            from vllm_wanspec.lab.target.played_async import make_async  # needs torch
+
+            self._pool, self._proposer, self._target = make_async(settings, language, workload)
 
     def __enter__(self) -> Self:
         self._pool.start()

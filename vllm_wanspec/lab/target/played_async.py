@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_wanspec.config import TreeSettings
+from vllm_wanspec.config import Settings, TreeSettings
 from vllm_wanspec.controller.mrv2.binding import WalkBinding
 from vllm_wanspec.controller.mrv2.memory import DeviceMemory
 from vllm_wanspec.controller.mrv2.steps import PLACEHOLDER, RemoteDrafts
 from vllm_wanspec.controller.mrv2.walk import DeviceWalk
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.requests import Requests
+from vllm_wanspec.core.block import Publication
+from vllm_wanspec.lab.target.played import make_pool
 from vllm_wanspec.sim.models import Language
 from vllm_wanspec.sim.target import PlayedTarget, Timing, Workload
 
@@ -110,3 +112,13 @@ class PlayedAsyncTarget(PlayedTarget):
 
     def _drafts(self, laid_out: Sequence[Sequence[int]]) -> list[list[int]]:
         return [found[: len(places)] for found, places in zip(self._async.bound(), laid_out, strict=True)]
+
+
+def make_async(
+    settings: Settings, language: Language, workload: Workload
+) -> tuple[DraftPool, AsyncProposer, PlayedAsyncTarget]:
+    """A pool that publishes for a device, what serves from it, and the target; nothing has been started."""
+    memory = DeviceMemory.allocate(workload.rows, workload.limit, HERE)
+    pool = make_pool(settings, language, workload.limit, Publication(memory.headers, memory.words))
+    proposer = AsyncProposer(pool, settings.tree, memory)
+    return pool, proposer, PlayedAsyncTarget(proposer, language, workload)
