@@ -143,8 +143,8 @@ PROXY_DELAYS_THREE_QUARTERS = (
     ),
     Mutation(
         "lab/harness/wan_control.py",
-        '{"rtt_ms": rtt_ms, "jitter_ms"',
-        '{"rtt_ms": 1.5 * rtt_ms, "jitter_ms"',
+        '{"rtt_ms": delay_ms, "jitter_ms"',
+        '{"rtt_ms": 1.5 * delay_ms, "jitter_ms"',
         "lab/harness/test_wan_control.py::test_the_round_trip_is_set_once_every_link_has_measured_it",
     ),
 )
@@ -251,8 +251,8 @@ WINDOW_IGNORED = (
     ),
     Mutation(
         "core/controller.py",
-        "                self.window.observe(followed, missed, self._shared.cost)\n",
-        "                pass\n",
+        "            self.window.observe(followed, missed, self._shared.cost)\n",
+        "            pass\n",
         "core/test_controller.py::test_a_window_observes_every_commit_that_could_be_predicted",
     ),
     Mutation(
@@ -263,8 +263,8 @@ WINDOW_IGNORED = (
     ),
     Mutation(
         "controller/drafting.py",
-        "live.core.draft(own.limit, ",
-        "live.core.draft(plan.limit, ",
+        "else tree.draft(own.limit, ",
+        "else tree.draft(plan.limit, ",
         "controller/test_drafting_window.py::test_each_request_has_a_window_of_its_own",
     ),
     Mutation(
