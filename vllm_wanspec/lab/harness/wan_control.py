@@ -34,6 +34,11 @@ def expected_ms(rtt_ms: float, jitter_ms: float = 0.0) -> float:
     return rtt_ms + jitter_ms
 
 
+def trip_ms(link: Mapping[str, float]) -> float:
+    """Return the round trip of a link by its samples; 0 before it has measured one."""
+    return 1000.0 * link.get(RTT, 0.0)
+
+
 def is_off(measured_ms: float, rtt_ms: float, time_scale: float = 1.0) -> bool:
     """Whether a measured round trip is not the one that was set.
 
@@ -89,7 +94,8 @@ class Wan:
             await self._ask("PATCH", "/settings", {"rtt_ms": 0.0, "jitter_ms": 0.0, "loss": 0.0})
             await self._connect_anew(0.0)
             await asyncio.sleep(PINGS_S)  # the greeting alone is dearer than pings
-            self.path_ms = sum([await self._measured_ms(url) for url in self.metrics]) / len(self.metrics)
+            trips_ms = [trip_ms(await self._link_samples(url)) for url in self.metrics]
+            self.path_ms = sum(trips_ms) / len(trips_ms)
         delay_ms = max(0.0, rtt_ms - self.path_ms)
         await self._ask("PATCH", "/settings", {"rtt_ms": delay_ms, "jitter_ms": jitter_ms, "loss": 0.0})
         measured = await self._connect_anew(expected_ms(rtt_ms, jitter_ms))
@@ -114,11 +120,8 @@ class Wan:
         raise ClientError(f"the link to the drafter was not up {LINK_DEADLINE_S:.0f} s after the WAN was changed")
 
     async def _is_near(self, url: str, rtt_ms: float) -> bool:
-        up = (await self._link_samples(url)).get("wanspec_drafter_up") == 1.0
-        return up and not is_off(await self._measured_ms(url), rtt_ms, self.time_scale)
-
-    async def _measured_ms(self, url: str) -> float:
-        return 1000.0 * (await self._link_samples(url)).get(RTT, 0.0)
+        link = await self._link_samples(url)
+        return link.get("wanspec_drafter_up") == 1.0 and not is_off(trip_ms(link), rtt_ms, self.time_scale)
 
     async def _link_samples(self, url: str) -> dict[str, float]:
         samples = await read_samples(self.http, url, "wanspec_drafter_")
