@@ -246,6 +246,7 @@ class FlatTree:
                 break
             followed += 1
         at += followed
+        # As `_settle`, without the call.
         self._walked.extend(zip(nodes[settled:at], path[settled:at], strict=False))
         self._position += at - settled
         cursor, stayed = nodes[at], followed
@@ -270,7 +271,7 @@ class FlatTree:
             self._lay_path()
         return _new(Committed, (stayed, followed, missed))
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Have the cursor where commits along the path have brought it."""
         at, settled = self.at, self._settled
         if at != settled:
@@ -282,7 +283,7 @@ class FlatTree:
 
     def prune(self) -> None:
         """Drop what commits have ruled out, and learn from what they took."""
-        self.settle()
+        self._settle()
         if not self._walked:
             return
         ids, index, kids, children = self._ids, self._index, self._kids, self._children

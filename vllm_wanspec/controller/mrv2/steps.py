@@ -63,7 +63,6 @@ class RemoteDrafts:
     """One model runner's drafts, on one tensor-parallel rank.
 
     Attributes:
-        binding: How drafts are bound; None on other ranks than the first.
         warming_up: Whether the requests that come are vLLM's own, made to warm its kernels up.
     """
 
@@ -90,7 +89,7 @@ class RemoteDrafts:
         """
         self.warming_up = False
         self._requests = requests
-        self.binding = binding
+        self._binding = binding
         self._limit = limit
         self._share = share
         self._wishes = wishes
@@ -161,9 +160,9 @@ class RemoteDrafts:
                 step.began = serving.pool.step_begins(*tokens_and_drafts(scheduler_output))
                 if early is not None:
                     step.told = _reordered(early, requests)
-                elif by_request and self.binding is not None:
+                elif by_request and self._binding is not None:
                     fixed = bool(scheduler_output.has_structured_output_requests)
-                    step.told = self.binding.bind(requests, slots, placed, fixed)
+                    step.told = self._binding.bind(requests, slots, placed, fixed)
         except Exception as error:
             self._fail(error)
         # That the ranks share what is in the slots follows from what all of them know, whatever went wrong on one.
@@ -179,9 +178,9 @@ class RemoteDrafts:
             return
         self._early = (requests, None)
         try:
-            if self._serving() is not None and self.binding is not None:
+            if self._serving() is not None and self._binding is not None:
                 placed = [(PLACEHOLDER,) * self._limit] * len(requests)
-                self._early = (requests, self.binding.bind(requests, slots, placed, fixed=False))
+                self._early = (requests, self._binding.bind(requests, slots, placed, fixed=False))
         except Exception as error:
             self._fail(error)
         if self._share is not None:

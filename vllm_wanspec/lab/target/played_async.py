@@ -29,18 +29,14 @@ HERE = torch.device("cpu")
 
 
 class AsyncProposer:
-    """What the wraps of Model Runner V2 call in a step, in the form of a proposer.
-
-    Attributes:
-        failed: Whether a fault of ours has ended drafting.
-    """
+    """What the wraps of Model Runner V2 call in a step, in the form of a proposer."""
 
     def __init__(self, pool: DraftPool, tree: TreeSettings, memory: DeviceMemory) -> None:
         """Serve from a pool that publishes into ``memory``."""
         self._requests = Requests(pool, tree)
         self._pool, self._memory = pool, memory
         self._walk: _OffClock | None = None
-        self._remote = RemoteDrafts(self._requests, None, memory.limit, wishes=True)
+        self._remote: RemoteDrafts | None = None
         self._slots = np.arange(memory.slots)
         self._step: Any = None
 
@@ -56,9 +52,8 @@ class AsyncProposer:
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """A step is laid out: requests go and come, and drafts are bound."""
-        if self._walk is None:
-            self._attach(runner)
-        names, remote = runner.input_batch.req_ids, self._remote
+        remote = self._remote or self._attach(runner)
+        names = runner.input_batch.req_ids
         remote.finished(scheduler_output)
         if scheduler_output.scheduled_new_reqs:
             remote.added(scheduler_output, {name: row for row, name in enumerate(names)})
@@ -73,10 +68,11 @@ class AsyncProposer:
 
     def propose(self, sampled_token_ids: list[list[int]], lengths: Any, contexts: Any) -> list[list[int]]:
         """The step's output is there; per row the placeholders that the scheduler is to lay out."""
+        assert self._remote is not None, "no step has begun"
         wish = self._remote.ended(self._step, sampled_token_ids) or {}
         return [[PLACEHOLDER] * wish.get(name, 0) for name in self._step.requests]
 
-    def _attach(self, runner: Any) -> None:
+    def _attach(self, runner: Any) -> RemoteDrafts:
         rows, limit = runner.contexts.shape[0], self._memory.limit
         states = SimpleNamespace(
             all_token_ids=SimpleNamespace(gpu=torch.from_numpy(runner.contexts)),
@@ -86,7 +82,9 @@ class AsyncProposer:
         )
         vocab_size = self._pool.shared.vocab_size
         self._walk = _OffClock(self._memory, states, limit, vocab_size, HERE)
-        self._remote.binding = WalkBinding(self._walk, self._memory, HERE)
+        binding = WalkBinding(self._walk, self._memory, HERE)
+        self._remote = RemoteDrafts(self._requests, binding, limit, wishes=True)
+        return self._remote
 
 
 class _OffClock(DeviceWalk):
