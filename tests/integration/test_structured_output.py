@@ -19,6 +19,8 @@ GRAMMAR = {"structured_outputs": {"regex": ALLOWED}}
 REQUESTS = 32
 AT_ONCE = 6
 LONGEST_PROMPT = 600
+BLOCK = 32
+"""Tokens of a block of the KV cache, which is cached whole."""
 
 
 def test_greedy_requests_with_a_grammar_are_exact(
@@ -43,5 +45,22 @@ def test_greedy_requests_with_a_grammar_are_exact(
                 assert re.fullmatch(ALLOWED, expected[index].text), expected[index].text
             turned = sum(expected[index].token_ids != unbound[index].token_ids for index in bound)
             assert turned >= REQUESTS // 3, f"vacuous: the grammar changed only {turned} answers"
+
+    asyncio.run(main())
+
+
+def test_a_prompt_that_is_cached_but_for_its_last_token(
+    wanspec: Target, plain: PlainTruth, prompts: list[tuple[int, ...]]
+) -> None:
+    """The scheduler lays such a request out as a decode with placeholders, which under a grammar stay until it runs."""
+    cached = [prompt[: 2 * BLOCK + 1] for prompt in prompts if len(prompt) > 2 * BLOCK + 1][:4]
+    free = [Request(prompt, 24) for prompt in cached]
+    requests = free + [replace(one, extra=GRAMMAR) for one in free]
+
+    async def main() -> None:
+        async with aiohttp.ClientSession() as http:
+            for at_once in (1, AT_ONCE):
+                run = await run_staggered(client_of(http, wanspec), requests, at_once)
+                await plain.check_as_asked(http, requests, run.done())
 
     asyncio.run(main())

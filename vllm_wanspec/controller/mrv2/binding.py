@@ -13,7 +13,7 @@ from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.block import Walked
 
 FILLING = 0
-"""An ordinary token, in the places of a draft that is shorter than what is verified."""
+"""An ordinary token, in the places of a draft that is shorter than what is verified, and of vLLM's placeholders."""
 
 
 class HostBinding:
@@ -37,6 +37,9 @@ class HostBinding:
         for row, draft in enumerate(drafts):
             if draft:
                 rows[row, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
+        # Placeholders are -1. vLLM lays out a request with them whose prompt is cached but for its last token, and
+        # does not accept what is verified in their place where a grammar keeps them.
+        rows.clamp_(min=FILLING)
         device = self._draft_tokens.device
         self._draft_tokens[torch.as_tensor(slots, device=device)] = rows.to(device, non_blocking=True)
 
