@@ -123,7 +123,7 @@ test: install  ## static checks, unit tests, integration tests with one real vLL
 test-all: install  ## the same and everything slow; what CI runs
 	@$(CHECKS)
 	echo "static checks: $$SECONDS s"
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" --durations=25 --durations-min=20
 
 lint: install  ## static checks alone
 	@$(CHECKS)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import get_args
 
 import aiohttp
@@ -21,8 +21,9 @@ from vllm_wanspec.core import messages
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DraftStep
-from vllm_wanspec.core.messages import Commit, Hello, Message, Nodes, Ping, Pong, Reject, decode, encode, frames
+from vllm_wanspec.core.messages import Commit, Hello, Message, Nodes, Ping, Pong, Reject
 from vllm_wanspec.core.turnaround import Turnaround
+from vllm_wanspec.core.wire import decode, encode, frames
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.errors import RemoteProtocolError
@@ -34,7 +35,7 @@ HELLO = Hello(1, FINGERPRINT, "test")
 class SilentEngine:
     """Takes every request and gives nothing."""
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         await asyncio.Event().wait()
         yield []
 
@@ -120,7 +121,7 @@ class FirstComeFirstServed:
             for queue in self._running:
                 queue.put_nowait(None)
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         queue: asyncio.Queue[None] = asyncio.Queue()
         self._waiting.append(queue)
         context = list(tokens)

@@ -19,7 +19,8 @@ from toys import FINGERPRINT
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller import engine
-from vllm_wanspec.core.messages import Hello, Nodes, decode, encode
+from vllm_wanspec.core.messages import Hello, Nodes
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter import inside, routes
 from vllm_wanspec.drafter.environment import FRONT_END
 from vllm_wanspec.drafter.gate import EngineGate

@@ -14,7 +14,8 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, toy, wait_
 from two_drafters import TwoDrafters
 
 from vllm_wanspec.controller import link as link_module
-from vllm_wanspec.core.messages import Message, Open, Ping, Pong, Reject, Welcome, decode, encode
+from vllm_wanspec.core.messages import Message, Open, Ping, Pong, Reject, Welcome
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.emulate.wan import WanProxy, WanSettings
 
 WELCOME = Welcome(1, "toy", VOCAB_SIZE, FINGERPRINT, 256, 4096, 4096)

@@ -28,8 +28,9 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.drafter import DrafterSession
-from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Pong, Welcome, decode, encode
+from vllm_wanspec.core.messages import Commit, Message, Nodes, Open, Pong, Welcome
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.sim.service import Handler
 
@@ -46,6 +47,7 @@ def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "REFUSED_BACKOFF_S", 0.03)
     monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.05)
     monkeypatch.setattr(link_module, "SILENCE_LIMIT_S", 1.0)
+    monkeypatch.setattr(link_module, "SEND_DEADLINE_S", 1.0)
 
 
 @pytest.fixture
@@ -123,7 +125,6 @@ NOTHING: Callable[[], list[Message]] = list
 PONG: Callable[[], list[Message]] = lambda: [Pong(int(time.monotonic() * 1e6))]  # noqa: E731
 
 
-@finding("2.1", "a write has no deadline: whoever says a word now and then is never dropped")
 @pytest.mark.usefixtures("short_times")
 def test_a_peer_that_does_not_read_is_dropped_whatever_it_says(server: DrafterServer) -> None:
     with DrafterServer(toy(seed=4)) as other, contextlib.ExitStack() as stack:
@@ -134,13 +135,12 @@ def test_a_peer_that_does_not_read_is_dropped_whatever_it_says(server: DrafterSe
         wait_until(lambda: min(server.attempts, other.attempts) > 1, timeout_s=4.0)
 
 
-@finding("2.1", "the outbox has no bound")
 def test_the_outbox_of_a_peer_that_does_not_read_stays_bounded() -> None:
     pool = unconnected_pool(lambda: 100.0)
     names = [f"r{index}" for index in range(64)]
     for _ in range(40):  # requests come and go
         pool.begin(names, [(name, [70_000] * 1000) for name in names])
-    assert sum(len(message.tokens) for message in pool.links[0]._outbox if isinstance(message, Open)) < 1_000_000
+    assert 0 < pool.links[0]._outbox.context_tokens < 1_000_000
 
 
 # Hostile frames
@@ -151,7 +151,6 @@ def lists(count: int) -> bytes:
     return b"\xdd" + count.to_bytes(4, "big") + b"\x90" * count
 
 
-@finding("2.2", "a frame is built whole before any of it is checked")
 @pytest.mark.parametrize("before", [b"", b"\x91\x94\x06\x01\x01"], ids=["for messages", "for nodes"])
 def test_a_hostile_frame_is_refused_for_next_to_nothing(before: bytes) -> None:
     frame = before + lists(MIB)
@@ -163,7 +162,6 @@ def test_a_hostile_frame_is_refused_for_next_to_nothing(before: bytes) -> None:
     assert allocated(refused) < MIB
 
 
-@finding("2.2", "a controller takes frames of 8 MiB, where no drafter has 3 MiB to send")
 @pytest.mark.usefixtures("short_times")
 def test_a_controller_takes_no_frame_larger_than_a_drafter_sends(server: DrafterServer) -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -251,14 +249,12 @@ def test_no_draft_has_ids_that_the_vocabulary_lacks() -> None:
 # Long contexts
 
 
-@finding("2.5", "a session's context is copied twice, at 8 bytes a token, when it opens")
 def test_opening_a_long_context_copies_it_once_at_most() -> None:
     pool = unconnected_pool(lambda: 100.0)
     prompt = list(range(LONG_CONTEXT))
     assert allocated(lambda: pool.begin([], [("a", prompt)])) <= 6 * LONG_CONTEXT
 
 
-@finding("2.5", "when a drafter comes, the contexts of all requests are copied for it at once")
 def test_reopening_all_sessions_does_not_copy_all_contexts_at_once() -> None:
     pool = unconnected_pool(lambda: 100.0)
     [link] = pool.links
@@ -268,13 +264,11 @@ def test_reopening_all_sessions_does_not_copy_all_contexts_at_once() -> None:
     assert allocated(lambda: pool.link_ready(link)) < 64 * 8192 * 2
 
 
-@finding("2.5", "the first lookup copies all of the context, of which it searches the last 2,048 tokens")
 def test_the_first_lookup_in_a_long_context_copies_what_it_searches() -> None:
     session = ControllerSession(list(range(LONG_CONTEXT)), Shared())
     assert allocated(lambda: session.fall_back(NO_DRAFT, 8, 0.0, 100.0)) < LONG_CONTEXT
 
 
-@finding("2.5", "the start of a branch copies the whole context")
 def test_a_branch_start_does_not_copy_the_context() -> None:
     opened = Open(1, tuple(range(LONG_CONTEXT)), limits(24, 512))
     session = DrafterSession(opened, vocab_size=LONG_CONTEXT, max_context=2 * LONG_CONTEXT)

@@ -69,8 +69,8 @@ class TwoDrafters:
 
     def _deliver(self) -> None:
         for link, answer in self.answers.items():
-            while link._outbox:
-                answers = answer(link._outbox.popleft())
+            for message in link._outbox.take():
+                answers = answer(message)
                 if answers:
                     self.pool.link_received(link, answers)
 

@@ -137,8 +137,7 @@ class World:
 
     def take_sent(self) -> list[Message]:
         """What was sent to the drafter since this was asked last."""
-        messages = list(self.link._outbox)
-        self.link._outbox.clear()
+        messages = self.link._outbox.take()
         self.sent += [message for message in messages if not isinstance(message, Commit)]
         return messages
 
@@ -181,7 +180,7 @@ class World:
         return right[: good + 1]
 
     def _fill(self, name: str) -> None:
-        """What a drafter without delay sends: what was committed undrafted, then drafts far beyond the commit."""
+        """What a drafter without delay sends: drafts far beyond the commit, below what was committed undrafted."""
         live = self.pool._sessions[name]
         tree, known = live.core.tree, live.core.length  # no more than it was told of
         assert tree is not None
@@ -189,9 +188,8 @@ class World:
         records = []
         if tree.pending:
             parent, position = tree.cursor_id, tree.committed_length - len(tree.pending)
-        for token in tree.pending:
+        for _ in tree.pending:  # nodes on both sides, which are not sent
             number += 1
-            records.append(NodeRecord(number, parent, token, 0.0, 0.0))
             parent, position = number, position + 1
         while position < known + 2 * self.speculation:
             number += 1

@@ -12,17 +12,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from vllm_wanspec.core.messages import (
-    PATH,
-    PROTOCOL_VERSION,
-    Close,
-    Hello,
-    Open,
-    Welcome,
-    decode,
-    encode,
-    vocabulary_fingerprint,
-)
+from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Close, Hello, Open, Welcome, vocabulary_fingerprint
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.lab.harness.servers import HOST, free_ports

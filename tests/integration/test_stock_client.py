@@ -7,7 +7,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Hello, Refuse, decode, encode
+from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Hello, Refuse
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.lab.harness import machine
 from vllm_wanspec.lab.harness.models import DemoModels
 

@@ -13,7 +13,7 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, toy, wait_until
 
 from vllm_wanspec.config import Settings
 from vllm_wanspec.controller.pool import DraftPool
-from vllm_wanspec.core.messages import Open, from_wire
+from vllm_wanspec.core.messages import Open, from_plain
 from vllm_wanspec.eventlog import EventLog
 
 TOY = toy(seed=8)
@@ -164,7 +164,7 @@ def check_controller(records: list[dict[str, Any]]) -> None:
 
 def check_drafter(records: list[dict[str, Any]]) -> None:
     assert records[0]["call"] == "open"
-    opened = from_wire(records[0]["message"])
+    opened = from_plain(records[0]["message"])
     assert isinstance(opened, Open)
     assert opened.tokens == tuple(PROMPT)
     times = [record["t"] for record in records]

@@ -195,8 +195,8 @@ LINK_HALVES_ITS_ROUND_TRIP = (
     ),
     Mutation(
         "controller/link.py",
-        "self._took(max(0.0, now - message.sent_us / 1e6))",
-        "self._took(max(0.0, now - message.sent_us / 1e6) / 2.0)",
+        "self._took(max(0.0, now - message.number / 1e6))",
+        "self._took(max(0.0, now - message.number / 1e6) / 2.0)",
         "controller/test_link.py::test_the_round_trip_is_that_of_the_way",
     ),
     Mutation(

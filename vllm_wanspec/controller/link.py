@@ -8,6 +8,7 @@ a counter, and another try after a back-off with jitter.
 import asyncio
 import logging
 import random
+import socket
 import ssl
 import statistics
 import threading
@@ -21,6 +22,7 @@ from typing import Protocol
 import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
+from vllm_wanspec.controller.outbox import MAX_WAITING, Outbox
 from vllm_wanspec.controller.troubles import (
     Trouble,
     connect_trouble,
@@ -31,9 +33,9 @@ from vllm_wanspec.controller.troubles import (
 )
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
-    MAX_FRAME_BYTES,
     PATH,
     PROTOCOL_VERSION,
+    Have,
     Hello,
     Message,
     Nodes,
@@ -42,11 +44,10 @@ from vllm_wanspec.core.messages import (
     Pong,
     Refuse,
     Welcome,
-    decode,
-    frames,
 )
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.core.vocabulary import Tokens
+from vllm_wanspec.core.wire import MAX_DRAFTERS_BYTES, Sender, decode, frames, greeting
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.text import printable, without_secret
 
@@ -62,6 +63,10 @@ TLS_GOODBYE_S = 0.2
 PING_INTERVAL_S = 1.0
 PINGS_KEPT = 15
 SILENCE_LIMIT_S = 15.0
+SEND_DEADLINE_S = 10.0
+"""A peer that has not taken a frame of some kilobytes by then does not read."""
+UNSENT_BYTES = 32 * 1024
+"""So much of what was written may wait in the socket: more only delays what is more urgent."""
 IDLE_AFTER_S = 1.0
 """A drafter that has drafted nothing for an open for so long and two round trips is told of commits less often..."""
 IDLE_FLUSH_INTERVAL_S = 0.05
@@ -115,7 +120,7 @@ class DrafterLink:
         self._rng = rng
         self._rtt_s = Smoothed()
         self._trips_s: deque[float] = deque(maxlen=PINGS_KEPT)
-        self._outbox: deque[Message] = deque()
+        self._outbox = Outbox()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tls: ssl.SSLContext | bool = True
         self._wake = asyncio.Event()
@@ -152,7 +157,7 @@ class DrafterLink:
         if isinstance(message, Open):
             self._asked_s = min(self._asked_s, time.monotonic())
             self._flushed_s = 0.0
-        self._outbox.append(message)
+        self._outbox.put(message)
 
     def send_all(self, commits: Iterable[Message]) -> None:
         """Queue what sessions that have been opened go on with; as `send`."""
@@ -207,10 +212,10 @@ class DrafterLink:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                socket = await http.ws_connect(
+                peer = await http.ws_connect(
                     self.endpoint.url + PATH,
                     headers=headers,
-                    max_msg_size=MAX_FRAME_BYTES,
+                    max_msg_size=MAX_DRAFTERS_BYTES,
                     compress=0,
                     proxy=proxy,
                     ssl=self._tls,
@@ -223,8 +228,9 @@ class DrafterLink:
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: no host name can be that
             raise connect_trouble(error, self.endpoint, proxy) from error
         try:
-            await self._greet(socket)
-            await self._serve(socket)
+            _bound_unsent(peer)
+            await self._greet(peer)
+            await self._serve(peer)
         except RemoteProtocolError as error:
             said = printable(str(error))
             reason = f"broke the protocol ({said}); connection dropped; run a `wanspec drafter` of our version there"
@@ -234,32 +240,37 @@ class DrafterLink:
         finally:
             with suppress(TimeoutError):  # a peer that is dead does not shake hands
                 async with asyncio.timeout(CLOSING_TIMEOUT_S):
-                    await socket.close()
+                    await peer.close()
+            _hang_up(peer)
 
     async def _refuse_redirect(self, _: object, __: object, asked: aiohttp.TraceRequestRedirectParams) -> None:
         """Called by aiohttp before it follows."""
         asked.response.close()
         raise redirect_trouble(asked.response.status, self.endpoint, asked.response.headers.get("Location"))
 
-    async def _greet(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _greet(self, peer: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
         self.client = f"{self._rng.getrandbits(48):012x}"
         tokens = self._tokens
         hello = Hello(PROTOCOL_VERSION, self._fingerprint, self.client, tokens.digests, tuple(tokens.apart))
         for frame in frames([hello]):
-            await socket.send_bytes(frame)
+            await self._send(peer, frame)
         try:
-            messages = await self._receive(socket, GREETING_TIMEOUT_S)
+            answer_frame = await self._receive(peer, GREETING_TIMEOUT_S)
         except TimeoutError as error:
             raise Trouble(f"does not greet within {GREETING_TIMEOUT_S:.0f} s") from error
-        answer = messages[0] if len(messages) == 1 else None
+        _, version = greeting(answer_frame)
+        if version not in (None, PROTOCOL_VERSION):
+            reason = f"speaks version {version} of the protocol, this target {PROTOCOL_VERSION}; match the versions"
+            raise Trouble(reason, refused=True)
+        [answer] = decode(answer_frame, Sender.DRAFTER)
         if isinstance(answer, Refuse):
             wrong_vocabulary = answer.code == "vocabulary"
             right = "serve a draft model with the target's tokenizer" if wrong_vocabulary else "match the versions"
             named = f"; differing are {self._tokens.named(answer.first, answer.tokens)}" if answer.tokens else ""
             said = f"{printable(answer.code, 40)}: {printable(answer.reason)}{named}"
             raise Trouble(f"refuses us ({said}); {right}", refused=True)
-        if not isinstance(answer, Welcome) or answer.version != PROTOCOL_VERSION:
+        if not isinstance(answer, Welcome):
             raise RemoteProtocolError("the answer to hello is neither welcome nor refuse")
         if answer.fingerprint != self._fingerprint:
             raise RemoteProtocolError("welcomed us with another vocabulary")
@@ -275,10 +286,10 @@ class DrafterLink:
         logger.info("drafter %s: connected, model %s, R = %.1f ms", self.name, model, 1000 * self.rtt_s)
         self._user.link_ready(self)
 
-    async def _serve(self, socket: aiohttp.ClientWebSocketResponse) -> None:
-        writer = asyncio.create_task(self._write(socket))
+    async def _serve(self, peer: aiohttp.ClientWebSocketResponse) -> None:
+        writer = asyncio.create_task(self._write(peer))
         pinger = asyncio.create_task(self._ping())
-        reader = asyncio.create_task(self._read(socket))
+        reader = asyncio.create_task(self._read(peer))
         tasks = (writer, pinger, reader)
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -289,32 +300,45 @@ class DrafterLink:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _write(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _write(self, peer: aiohttp.ClientWebSocketResponse) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            batch = [self._outbox.popleft() for _ in range(len(self._outbox))]
-            for frame in frames(batch):
-                self.sent_bytes += len(frame)
-                await socket.send_bytes(frame)
+            while self._outbox:
+                for frame in frames(self._outbox.take()):
+                    self.sent_bytes += len(frame)
+                    await self._send(peer, frame)
+
+    async def _send(self, peer: aiohttp.ClientWebSocketResponse, frame: bytes) -> None:
+        """Send a frame, or give the connection up in good time."""
+        try:
+            async with asyncio.timeout(SEND_DEADLINE_S):
+                await peer.send_bytes(frame)
+        except TimeoutError as error:
+            raise Trouble(f"does not read: a frame waited {SEND_DEADLINE_S:.0f} s; connection dropped") from error
 
     async def _ping(self) -> None:
         while True:
+            if self._outbox.overflows:
+                raise Trouble(f"does not read: over {MAX_WAITING} messages wait; connection dropped")
             self.send(Ping(int(time.monotonic() * 1e6)))
             self._wake.set()
             await asyncio.sleep(PING_INTERVAL_S)
 
-    async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+    async def _read(self, peer: aiohttp.ClientWebSocketResponse) -> None:
         while True:
             try:
-                messages = await self._receive(socket, SILENCE_LIMIT_S)
+                messages = decode(await self._receive(peer, SILENCE_LIMIT_S), Sender.DRAFTER)
             except TimeoutError as error:
                 raise Trouble(f"silent for {SILENCE_LIMIT_S:.0f} s; connection dropped") from error
             now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
-                    self._took(max(0.0, now - message.sent_us / 1e6))
-            answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
+                    self._took(max(0.0, now - message.number / 1e6))
+                elif isinstance(message, Have):
+                    self._outbox.resume(message)
+                    self._wake.set()
+            answers: list[Message] = [message for message in messages if not isinstance(message, Pong | Have)]
             if any(map(_has_draft, answers)):
                 self._asked_s = inf
             self._user.link_received(self, answers)
@@ -323,11 +347,12 @@ class DrafterLink:
         self._rtt_s.add(trip_s)
         self._trips_s.append(trip_s)
 
-    async def _receive(self, socket: aiohttp.ClientWebSocketResponse, timeout_s: float) -> list[Message]:
-        frame = await socket.receive(timeout=timeout_s)
+    async def _receive(self, peer: aiohttp.ClientWebSocketResponse, timeout_s: float) -> bytes:
+        frame = await peer.receive(timeout=timeout_s)
         if frame.type is aiohttp.WSMsgType.BINARY:
             self.received_bytes += len(frame.data)
-            return decode(frame.data)
+            data: bytes = frame.data
+            return data
         if frame.type in {aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSING, aiohttp.WSMsgType.CLOSED}:
             said = printable(str(frame.extra)) if frame.extra else "no reason given"
             raise Trouble(f"closed the connection ({said})")
@@ -345,8 +370,24 @@ class DrafterLink:
 
 
 def _has_draft(message: Message) -> bool:
-    """Whether a drafter has drafted anything for it: repeating what was committed is no answer."""
-    return isinstance(message, Nodes) and not all(record.is_echo for record in message.nodes)
+    """Whether a drafter has drafted anything for it."""
+    return isinstance(message, Nodes) and bool(message.nodes)
+
+
+def _bound_unsent(peer: aiohttp.ClientWebSocketResponse) -> None:
+    """Keep what cannot go yet out of the kernel, so that what is said next need not wait for it."""
+    connection = peer.get_extra_info("socket")
+    if connection is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+        with suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+
+def _hang_up(peer: aiohttp.ClientWebSocketResponse) -> None:
+    """End the connection, whether or not its peer takes what is still to be sent."""
+    connection = peer.get_extra_info("socket")
+    if connection is not None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class LinkThread:

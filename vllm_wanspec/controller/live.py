@@ -10,6 +10,7 @@ from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import NO_DRAFT
+from vllm_wanspec.core.messages import Resumed
 from vllm_wanspec.core.words import Guess, TreeWords
 
 NO_END = sys.maxsize
@@ -36,12 +37,26 @@ class LiveSession:
         offered: Whether the target got that draft; it can be withheld. Of no meaning while there is none.
         end: Its length in tokens when it is over.
         room: The longest context that its link's drafts are of use for.
+        broken: Where it was served last, where that connection broke: the drafter may still have its context.
         slot: Its place in the target's memory, where its tree is published; None without one.
         words: Of its tree, as published; None where nothing is.
         guess: What prompt lookup goes on with there.
     """
 
-    __slots__ = ("core", "draft", "end", "guess", "link", "number", "offered", "room", "slot", "tree", "words")
+    __slots__ = (
+        "broken",
+        "core",
+        "draft",
+        "end",
+        "guess",
+        "link",
+        "number",
+        "offered",
+        "room",
+        "slot",
+        "tree",
+        "words",
+    )
 
     def __init__(self, core: ControllerSession, tree: TreeSettings, end: int = NO_END) -> None:
         """Start without a link."""
@@ -51,6 +66,7 @@ class LiveSession:
         self.room = 0
         self.link: DrafterLink | None = None
         self.number = 0
+        self.broken: tuple[DrafterLink, Resumed] | None = None
         self.draft = NO_DRAFT
         self.offered = False
         self.slot: int | None = None

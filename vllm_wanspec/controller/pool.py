@@ -27,7 +27,7 @@ from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import Began, StepMeter
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject
+from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject, Resumed
 from vllm_wanspec.core.policy.expansion import lookahead_tokens
 from vllm_wanspec.core.policy.length import StepCost, Window
 from vllm_wanspec.core.vocabulary import Tokens
@@ -173,10 +173,10 @@ class DraftPool:
                 if link is None and draft is NO_DRAFT and plain:  # as `ControllerSession.commit`, without the call
                     dry_rows += 1
                     dry_yield += len(tokens)
-                    if len(core.context) > core.prompt_length:
+                    if core.context.own:
                         counters.steps += 1
                         counters.committed_tokens += len(tokens)
-                    core.context.extend(tokens)
+                    core.context.own.extend(tokens)
                     continue
                 if live.offered and draft.drafted:
                     drafted_rows += 1
@@ -187,7 +187,7 @@ class DraftPool:
                 live.draft = NO_DRAFT
                 message = core.commit(tokens, now, draft)
                 if link is not None and message is not None:
-                    if len(core.context) > live.room:
+                    if core.prompt_length + len(core.context.own) > live.room:
                         self._leave(live, link, now)
                     elif link in commits:
                         commits[link].append(message)
@@ -248,7 +248,8 @@ class DraftPool:
     def known(self, requests: Sequence[str]) -> list[int]:
         """Tokens in requests' committed contexts; -1 of one without a session."""
         sessions = self._sessions
-        return [-1 if (live := sessions.get(name)) is None else len(live.core.context) for name in requests]
+        found = map(sessions.get, requests)
+        return [-1 if live is None else live.core.prompt_length + len(live.core.context.own) for live in found]
 
     def context(self, request: str) -> Sequence[int] | None:
         """A request's committed token ids, not to be changed; None where it has no session."""
@@ -291,7 +292,7 @@ class DraftPool:
             self._by_link[link] = {}
             for live in orphans:
                 live.core.link_lost(now)
-                live.link = None
+                live.link, live.broken = None, (link, Resumed(link.client, live.number))
                 self._open(live, now)
                 self._publish(live)
             self._arrived.notify_all()
@@ -419,12 +420,15 @@ class DraftPool:
         lookahead = lookahead_tokens(link.rtt_s, self.meter.seconds, self._speculation_length)
         if isinstance(live.core, RecordedControllerSession):
             live.core.note("link", now, drafter=link.name, peer=f"{link.client}#{number}")
+        broken, live.broken = live.broken, None
+        resumes = broken is not None and broken[0] is link and live.core.length > MAX_COMMIT_TOKENS
         message = live.core.open(
             number,
             limits_for(live.tree, welcome.max_nodes, lookahead),
             now,
             vocab_size=min(self._vocab_size, welcome.vocab_size),
             turnaround=link.turnaround,
+            resumes=broken[1] if broken is not None and resumes else None,
         )
         link.next_number += 1
         live.link, live.number = link, number

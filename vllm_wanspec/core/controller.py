@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 from math import inf
 
+from vllm_wanspec.core.context import Context
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.flat import FlatTree
-from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject
+from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject, Resumed
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.policy.lookup import Text, guessed, lengthened
 from vllm_wanspec.core.states import CONTROLLER_TABLE, ControllerEvent, ControllerState
@@ -24,8 +25,6 @@ FIRST_REOPEN_DELAY_S = 0.05
 MAX_REOPEN_DELAY_S = 5.0
 _BLIND = ControllerState.BLIND  # to look it up takes long, on the serving path
 _ALL_IDS = sys.maxsize
-_new = tuple.__new__
-"""Makes a named tuple without a Python call: on the serving path they are made by the hundred."""
 _PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
@@ -35,8 +34,8 @@ class ControllerSession:
     ``now`` is in seconds, on one clock for all sessions.
 
     Attributes:
-        context: The committed token ids. Read only, but that whoever serves the target may just append what it has
-            verified while there is no link and no draft, and count it.
+        context: The committed token ids. Read only, but that whoever serves the target may just extend its ``own`` by
+            what it has verified while there is no link and no draft, and count it.
         prompt_length: Tokens that the context began with.
         tree: The copy of the draft tree; None without a link. Read only.
         reopen_at: When a session that the drafter has rejected may be opened again.
@@ -62,11 +61,11 @@ class ControllerSession:
         """Start without a link.
 
         Args:
-            context: Prompt token ids.
+            context: Prompt token ids; not copied, see `Context`.
             shared: What all sessions count and learn together.
             window: The request's adaptive window, if the length policy has one.
         """
-        self.context = list(context)
+        self.context = Context(context)
         self.prompt_length = len(context)
         self._shared = shared
         self._state = ControllerState.UNSERVED
@@ -94,8 +93,17 @@ class ControllerSession:
         state = self._state
         return state is ControllerState.UNSERVED or (state is ControllerState.BACKING_OFF and now >= self.reopen_at)
 
-    def open(self, number: int, limits: Limits, now: float, *, vocab_size: int, turnaround: Turnaround) -> Open:
-        """Begin a session on a link; the message to send.
+    def open(
+        self,
+        number: int,
+        limits: Limits,
+        now: float,
+        *,
+        vocab_size: int,
+        turnaround: Turnaround,
+        resumes: Resumed | None = None,
+    ) -> Open:
+        """Begin a session on a link; the message to send, whose tokens are the context itself, which goes on growing.
 
         Args:
             number: Not used before on the link.
@@ -103,6 +111,7 @@ class ControllerSession:
             now: Seconds.
             vocab_size: Ids that both sides' tokenizers have are below this.
             turnaround: Of the drafter; measured here.
+            resumes: A session of this request's that a broken connection to the same drafter had.
         """
         self._state = CONTROLLER_TABLE[self._state, ControllerEvent.OPEN]
         self._number = number
@@ -114,7 +123,7 @@ class ControllerSession:
         )
         self._clock = AnswerClock(turnaround, len(self.context))
         self._shared.counters.opened_sessions += 1
-        return Open(number, tuple(self.context), limits)
+        return Open(number, self.context, limits, len(self.context), resumes=resumes)  # type: ignore[arg-type]
 
     def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
         """Take what the target has verified; the message to send, if there is a link.
@@ -125,9 +134,9 @@ class ControllerSession:
             draft: The last one made since the commit before, whether or not the target got it: what prompt lookup
                 guessed in it is judged, and what the target took of it is counted.
         """
-        counters, context, count = self._shared.counters, self.context, len(tokens)
-        position = len(context)
-        context.extend(tokens)
+        counters, own, count = self._shared.counters, self.context.own, len(tokens)
+        position = self.prompt_length + len(own)
+        own.extend(tokens)
         if count > 1:
             if draft.guess or draft.branch:
                 counters.took(draft, count - 1)
@@ -152,7 +161,7 @@ class ControllerSession:
         elif self._state is _BLIND:
             tree.commit(tokens)
             counters.blind_steps += 1
-            return _new(Commit, (self._number, position, tuple(tokens)))
+            return Commit(self._number, position, tuple(tokens))  # type: ignore[arg-type]
         else:
             stayed, followed, missed = tree.commit(tokens)
             if stayed == count:
@@ -161,14 +170,14 @@ class ControllerSession:
             else:
                 counters.misses += 1
                 self._state = CONTROLLER_TABLE[self._state, ControllerEvent.LEAVE]
-                self._clock.asked = len(context), now
+                self._clock.asked = position + count, now
             if missed:
                 if stayed == count:
                     self._clock.line_left()
-                tree.branch_id, self._left_at = _ALL_IDS, len(context)
+                tree.branch_id, self._left_at = _ALL_IDS, position + count
         if self.window is not None:
             self.window.observe(followed, missed, self._shared.cost)
-        return _new(Commit, (self._number, position, tuple(tokens)))
+        return Commit(self._number, position, tuple(tokens))  # type: ignore[arg-type]
 
     def receive(self, message: Nodes | Reject, now: float) -> None:
         """Take what the drafter sent for this session.
@@ -184,6 +193,7 @@ class ControllerSession:
             return
         if message.seen > tree.committed_length:
             raise RemoteProtocolError(f"nodes claim commit position {message.seen} of {tree.committed_length}")
+        tree.catch_up(message.seen)
         if tree.branch_id == _ALL_IDS and message.seen >= self._left_at:
             tree.branch_id = tree.last_id
         appended = tree.append(message.nodes)
@@ -222,7 +232,7 @@ class ControllerSession:
             least: The draft ends where the chance that the target takes all of it falls below this.
             now: Seconds.
         """
-        self._text.append(self.context[self._text.length :])
+        self._text.follow(self.context)
         shared = self._shared
         longer = lengthened(draft, self._text, shared.lookup, limit, least, shared.vocab_size)
         shared.counters.fallback_tokens += len(longer.guess)
@@ -237,7 +247,7 @@ class ControllerSession:
         drafted = [] if tree is None else tree.draft(limit).drafted
         if len(drafted) >= limit:
             return None
-        self._text.append(self.context[self._text.length :])
+        self._text.follow(self.context)
         match, tokens, _ = guessed(self._text, shared.lookup, drafted, 1.0, limit, vocab_size=shared.vocab_size)
         return Guess(ROOT_ID if tree is None else tree.line[0], tokens, match) if tokens else None
 

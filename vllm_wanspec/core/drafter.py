@@ -7,16 +7,13 @@ never over its budget of nodes.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vllm_wanspec.core.learned.calibration import Calibration
-from vllm_wanspec.core.messages import MAX_NODES_PER_MESSAGE, Commit, Nodes, Open, Reject
+from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK, Candidates, branching_tokens
 from vllm_wanspec.core.states import DRAFTER_TABLE, DrafterEvent, DrafterState
 from vllm_wanspec.core.tree import DraftTree, Node, NodeRecord
-
-MAX_UNSENT = 64
-"""So many nodes for tokens that were not drafted wait for drafted ones to travel with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +35,24 @@ class DraftStep:
 
 @dataclass(frozen=True, slots=True)
 class StartBranch:
-    """Ask the engine to continue ``tokens``, which end at ``node``, greedily for at most ``max_tokens`` tokens."""
+    """Ask the engine to go on greedily at ``node``, for at most ``max_tokens`` tokens.
+
+    Attributes:
+        context: The session's own, which goes on growing: its first ``length`` tokens count.
+        path: The tokens from there to the node.
+    """
 
     branch: int
     node: int
-    tokens: tuple[int, ...]
+    context: Sequence[int] = field(repr=False, compare=False)
+    length: int
+    path: tuple[int, ...]
     max_tokens: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that the engine is to continue; a copy each time."""
+        return [*self.context[: self.length], *self.path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class DrafterSession:
     """One request's tree at the drafter.
 
     Every method that takes ``now`` (seconds) returns the actions that follow, in order. After a `Reject` the session is
-    over.
+    over. While its context is still coming, in commits, nothing is drafted.
     """
 
     def __init__(
@@ -100,8 +109,9 @@ class DrafterSession:
         self._max_context = max_context
         self._max_branch_tokens = max_branch_tokens
         self._context = list(opened.tokens)
+        self._opened_length = opened.total
         self._tree = DraftTree(
-            len(opened.tokens),
+            opened.total,
             vocab_size=vocab_size,
             max_nodes=opened.limits.max_nodes,
             calibration=self._calibration,
@@ -114,7 +124,7 @@ class DrafterSession:
         self._main_tip = self._tree.cursor
         self._candidates = Candidates(opened.limits.min_probability)
         self._dead_end: Node | None = None
-        self._unsent: list[NodeRecord] = []
+        self._until = opened.total if opened.on_demand else None
         self._state = DrafterState.NEW
 
     @property
@@ -132,35 +142,53 @@ class DrafterSession:
         """What the session is doing."""
         return self._state
 
+    @property
+    def length(self) -> int:
+        """Tokens of the context that are there."""
+        return len(self._context)
+
+    @property
+    def context(self) -> Sequence[int]:
+        """The context, as far as it is there; read only."""
+        return self._context
+
     def start(self, now: float) -> list[Action]:
-        """Begin to draft."""
-        return self._steer()
+        """Begin to draft, where the whole context is there."""
+        return self._steer_if_whole()
 
     def committed(self, commit: Commit, now: float) -> list[Action]:
         """Follow a commit; what it repeats is skipped, and tokens that were not drafted become nodes.
 
-        Those alone are of no use to the controller: they travel with the next that is drafted, if any is to come.
-        A commit that begins after the known context cannot be followed: the session ends with a `Reject`.
+        A commit that begins after the known context cannot be followed, nor one that makes it longer than the model
+        takes: the session ends with a `Reject`.
         """
-        known = self._tree.committed_length
+        known = self.length
         if commit.position > known:
             return self._reject("gap")
         tokens = commit.tokens[known - commit.position :]
+        if known + len(tokens) > self._max_context:
+            return self._reject("too_long")
         if any(token >= self._vocab_size for token in tokens):
             return self._reject("vocabulary")
         self._context.extend(tokens)
+        if known < self._opened_length:
+            if self.length < self._opened_length:
+                return []
+            tokens = tokens[self._opened_length - known :]
         self._tree.commit(tokens)
-        echoes = self._echoes()
-        self._tree.append(echoes)
+        self._tree.catch_up(self.length)
         self._main_tip = self._tree.cursor
         impossible = [branch for branch in self._running.values() if branch.tip not in self._tree]
         actions: list[Action] = [self._stop(branch) for branch in impossible]
         if len(self._candidates) > 2 * self.limits.max_nodes:
             self._candidates.forget(self._tree)
-        if len(self._unsent) + len(echoes) > MAX_NODES_PER_MESSAGE:
-            actions.append(self._nodes(()))
-        self._unsent += echoes
-        return actions + self._steer() + self._overdue()
+        return actions + self._steer()
+
+    def wanted(self, tokens: int, now: float) -> list[Action]:
+        """The controller asks for drafts, so many tokens beyond the context; of no effect where it gets them anyway."""
+        if self._until is not None:
+            self._until = self.length + tokens
+        return self._steer_if_whole()
 
     def drafted(self, number: int, steps: Iterable[DraftStep], now: float) -> list[Action]:
         """Take tokens from the engine; those of a branch that was stopped meanwhile are ignored."""
@@ -174,8 +202,8 @@ class DrafterSession:
                 actions.append(self._stop(branch))
                 break
         if records:
-            actions.insert(0, self._nodes(records))
-        return actions + self._steer() + self._overdue()
+            actions.insert(0, Nodes(self.number, self.length, tuple(records)))
+        return actions + self._steer()
 
     def ended(self, number: int, now: float) -> list[Action]:
         """The engine has finished a branch (its ``max_tokens``), and more may be wanted.
@@ -186,7 +214,7 @@ class DrafterSession:
         if branch is None:
             return []
         self._forget(branch)
-        return self._reject("engine") if branch.fruitless else self._steer() + self._overdue()
+        return self._reject("engine") if branch.fruitless else self._steer()
 
     def failed(self, now: float) -> list[Action]:
         """The engine cannot serve the session."""
@@ -195,11 +223,17 @@ class DrafterSession:
     def resize(self, width: int, now: float) -> list[Action]:
         """The server allows ``width`` running branches; those that run above that run to their end."""
         self.width = max(1, min(width, self.limits.running_branches))
-        return self._steer()
+        return self._steer_if_whole()
 
     def close(self, now: float) -> list[Action]:
         """The controller is done with the session."""
         return self._end(DrafterEvent.CLOSE)
+
+    @property
+    def _lookahead(self) -> int:
+        """Tokens that may be drafted beyond the context now."""
+        most = self.limits.lookahead
+        return most if self._until is None else max(0, min(most, self._until - self.length))
 
     def _take(self, branch: _Branch, step: DraftStep, records: list[NodeRecord]) -> bool:
         """Hang one engine step below a branch's tip; False when it cannot be used."""
@@ -208,13 +242,13 @@ class DrafterSession:
         if step.token >= self._vocab_size:
             self._dead_end = tip  # a greedy engine would give the same token again
             return False
-        if room < 1 or self._ahead(tip) >= self.limits.lookahead:
+        if room < 1 or self._ahead(tip) >= self._lookahead:
             return False
         branch.left -= 1
         self._left -= 1
         branch.fruitless = False
         usable = (item for item in step.alternatives if item[0] != step.token and item[0] < self._vocab_size)
-        others = branching_tokens(usable, step.entropy_nats, self.limits, self._calibration)
+        others, branching = branching_tokens(usable, step.entropy_nats, self.limits, self._calibration)
         spare = max(0, room - 1 - self._reserved())
         ranked = [(step.token, step.logprob), *others[:spare]]
         fresh = [
@@ -226,16 +260,12 @@ class DrafterSession:
         del self._at_tip[tip]
         branch.tip = tip.children[step.token]
         self._at_tip[branch.tip] = branch
-        for token, _ in ranked[1:]:
+        for token, _ in ranked[1 : branching + 1]:
             self._candidates.add(tip.children[token])
         return True
 
-    def _echoes(self) -> list[NodeRecord]:
-        """Nodes for committed tokens that were never drafted."""
-        first = self._tree.last_id + 1
-        parents: Sequence[int] = [self._tree.cursor.id, *range(first, first + len(self._tree.pending))]
-        pending = enumerate(self._tree.pending)
-        return [NodeRecord(first + index, parents[index], token, 0.0, 0.0) for index, token in pending]
+    def _steer_if_whole(self) -> list[Action]:
+        return self._steer() if self.length >= self._opened_length else []
 
     def _steer(self) -> list[Action]:
         """Stop and start branches as the tree and the limits now want it."""
@@ -243,16 +273,21 @@ class DrafterSession:
         tip = self._tip()
         main = self._at_tip.get(tip)
         exhausted = self._exhausted(tip)
-        slack = min(LOOKAHEAD_SLACK, self.limits.lookahead // 2)
+        slack = min(LOOKAHEAD_SLACK, self._lookahead // 2)
         if main is not None and exhausted:
             actions.append(self._stop(main))
             main = None
-        elif main is None and not exhausted and self._ahead(tip) <= self.limits.lookahead - slack:
-            actions.append(self._start(tip, min(self._max_branch_tokens, self._max_context - tip.position)))
+        elif main is None and not exhausted and self._ahead(tip) <= self._lookahead - slack:
+            actions.append(self._start(tip, self._line_tokens(tip)))
             main = self._running[self._branches]
         actions += self._branch_out(main)
         self._state = DRAFTER_TABLE[self._state, self._what_now(exhausted)]
         return actions
+
+    def _line_tokens(self, tip: Node) -> int:
+        """How many tokens the engine is asked for at the main line's end: what it may need before it is asked again."""
+        most = min(self._max_branch_tokens, self._max_context - tip.position)
+        return most if self._until is None else min(most, self._until - tip.position)
 
     def _branch_out(self, main: _Branch | None) -> list[Action]:
         """Start side branches, the most probable first; one place is always kept for the main line."""
@@ -261,7 +296,7 @@ class DrafterSession:
         if places < 1 or not len(self._candidates):
             return actions
         depth = self.limits.branch_depth
-        farthest = min(self._tree.committed_length + self.limits.lookahead, self._max_context)
+        farthest = min(self._tree.committed_length + self._lookahead, self._max_context)
         leaves = self._candidates.take(self._tree, farthest)
         while places > 0 and self._tree.size + self._reserved() + depth <= self.limits.max_nodes:
             leaf = next(leaves, None)
@@ -277,7 +312,8 @@ class DrafterSession:
         self._branches += 1
         self._running[self._branches] = self._at_tip[node] = _Branch(self._branches, node, max_tokens)
         self._left += max_tokens
-        return StartBranch(self._branches, node.id, (*self._context, *self._path_to(node)), max_tokens)
+        path = tuple(self._path_to(node))
+        return StartBranch(self._branches, node.id, self._context, self.length, path, max_tokens)
 
     def _stop(self, branch: _Branch) -> StopBranch:
         self._forget(branch)
@@ -299,7 +335,7 @@ class DrafterSession:
         tip = self._tip()
         main = self._at_tip.get(tip)
         side = self._left - (main.left if main is not None else 0)
-        return side + max(0, self.limits.lookahead - self._ahead(tip))
+        return side + max(0, self._lookahead - self._ahead(tip))
 
     def _tip(self) -> Node:
         """The main line's end, sought from where it was: until a commit, nodes are only hung below ends of branches."""
@@ -318,7 +354,7 @@ class DrafterSession:
 
     def _exhausted(self, tip: Node) -> bool:
         return (
-            self._ahead(tip) >= self.limits.lookahead
+            self._ahead(tip) >= self._lookahead
             or tip is self._dead_end
             or tip.position >= self._max_context
             or self._tree.size >= self.limits.max_nodes
@@ -333,14 +369,3 @@ class DrafterSession:
             path.append(node.token)
             node = node.parent
         return path[::-1]
-
-    def _overdue(self) -> list[Action]:
-        """What waits to be sent and has nothing to travel with, or is much."""
-        if self._unsent and (not self._running or len(self._unsent) >= MAX_UNSENT):
-            return [self._nodes(())]
-        return []
-
-    def _nodes(self, records: Sequence[NodeRecord]) -> Nodes:
-        """The message that takes ``records`` to the controller, after what waits to be sent."""
-        nodes, self._unsent = (*self._unsent, *records), []
-        return Nodes(self.number, self._tree.committed_length, nodes)

@@ -14,7 +14,7 @@ from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.learned.calibration import Calibration
-from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject, from_wire, to_wire
+from vllm_wanspec.core.messages import Close, Commit, Limits, Nodes, Open, Reject, Resumed, from_plain, to_plain
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.errors import RemoteProtocolError
@@ -34,11 +34,11 @@ def action_to_log(action: Action) -> list[Any]:
     """An action of the drafter's session as plain data; a branch's context by its length alone."""
     match action:
         case StartBranch():
-            return ["start", action.branch, action.node, len(action.tokens), action.max_tokens]
+            return ["start", action.branch, action.node, action.length + len(action.path), action.max_tokens]
         case StopBranch():
             return ["stop", action.branch]
         case _:
-            return to_wire(action)
+            return to_plain(action)
 
 
 class RecordedControllerSession(ControllerSession):
@@ -65,10 +65,19 @@ class RecordedControllerSession(ControllerSession):
         self._key, self._sink = key, sink
         self._record(now, "begin", context=list(context), windowed=window is not None)
 
-    def open(self, number: int, limits: Limits, now: float, *, vocab_size: int, turnaround: Turnaround) -> Open:
+    def open(
+        self,
+        number: int,
+        limits: Limits,
+        now: float,
+        *,
+        vocab_size: int,
+        turnaround: Turnaround,
+        resumes: Resumed | None = None,
+    ) -> Open:
         """See `ControllerSession.open`."""
-        opened = super().open(number, limits, now, vocab_size=vocab_size, turnaround=turnaround)
-        self._record(now, "open", vocab_size=vocab_size, out=[to_wire(opened)])
+        opened = super().open(number, limits, now, vocab_size=vocab_size, turnaround=turnaround, resumes=resumes)
+        self._record(now, "open", vocab_size=vocab_size, out=[to_plain(opened)])
         return opened
 
     def note(self, call: str, now: float, **values: Any) -> None:
@@ -78,12 +87,12 @@ class RecordedControllerSession(ControllerSession):
     def commit(self, tokens: Sequence[int], now: float, draft: Draft = NO_DRAFT) -> Commit | None:
         """See `ControllerSession.commit`."""
         message = super().commit(tokens, now, draft)
-        self._record(now, "commit", tokens=list(tokens), out=[to_wire(message)] if message else [])
+        self._record(now, "commit", tokens=list(tokens), out=[to_plain(message)] if message else [])
         return message
 
     def receive(self, message: Nodes | Reject, now: float) -> None:
         """See `ControllerSession.receive`."""
-        self._record(now, "receive", message=to_wire(message), out=[])
+        self._record(now, "receive", message=to_plain(message), out=[])
         super().receive(message, now)
 
     def draft(self, limit: int, least: float, now: float) -> Draft:
@@ -112,7 +121,7 @@ class RecordedControllerSession(ControllerSession):
     def close(self, now: float) -> Close | None:
         """See `ControllerSession.close`."""
         message = super().close(now)
-        self._record(now, "close", out=[to_wire(message)] if message else [])
+        self._record(now, "close", out=[to_plain(message)] if message else [])
         return message
 
     def _record(self, now: float, call: str, **values: Any) -> None:
@@ -131,18 +140,22 @@ class RecordedDrafterSession(DrafterSession):
 
     def start(self, now: float) -> list[Action]:
         """See `DrafterSession.start`."""
-        message = to_wire(self._opened)
+        message = to_plain(self._opened)
         return self._record(now, "open", super().start(now), message=message, settings=self._settings)
 
     def committed(self, commit: Commit, now: float) -> list[Action]:
         """See `DrafterSession.committed`."""
-        return self._record(now, "commit", super().committed(commit, now), message=to_wire(commit))
+        return self._record(now, "commit", super().committed(commit, now), message=to_plain(commit))
 
     def drafted(self, number: int, steps: Iterable[DraftStep], now: float) -> list[Action]:
         """See `DrafterSession.drafted`."""
         steps = list(steps)
         told = [[s.token, s.logprob, s.entropy_nats, list(s.alternatives)] for s in steps]
         return self._record(now, "drafted", super().drafted(number, steps, now), branch=number, steps=told)
+
+    def wanted(self, tokens: int, now: float) -> list[Action]:
+        """See `DrafterSession.wanted`."""
+        return self._record(now, "wanted", super().wanted(tokens, now), tokens=tokens)
 
     def ended(self, number: int, now: float) -> list[Action]:
         """See `DrafterSession.ended`."""
@@ -219,17 +232,22 @@ class _ControllerReplay:
         session = played.session
         match call:
             case "open":
-                opened = from_wire(record["out"][0])
+                opened = from_plain(record["out"][0])
                 assert isinstance(opened, Open)
                 vocab_size = record["vocab_size"]
                 message: Any = session.open(
-                    opened.session, opened.limits, now, vocab_size=vocab_size, turnaround=Turnaround()
+                    opened.session,
+                    opened.limits,
+                    now,
+                    vocab_size=vocab_size,
+                    turnaround=Turnaround(),
+                    resumes=opened.resumes,
                 )
             case "commit":
                 message = session.commit(record["tokens"], now, played.draft)
                 played.draft = NO_DRAFT
             case "receive":
-                received = from_wire(record["message"])
+                received = from_plain(record["message"])
                 assert isinstance(received, Nodes | Reject)
                 with suppress(RemoteProtocolError):  # as when it was recorded; the link's loss comes next
                     session.receive(received, now)
@@ -250,7 +268,7 @@ class _ControllerReplay:
                 message = session.close(now)
             case _:
                 return None
-        return [] if message is None else [to_wire(message)]
+        return [] if message is None else [to_plain(message)]
 
 
 class _DrafterReplay:
@@ -263,7 +281,7 @@ class _DrafterReplay:
     def play(self, record: Mapping[str, Any]) -> list[Any] | None:
         key, now, call = record["k"], record["t"], record["call"]
         if call == "open":
-            opened = from_wire(record["message"])
+            opened = from_plain(record["message"])
             assert isinstance(opened, Open)
             calibration = self._calibrations.setdefault(key.partition("#")[0], Calibration())
             session = DrafterSession(opened, calibration=calibration, **record["settings"])
@@ -272,12 +290,14 @@ class _DrafterReplay:
         session = self._sessions[key]
         match call:
             case "commit":
-                commit = from_wire(record["message"])
+                commit = from_plain(record["message"])
                 assert isinstance(commit, Commit)
                 actions = session.committed(commit, now)
             case "drafted":
                 steps = [DraftStep(t, p, e, tuple((a, q) for a, q in others)) for t, p, e, others in record["steps"]]
                 actions = session.drafted(record["branch"], steps, now)
+            case "wanted":
+                actions = session.wanted(record["tokens"], now)
             case "ended":
                 actions = session.ended(record["branch"], now)
             case "failed":

@@ -167,12 +167,11 @@ class FlatTree:
         late_parent = late_first = -1
         try:
             for number, parent_id, token, logprob, entropy in records:
-                if not (0 <= parent_id <= last_id < number and 0 <= token < vocab_size):
+                if not (0 <= parent_id <= last_id == number - 1 and 0 <= token < vocab_size):
                     self._refuse(number, parent_id, token, last_id)
                 last_id = number
                 parent = index.get(parent_id, NONE)
-                drafted = logprob != 0.0 or entropy != 0.0
-                if pending and parent >= 0 and parent_id != late_parent and drafted:
+                if pending and parent >= 0 and parent_id != late_parent:
                     late_parent, late_first = parent_id, number
                     late += 1
                 if parent < 0 or (pending and token != pending[0]):
@@ -202,7 +201,7 @@ class FlatTree:
                 logprobs.append(logprob)
                 entropies.append(entropy)
                 buckets.append(bucket)
-                reaches.append(reaches[parent] + log_probability[bucket] if drafted else reaches[parent])
+                reaches.append(reaches[parent] + log_probability[bucket])
                 best.append(NONE)
                 kids.append(None)
                 children[key] = node
@@ -215,10 +214,9 @@ class FlatTree:
                 if pending:
                     new_path = True
                     pending.popleft()
-                    if drafted:
-                        late_hits += 1
-                        if number != late_first:
-                            aside = self._position + 1
+                    late_hits += 1
+                    if number != late_first:
+                        aside = self._position + 1
                     del index[parent_id]
                     self._cursor = node
                     self._position += 1
@@ -232,6 +230,30 @@ class FlatTree:
             if new_path:
                 self._lay_path()
         return Appended(added, stale, late, late_hits, aside)
+
+    def catch_up(self, length: int) -> None:
+        """Prune, then make nodes of the pending tokens of the context's first ``length``; as `DraftTree.catch_up`."""
+        self.prune()
+        pending = self._pending
+        if not pending or self._position >= length:
+            return
+        while pending and self._position < length:
+            before, node, token = self._cursor, len(self._ids), pending.popleft()
+            self._last_id += 1
+            self._ids.append(self._last_id)
+            self._tokens.append(token)
+            self._parents.append(before)
+            self._logprobs.append(0.0)
+            self._entropies.append(0.0)
+            self._buckets.append(0)
+            self._reaches.append(self._reaches[before])
+            self._best.append(NONE)
+            self._kids.append(None)
+            del self._index[self._ids[before]]
+            self._index[self._last_id] = node
+            self._cursor = node
+            self._position += 1
+        self._lay_path()
 
     def commit(self, tokens: Sequence[int]) -> Committed:
         """Move the cursor along verified tokens; in time proportional to their number."""
@@ -356,8 +378,8 @@ class FlatTree:
         return [(kid, self._tokens[kid], self._logprobs[kid], kid == self._best[node]) for kid in family]
 
     def _refuse(self, number: int, parent_id: int, token: int, last_id: int) -> NoReturn:
-        if number <= last_id:
-            raise RemoteProtocolError(f"node id {number} does not rise above {last_id}")
+        if number != last_id + 1:
+            raise RemoteProtocolError(f"node id {number} does not follow {last_id}")
         if not 0 <= parent_id <= last_id:
             raise RemoteProtocolError(f"node {number} hangs below node {parent_id}, which was never sent")
         raise RemoteProtocolError(f"node {number} has token {token}, outside 0..{self._vocab_size - 1}")

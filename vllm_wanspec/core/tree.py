@@ -20,12 +20,11 @@ class NodeRecord(NamedTuple):
     """A node as it travels: one drafted token and where it hangs.
 
     Attributes:
-        id: Given by the drafter, rising within a session, from 1 on (0 is the context that the session opened with).
+        id: Given by the drafter, counting within a session from 1 on (0 is the context that the session opened with).
         parent: Id of the node that this token follows.
         token: Token id.
         logprob: Natural logarithm of the token's probability under the draft model, <= 0.
         entropy_nats: Entropy of the distribution that the token was drawn from; the same for siblings.
-            A node that only repeats a committed token, and was not drafted, has ``logprob == entropy_nats == 0``.
     """
 
     id: int
@@ -33,11 +32,6 @@ class NodeRecord(NamedTuple):
     token: int
     logprob: float
     entropy_nats: float
-
-    @property
-    def is_echo(self) -> bool:
-        """Whether the node repeats a committed token instead of predicting one."""
-        return self.logprob == 0.0 and self.entropy_nats == 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -99,8 +93,8 @@ class DraftTree:
     """Nodes below the committed context of one session.
 
     The *cursor* is the node that equals the committed context. Committed tokens that the tree does not hold (yet) wait
-    as *pending*. What a commit rules out is dropped by `prune`, which every `append` does first: a commit itself only
-    moves the cursor, since it is on the serving path.
+    as *pending*, until nodes bring them or `catch_up` makes them nodes. What a commit rules out is dropped by `prune`,
+    which every `append` does first: a commit itself only moves the cursor, since it is on the serving path.
     """
 
     def __init__(
@@ -157,8 +151,8 @@ class DraftTree:
         Nodes below something that was dropped meanwhile are stale: they were in flight, and nobody is to blame.
 
         Raises:
-            RemoteProtocolError: A record that no correct drafter sends: an id that does not rise, a parent that was
-                never sent, a token outside the vocabulary, a repeated child, over the budget.
+            RemoteProtocolError: A record that no correct drafter sends: an id that is not the next one, a parent that
+                was never sent, a token outside the vocabulary, a repeated child, over the budget.
         """
         self.prune()
         nodes, pending = self._nodes, self._pending
@@ -166,11 +160,11 @@ class DraftTree:
         late_parent = late_first = -1
         for record in records:
             number, parent_id, token, _, _ = record
-            if not (0 <= parent_id <= self._last_id < number and 0 <= token < self._vocab_size):
+            if not (0 <= parent_id <= self._last_id == number - 1 and 0 <= token < self._vocab_size):
                 self._refuse(record)
             self._last_id = number
             parent = nodes.get(parent_id)
-            if parent is not None and pending and parent_id != late_parent and not record.is_echo:
+            if parent is not None and pending and parent_id != late_parent:
                 late_parent, late_first = parent_id, number
                 late += 1
             if parent is None or (pending and token != pending[0]):
@@ -181,9 +175,8 @@ class DraftTree:
             if pending:
                 node = self._attach(parent, record)
                 pending.popleft()
-                if not record.is_echo:
-                    late_hits += 1
-                    aside = aside if number == late_first else node.position
+                late_hits += 1
+                aside = aside if number == late_first else node.position
                 del nodes[parent_id]
                 self._cursor, node.parent = node, None
             elif len(nodes) > self._max_nodes:
@@ -192,6 +185,21 @@ class DraftTree:
                 self._attach(parent, record)
                 added += 1
         return Appended(added, stale, late, late_hits, aside)
+
+    def catch_up(self, length: int) -> None:
+        """Prune, then make nodes of the pending tokens of the context's first ``length``, with the next ids.
+
+        Both sides do so where the drafter has followed a commit that left the tree: what was committed is known to
+        both, so these nodes need not travel.
+        """
+        self.prune()
+        nodes, pending = self._nodes, self._pending
+        while pending and self._cursor.position < length:
+            before = self._cursor
+            self._last_id += 1
+            node = Node(self._last_id, pending.popleft(), before.position + 1, 0.0, 0.0, reach=before.reach)
+            del nodes[before.id]
+            self._cursor = nodes[node.id] = node
 
     def commit(self, tokens: Iterable[int]) -> Committed:
         """Move the cursor along verified tokens; in time proportional to their number."""
@@ -272,8 +280,8 @@ class DraftTree:
         return tokens, expected, chance
 
     def _refuse(self, record: NodeRecord) -> NoReturn:
-        if record.id <= self._last_id:
-            raise RemoteProtocolError(f"node id {record.id} does not rise above {self._last_id}")
+        if record.id != self._last_id + 1:
+            raise RemoteProtocolError(f"node id {record.id} does not follow {self._last_id}")
         if not 0 <= record.parent <= self._last_id:
             raise RemoteProtocolError(f"node {record.id} hangs below node {record.parent}, which was never sent")
         raise RemoteProtocolError(f"node {record.id} has token {record.token}, outside 0..{self._vocab_size - 1}")
@@ -282,7 +290,7 @@ class DraftTree:
         number, _, token, logprob, entropy_nats = record
         best = parent.best is None or logprob > parent.best.logprob
         bucket = self._calibration.bucket(logprob, best=best)
-        reach = parent.reach + (log(self._calibration.probability[bucket]) if logprob or entropy_nats else 0.0)
+        reach = parent.reach + log(self._calibration.probability[bucket])
         node = Node(number, token, parent.position + 1, logprob, entropy_nats, parent, reach, bucket)
         parent.children[token] = node
         if best:

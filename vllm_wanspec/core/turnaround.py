@@ -83,8 +83,7 @@ class AnswerClock:
         """Learn how fast the drafter answers and drafts from nodes that ``tree`` has taken."""
         self._note_asked()
         if not self._answered:
-            # What was on its way before, and echoes, which no engine has drafted, tell nothing.
-            if message.seen < self._asked_length or all(record.is_echo for record in message.nodes):
+            if message.seen < self._asked_length:  # what was on its way before tells nothing
                 return
             if self._asked_s is not None:
                 self.turnaround.answer_s.add(now - self._asked_s)

@@ -9,8 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from vllm_wanspec.errors import RemoteProtocolError
-
 CHUNK = 512
 """Ids that one digest stands for."""
 DIGEST_BYTES = 8
@@ -95,31 +93,6 @@ class Tokens:
 def token_bytes(token: str | bytes) -> bytes:
     """A token as bytes, whatever its tokenizer has it as."""
     return token if isinstance(token, bytes) else token.encode("utf-8", "surrogatepass")
-
-
-def checked_digests(value: Any) -> bytes:
-    """Digests as they may come from the wire.
-
-    Raises:
-        RemoteProtocolError: They are none.
-    """
-    if type(value) is not bytes or len(value) > MAX_CHUNKS * DIGEST_BYTES or len(value) % DIGEST_BYTES:
-        raise RemoteProtocolError(f"not the digests of at most {MAX_CHUNKS} chunks of a vocabulary")
-    return value
-
-
-def checked_chunk(value: Any) -> tuple[Token, ...]:
-    """A chunk's tokens as they may come from the wire.
-
-    Raises:
-        RemoteProtocolError: They are none.
-    """
-    if type(value) is not list or len(value) > CHUNK:
-        raise RemoteProtocolError(f"not a list of at most {CHUNK} tokens of a vocabulary")
-    for token in value:
-        if token is not None and (type(token) is not bytes or len(token) > MAX_TOKEN_BYTES):
-            raise RemoteProtocolError(f"a token of a vocabulary is not at most {MAX_TOKEN_BYTES} bytes")
-    return tuple(value)
 
 
 def _shown(token: Token) -> str:

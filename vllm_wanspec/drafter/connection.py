@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec.structs import replace
+
 from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
 from vllm_wanspec.core.events import RecordedDrafterSession
 from vllm_wanspec.core.learned.calibration import Calibration
@@ -16,6 +18,7 @@ from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
     Close,
     Commit,
+    Have,
     Hello,
     Message,
     Nodes,
@@ -24,11 +27,12 @@ from vllm_wanspec.core.messages import (
     Pong,
     Refuse,
     Reject,
+    Resumed,
+    Want,
     Welcome,
-    decode,
-    frames,
 )
 from vllm_wanspec.core.vocabulary import Tokens
+from vllm_wanspec.core.wire import Sender, decode, frames, greeting
 from vllm_wanspec.drafter.host import Host
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -77,9 +81,9 @@ class Connection:
         """
         if len(self._outbox) >= MAX_OUTBOX:
             raise RemoteProtocolError(f"the controller does not read: {MAX_OUTBOX} messages wait for it")
-        for message in decode(frame):
-            if not self._greeted:
-                return self._greet(message)
+        if not self._greeted:
+            return self._greet(frame)
+        for message in decode(frame, Sender.CONTROLLER):
             self._take(message)
         return True
 
@@ -118,21 +122,28 @@ class Connection:
         del self._handles[number, branch]
 
     def end(self) -> list[int]:
-        """End all sessions; the handles of the branches that the engine still has."""
-        for number in list(self._sessions):
+        """End all sessions; the handles of the branches that the engine still has.
+
+        Their contexts are kept for a while: their controller may come back.
+        """
+        for number, session in list(self._sessions.items()):
+            self._host.kept.keep(self._client, number, session.context, self._host.now())
             self._end(number)
         self._host.connections.discard(self)
         self._host.share()
         return list(self._handles.values())
 
-    def _greet(self, message: Message) -> bool:
+    def _greet(self, frame: bytes) -> bool:
+        _, version = greeting(frame)
+        if version not in (None, PROTOCOL_VERSION):
+            self._post(Refuse("version", f"this drafter speaks version {PROTOCOL_VERSION}, not {version}"))
+            return False
+        [message] = decode(frame, Sender.CONTROLLER)
         if not isinstance(message, Hello):
             raise RemoteProtocolError("the first message is not hello")
         model = self._model
         refusal: Refuse | None = None
-        if message.version != PROTOCOL_VERSION:
-            refusal = Refuse("version", f"this drafter speaks version {PROTOCOL_VERSION}, not {message.version}")
-        elif not self._same_vocabulary(message):
+        if not self._same_vocabulary(message):
             ours = Tokens(model.tokens, message.apart)
             first = ours.first_difference(message.digests)
             tokens = () if first is None else ours.chunk(first)
@@ -168,10 +179,14 @@ class Connection:
                     self._do(number, session.committed(message, self._host.now()))
                 elif number > self._last_number:
                     raise RemoteProtocolError(f"commit to session {number}, which was never opened")
+            case Want(session=number):
+                session = self._sessions.get(number)
+                if session is not None:
+                    self._do(number, session.wanted(message.tokens, self._host.now()))
             case Close(session=number):
                 self._end(number)
-            case Ping(sent_us=sent_us):
-                self._post(Pong(sent_us))
+            case Ping(number=number):
+                self._post(Pong(number))
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
 
@@ -182,17 +197,25 @@ class Connection:
         self._last_number = number
         if len(self._sessions) >= model.max_sessions:
             self._post(Reject(number, "overloaded"))
-        elif len(opened.tokens) > model.max_context:
+        elif opened.total > model.max_context:
             self._post(Reject(number, "too_long"))
-        elif max(opened.tokens) >= model.vocab_size:
+        elif max(opened.tokens, default=0) >= model.vocab_size:
             self._post(Reject(number, "vocabulary"))
         elif opened.limits.max_nodes > model.max_nodes:
             raise RemoteProtocolError(f"session {number} wants {opened.limits.max_nodes} nodes of {model.max_nodes}")
         else:
-            session = self._sessions[number] = self._new_session(opened)
             now = self._host.now()
+            if opened.resumes is not None:
+                opened = self._resumed(opened, opened.resumes, now)
+            session = self._sessions[number] = self._new_session(opened)
             self._do(number, session.start(now))
             self._host.share()
+
+    def _resumed(self, opened: Open, resumes: Resumed, now: float) -> Open:
+        """The same with what is kept of its context; the controller is told how much that is."""
+        kept = self._host.kept.take(resumes.client, resumes.session, now)[: opened.total]
+        self._post(Have(opened.session, len(kept)))
+        return replace(opened, tokens=tuple(kept), length=opened.total, resumes=None)
 
     def _session_settings(self) -> dict[str, Any]:
         """What the drafter decides of its sessions; see `DrafterSession`."""

@@ -15,7 +15,7 @@ _LOGPROB = itemgetter(1)
 class DraftEngine(Protocol):
     """Continues contexts greedily."""
 
-    def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         """Stream the greedy continuation of ``tokens``, at most ``max_tokens`` tokens; closing it aborts."""
         ...
 
@@ -29,7 +29,7 @@ class VllmEngine:
         self._top_k = top_k
         self._ids = itertools.count(1)
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         """Stream the greedy continuation; see `DraftEngine`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind

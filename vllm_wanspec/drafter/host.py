@@ -18,6 +18,7 @@ from vllm_wanspec.core.drafter import DraftStep, StartBranch
 from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.vocabulary import Token
 from vllm_wanspec.drafter.engines import DraftEngine
+from vllm_wanspec.drafter.kept import KeptContexts
 
 DEFAULT_RUNNING_BRANCHES = 64
 
@@ -119,6 +120,7 @@ class Host(ABC):
         self.sink = sink
         self.now = clock
         self.connections: set[BranchOwner] = set()
+        self.kept = KeptContexts()
         self.drafted_tokens = 0
         self.branches_started = 0
         self._first_tokens = 0

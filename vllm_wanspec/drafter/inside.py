@@ -80,7 +80,7 @@ class InsideHost(Host):
     def _extend(self, handle: int, start: StartBranch) -> None:
         request = self._request(
             f"{PREFIX}{handle}",
-            list(start.tokens),
+            start.tokens,
             self._params,
             None,
             client_index=CLIENT_INDEX,

@@ -22,7 +22,6 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.flat import FlatTree
 from vllm_wanspec.core.messages import (
-    MAX_FRAME_BYTES,
     PATH,
     PROTOCOL_VERSION,
     Hello,
@@ -32,11 +31,10 @@ from vllm_wanspec.core.messages import (
     Refuse,
     Reject,
     Welcome,
-    decode,
-    encode,
     vocabulary_fingerprint,
 )
 from vllm_wanspec.core.turnaround import Turnaround
+from vllm_wanspec.core.wire import MAX_DRAFTERS_BYTES, Sender, decode, encode, frames
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError, WanspecError
 
 __all__ = [
@@ -140,9 +138,9 @@ class DrafterClient:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                socket = await http.ws_connect(url + PATH, headers=headers, max_msg_size=MAX_FRAME_BYTES, compress=0)
+                socket = await http.ws_connect(url + PATH, headers=headers, max_msg_size=MAX_DRAFTERS_BYTES, compress=0)
                 await socket.send_bytes(encode([Hello(PROTOCOL_VERSION, fingerprint, "wanspec-bench")]))
-                [answer] = decode(await socket.receive_bytes())
+                [answer] = decode(await socket.receive_bytes(), Sender.DRAFTER)
         except (aiohttp.ClientError, OSError, TimeoutError, TypeError, ValueError, RemoteProtocolError) as error:
             raise DrafterError(f"{url}: no drafter there: {error or type(error).__name__}") from error
         if not isinstance(answer, Welcome):
@@ -170,14 +168,15 @@ class DrafterClient:
         return stream
 
     async def send(self, *messages: Message) -> None:
-        """Send messages in one frame.
+        """Send messages, in one frame where they fit.
 
         Raises:
             DrafterError: The connection is broken.
         """
         self.check_alive()
         try:
-            await self._socket.send_bytes(encode(messages))
+            for frame in frames(messages):
+                await self._socket.send_bytes(frame)
         except (aiohttp.ClientError, OSError) as error:  # it ends just now: the reader has not seen it yet
             self.broken = self.broken or error
             self.check_alive()
@@ -198,7 +197,7 @@ class DrafterClient:
                     break
                 self.tally.received_bytes += len(frame.data)
                 now = time.monotonic()
-                for message in decode(frame.data):
+                for message in decode(frame.data, Sender.DRAFTER):
                     if isinstance(message, Nodes | Reject) and message.session in self._streams:
                         self._streams[message.session].receive(message, now)
             self.broken = DrafterError("closed by the drafter")

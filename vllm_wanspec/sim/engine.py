@@ -96,7 +96,7 @@ class Engine:
 
     # On an event loop
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         """Stream the greedy continuation; closing it drops the branch."""
         branch = self.begin(tokens, max_tokens)
         try:

@@ -17,19 +17,10 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.events import RecordedControllerSession, header
-from vllm_wanspec.core.messages import (
-    PROTOCOL_VERSION,
-    Hello,
-    Message,
-    Nodes,
-    Pong,
-    Reject,
-    decode,
-    encode,
-    frames,
-)
+from vllm_wanspec.core.messages import PROTOCOL_VERSION, Hello, Message, Nodes, Pong, Reject
 from vllm_wanspec.core.states import ControllerState
 from vllm_wanspec.core.turnaround import Turnaround
+from vllm_wanspec.core.wire import Sender, decode, encode, frames
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.sim.engine import Engine
@@ -158,7 +149,7 @@ class Pair:
         Raises:
             RemoteProtocolError: No correct drafter sends that.
         """
-        for message in decode(frame):
+        for message in decode(frame, Sender.DRAFTER):
             if isinstance(message, Pong):
                 continue
             if not isinstance(message, Nodes | Reject) or message.session >= self.next_number:

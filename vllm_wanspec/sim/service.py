@@ -20,7 +20,8 @@ from hmac import compare_digest
 from aiohttp import WSMsgType, web
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_wanspec.core.messages import MAX_FRAME_BYTES, PATH, vocabulary_fingerprint
+from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
+from vllm_wanspec.core.wire import MAX_CONTROLLERS_BYTES
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
 from vllm_wanspec.drafter.ports import LocalPort, serve
@@ -110,7 +111,7 @@ class Service:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         """One controller's connection, from handshake to end."""
-        socket = web.WebSocketResponse(max_msg_size=MAX_FRAME_BYTES)
+        socket = web.WebSocketResponse(max_msg_size=MAX_CONTROLLERS_BYTES, compress=False)
         await socket.prepare(request)
         transport = request.transport
         if transport is None:

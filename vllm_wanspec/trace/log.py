@@ -235,6 +235,7 @@ _FIELDS: dict[str, dict[str, dict[str, Field]]] = {
         "open": {"message": (_one_of(OPEN), "an open message")},
         "commit": {"message": (_one_of(COMMIT), "a commit message")},
         "drafted": {**_BRANCH, "steps": (_steps, "a list of [token, logprob, entropy, ...]")},
+        "wanted": {"tokens": _COUNT},
         "ended": _BRANCH,
         "failed": {},
         "resize": {},

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import msgpack
-
+from vllm_wanspec.core.messages import from_plain
+from vllm_wanspec.core.wire import frames
+from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.trace.log import COMMIT, DRAFTS, NODES, OPEN, Event
 from vllm_wanspec.trace.tree import WASTED, Fate, Node, TreeCopy
 
@@ -283,10 +284,12 @@ class TargetReplay:
             return
         records = message[3]
         confirmed = tree.cursor
-        nodes, appended = tree.append(records, event.at_s, self._steps)
-        self.figures.nodes += sum(node.fate is not Fate.ECHO for node in nodes)
+        echoes = tree.catch_up(message[2], event.at_s, self._steps)
+        drafted, appended = tree.append(records, event.at_s, self._steps)
+        self.figures.nodes += len(drafted)
         if not self._keep:
             return
+        nodes = echoes + drafted
         self.nodes += nodes
         for node in nodes:
             if node.fate in (Fate.ECHO, Fate.LATE) and tree.cursor is not confirmed:
@@ -394,8 +397,8 @@ def _common(left: list[int], right: list[int]) -> int:
 
 
 def _size(message: list[Any]) -> int:
-    """Bytes of a message on the wire, without those of the frame around it."""
+    """Bytes of a message on the wire, without those of the frames around it."""
     try:
-        return len(msgpack.packb(message, use_single_float=True))
-    except (OverflowError, ValueError):  # something that no wire carries, in a field that is not read here
+        return sum(len(frame) - 1 for frame in frames([from_plain(message)]))
+    except (RemoteProtocolError, ValueError):  # something that no wire carries, in a field that is not read here
         return 0

@@ -15,7 +15,7 @@ class Fate(StrEnum):
     """What became of a node.
 
     The first four are on the committed path. *Late* nodes agree with what was committed before they arrived; *echoes*
-    only repeat it, and are not drafts.
+    only repeat it: both sides make them of what left the tree, and they are no drafts.
     """
 
     ACCEPTED = "accepted"
@@ -88,6 +88,7 @@ class TreeCopy:
         self.pending: deque[int] = deque()
         self._live = {0: self.cursor}
         self._dropped: dict[int, Node] | None = {} if keep else None
+        self._last_id = 0
 
     @property
     def size(self) -> int:
@@ -98,13 +99,25 @@ class TreeCopy:
         """The live node of that id."""
         return self._live.get(number)
 
+    def catch_up(self, length: int, at_s: float, step: int) -> list[Node]:
+        """Make nodes of the pending tokens of the context's first ``length``, as both sides do."""
+        nodes: list[Node] = []
+        while self.pending and self.cursor.position < length:
+            self._last_id += 1
+            node = Node(self._last_id, self.pending.popleft(), self.cursor.position + 1, 0.0, 0.0, at_s, self.cursor)
+            node.fate = Fate.ECHO
+            self.cursor.children[node.token] = self._live[node.id] = node
+            self._descend(node, step)
+            nodes.append(node)
+        return nodes
+
     def append(self, records: Iterable[Sequence[Any]], at_s: float, step: int) -> tuple[list[Node], Appended]:
         """Add ``[id, parent, token, logprob, entropy]`` records; the nodes made from them, stale ones included."""
         nodes, appended = [], Appended()
         for number, parent_number, token, logprob, entropy_nats in (record[:5] for record in records):
             parent = self._live.get(parent_number)
-            echo = logprob == 0.0 and entropy_nats == 0.0
-            appended.late += bool(self.pending) and parent is not None and not echo
+            self._last_id = number
+            appended.late += bool(self.pending) and parent is not None
             stale = parent is None or token in parent.children or bool(self.pending and token != self.pending[0])
             if parent is None and self._dropped is not None:
                 parent = self._dropped.get(parent_number)
@@ -120,7 +133,7 @@ class TreeCopy:
             self._live[number] = node
             if self.pending:
                 self.pending.popleft()
-                node.fate = Fate.ECHO if echo else Fate.LATE
+                node.fate = Fate.LATE
                 self._descend(node, step)
             else:
                 appended.added += 1

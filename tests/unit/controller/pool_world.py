@@ -93,16 +93,15 @@ class World:
         due[1]()
 
     def arrive(self, name: str, count: int, *, echo: int | None = None, wrong: bool = False) -> None:
-        """The drafter's next ``count`` tokens, after the echo of a token that was not drafted."""
+        """The drafter's next ``count`` tokens, below the node of a token ``echo`` that was not drafted."""
         number, parent, position = self.last[name]
         records = []
         if echo is not None:
             tree = self.pool._sessions[name].core.tree
             assert tree is not None
-            parent, position = tree.cursor_id, self.length[name]
+            assert list(tree.pending) == [echo]
             number += 1
-            records.append(NodeRecord(number, parent, echo, 0.0, 0.0))
-            parent = number
+            parent, position = number, self.length[name]
         for _ in range(count):
             number += 1
             records.append(NodeRecord(number, parent, position + WRONG * wrong, -0.1, 1.2))

@@ -15,8 +15,8 @@ from wan_ends import far_away
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.link import DrafterLink, LinkThread
-from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Welcome, decode, encode
-from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.messages import Close, Commit, Message, Nodes, Open, Ping, Pong, Welcome
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.emulate.wan_settings import WanSettings
 from vllm_wanspec.sim.service import Handler
 
@@ -100,8 +100,8 @@ def test_nothing_is_sent_before_flush_and_order_is_kept(server: DrafterServer) -
         wait_until(lambda: len({m.session for m in user.messages if isinstance(m, Nodes)}) == 200)
 
 
-def silent(frames: list[list[Message]], echoing: bool) -> Handler:
-    """A drafter that welcomes, keeps what it is sent, and drafts nothing; it may repeat what was committed."""
+def silent(frames: list[list[Message]], answering: bool) -> Handler:
+    """A drafter that welcomes, keeps what it is sent, and drafts nothing; it may say so."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         socket = web.WebSocketResponse()
@@ -112,12 +112,9 @@ def silent(frames: list[list[Message]], echoing: bool) -> Handler:
             frames.append(decode(frame.data))
             for message in frames[-1]:
                 if isinstance(message, Ping):
-                    await socket.send_bytes(encode([Pong(message.sent_us)]))
-                if isinstance(message, Commit) and echoing:
-                    known, (token,) = message.position - 2, message.tokens
-                    await socket.send_bytes(
-                        encode([Nodes(1, message.position + 1, (NodeRecord(known + 1, known, token, 0.0, 0.0),))])
-                    )
+                    await socket.send_bytes(encode([Pong(message.number)]))
+                if isinstance(message, Commit) and answering:
+                    await socket.send_bytes(encode([Nodes(1, message.position + 1, ())]))
         return socket
 
     return handler
@@ -127,15 +124,15 @@ def commits(frame: list[Message]) -> list[int]:
     return [message.position for message in frame if isinstance(message, Commit)]
 
 
-@pytest.mark.parametrize("echoing", [False, True])
+@pytest.mark.parametrize("answering", [False, True])
 def test_a_drafter_that_drafts_nothing_is_told_of_commits_now_and_then(
-    server: DrafterServer, monkeypatch: pytest.MonkeyPatch, echoing: bool
+    server: DrafterServer, monkeypatch: pytest.MonkeyPatch, answering: bool
 ) -> None:
     monkeypatch.setattr(link_module, "IDLE_AFTER_S", 0.2)
     monkeypatch.setattr(link_module, "IDLE_FLUSH_INTERVAL_S", 60.0)
     monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.5)
     frames: list[list[Message]] = []
-    server.handler = silent(frames, echoing)
+    server.handler = silent(frames, answering)
 
     def commit_each_step(link: DrafterLink, positions: range) -> None:
         for position in positions:
@@ -157,7 +154,7 @@ def test_a_drafter_that_drafts_nothing_is_told_of_commits_now_and_then(
         wait_until(lambda: sum(map(len, map(commits, frames))) == 45)  # none stays behind for ever
         assert sum(bool(commits(frame)) for frame in frames[known:]) <= 4  # by pings alone
         assert [position for frame in frames for position in commits(frame)] == [*range(2, 47)]
-        wait_until(lambda: len(user.messages) == (45 if echoing else 0))
+        wait_until(lambda: len(user.messages) == (45 if answering else 0))
 
 
 def test_a_drafter_that_drafts_again_is_told_at_once(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,14 +6,16 @@ import socket
 import time
 from collections.abc import Iterator
 
+import msgpack
 import pytest
 from aiohttp import web
 from conftest import LogLines
 from links import TOY, WELCOME, answering, only_warning, running
-from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, wait_until
+from toys import VOCAB_SIZE, DrafterServer, wait_until
 
 from vllm_wanspec.controller import link as link_module
-from vllm_wanspec.core.messages import Close, Refuse, Welcome, encode
+from vllm_wanspec.core.messages import Close, Commit, Pong, Refuse, Welcome
+from vllm_wanspec.core.wire import encode
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 
@@ -113,14 +115,15 @@ def test_another_vocabulary(server: DrafterServer, log: LogLines) -> None:
 @pytest.mark.parametrize(
     ("frames", "fragment"),
     [
-        ((b"\xc1",), "frame is not msgpack"),
+        ((b"\xc1",), "first message is not hello, welcome or refuse"),
         (("hello",), "sent a WebSocket frame of type TEXT"),
-        ((encode([]),), "neither welcome nor refuse"),
-        ((encode([WELCOME, WELCOME]),), "neither welcome nor refuse"),
-        ((encode([Close(1)]),), "neither welcome nor refuse"),
-        ((encode([Welcome(2, "invented", VOCAB_SIZE, FINGERPRINT, 8, 64, 64)]),), "neither welcome nor refuse"),
+        ((encode([]),), "first message is not hello, welcome or refuse"),
+        ((encode([WELCOME, WELCOME]),), "first message is not hello, welcome or refuse"),
+        ((encode([Close(1)]),), "not of protocol version 1"),
+        ((encode([Pong(1)]),), "neither welcome nor refuse"),
         ((encode([Welcome(1, "invented", VOCAB_SIZE, "other", 8, 64, 64)]),), "another vocabulary"),
-        ((encode([WELCOME]), b"\xc1"), "frame is not msgpack"),
+        ((encode([WELCOME]), b"\xc1"), "not of protocol version 1"),
+        ((encode([WELCOME]), encode([Commit(1, 1, (2,))])), "not of protocol version 1"),
         ((encode([WELCOME]), "hello"), "sent a WebSocket frame of type TEXT"),
     ],
 )
@@ -143,8 +146,17 @@ def test_an_old_version_is_told_so(server: DrafterServer, log: LogLines) -> None
     only_warning(log, "refuses us (version: this drafter speaks version 7, not 1)", "match the versions")
 
 
+@pytest.mark.parametrize("newer", [[2, 2], [2, 2, "m", {"much": "more"}, 7]])
+def test_a_newer_version_is_named_whatever_it_says(server: DrafterServer, log: LogLines, newer: list[object]) -> None:
+    server.handler = answering(msgpack.packb([newer]))
+    with running(server.url) as (link, _):
+        wait_until(lambda: server.attempts >= 2)
+        assert not link.faults
+    only_warning(log, "speaks version 2 of the protocol, this target 1", "match the versions")
+
+
 def test_an_oversized_frame(server: DrafterServer, log: LogLines, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(link_module, "MAX_DRAFTERS_BYTES", 1000)
     server.handler = answering(encode([WELCOME]), bytes(2000))
     with running(server.url) as (_, user):
         wait_until(lambda: user.lost)

@@ -17,7 +17,8 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, wait_until
 from vllm_wanspec.config import DraftEndpoint
 from vllm_wanspec.controller import link as link_module
 from vllm_wanspec.controller.troubles import connect_trouble
-from vllm_wanspec.core.messages import PATH, Refuse, Welcome, encode
+from vllm_wanspec.core.messages import PATH, Refuse, Welcome
+from vllm_wanspec.core.wire import encode
 from vllm_wanspec.sim.service import Handler
 
 LONGEST_WAIT_S = link_module.MAX_BACKOFF_S

@@ -12,9 +12,10 @@ from toys import FINGERPRINT, VOCAB_SIZE, DrafterServer, draft_model, wait_until
 
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
-from vllm_wanspec.core.messages import Close, Nodes, Open, Reject, Welcome, encode
+from vllm_wanspec.core.messages import Close, Nodes, Open, Reject, Welcome
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import encode
 from vllm_wanspec.errors import RemoteProtocolError
 
 pytestmark = pytest.mark.usefixtures("short_waits")
@@ -96,7 +97,7 @@ def test_how_far_ahead_is_drafted_goes_by_the_link_s_round_trip(rtt_s: float, st
     world.step({"a": [3]}, step_s=0.03)
     world.link._rtt_s.add(rtt_s)
     world.pool.begin([], [("new", PROMPT)])
-    opened = [message for message in world.link._outbox if isinstance(message, Open)]
+    opened = [message for message in world.link._outbox.take() if isinstance(message, Open)]
     assert opened[-1].limits.lookahead == steps * 5 + 4 + LOOKAHEAD_SLACK
 
 

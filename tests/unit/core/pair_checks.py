@@ -73,9 +73,9 @@ class DrafterWatch:
             self._seen, self._drafted = message.seen, 0
         farthest = session.tree.committed_length + session.limits.lookahead
         for record in message.nodes:
-            assert record.id > self._last_id
+            assert record.id > self._last_id  # what commits made nodes of is not sent
             self._last_id = record.id
-            self._drafted += not record.is_echo
+            self._drafted += 1
             node = session.tree._nodes.get(record.id)
             assert node is None or node.position <= farthest
         # All that is drafted between two commits is alive at once, so this bounds what one commit can set in flight.

@@ -159,7 +159,7 @@ def test_a_main_line_that_arrives_late_is_the_main_line() -> None:
 def test_a_token_outside_the_tree_begins_no_branch() -> None:
     play = with_a_side_branch()
     play.commit(30, 60, draft=play.draft())  # length 7
-    play.session.receive(Nodes(1, 7, (NodeRecord(7, 2, 60, 0.0, 0.0), NodeRecord(8, 7, 61, SURE, 1.0))), 0.0)
+    play.session.receive(Nodes(1, 7, (NodeRecord(8, 7, 61, SURE, 1.0),)), 0.0)
     draft = play.draft()
     assert (draft.tokens, draft.branch) == ([61], 0)
     assert play.commit(61, 62, draft=draft) == (2, 0, 0)

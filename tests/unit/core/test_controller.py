@@ -43,14 +43,14 @@ def draft(session: ControllerSession, limit: int = 8) -> list[int]:
 
 
 def nodes(items: list[tuple[int, int, int, float]], seen: int = len(PROMPT), number: int = 1) -> Nodes:
-    records = (NodeRecord(n, p, t, q, 0.0 if q == 0.0 else 1.0) for n, p, t, q in items)
+    records = (NodeRecord(n, p, t, q, 1.0) for n, p, t, q in items)
     return Nodes(number, seen, tuple(records))
 
 
 def test_open_carries_the_context_and_the_limits() -> None:
     session, counters = make_session()
     assert session.wants_link(0.0)
-    assert open_session(session, 3) == Open(3, tuple(PROMPT), LIMITS)
+    assert open_session(session, 3) == Open(3, PROMPT, LIMITS, len(PROMPT))  # type: ignore[arg-type]
     assert not session.wants_link(0.0)
     assert counters.opened_sessions == 1
 
@@ -133,19 +133,20 @@ def test_late_stale_and_added_nodes_are_told_apart() -> None:
     assert draft(session) == [22]
 
 
-def test_echoes_are_neither_late_nor_added() -> None:
+def test_what_the_drafter_has_seen_is_pending_no_more_and_is_not_counted() -> None:
     session, counters = make_session()
     open_session(session)
     session.commit([20], 0.0)
-    session.receive(nodes([(1, 0, 20, 0.0)], seen=5), 0.0)
-    assert (counters.added_nodes, counters.stale_nodes, counters.late_drafts) == (0, 0, 0)
+    session.receive(nodes([(2, 1, 21, -0.1)], seen=5), 0.0)  # node 1 stands for 20
+    assert (counters.added_nodes, counters.stale_nodes, counters.late_drafts) == (1, 0, 0)
     assert session.tree is not None
     assert not session.tree.pending
+    assert draft(session) == [21]
 
 
 def test_nodes_cannot_have_seen_what_was_not_committed() -> None:
     session, _ = opened_session()
-    session.receive(nodes([], seen=5), 0.0)
+    session.receive(nodes([(5, 3, 32, -0.1)], seen=5), 0.0)
     with pytest.raises(RemoteProtocolError, match="position 6 of 5"):
         session.receive(nodes([], seen=6), 0.0)
 
@@ -153,7 +154,7 @@ def test_nodes_cannot_have_seen_what_was_not_committed() -> None:
 def test_broken_trees_are_the_peer_s_fault() -> None:
     session, _ = opened_session()
     with pytest.raises(RemoteProtocolError, match=r"outside 0\.\.99"):
-        session.receive(nodes([(9, 1, 100, -0.5)]), 0.0)
+        session.receive(nodes([(5, 1, 100, -0.5)]), 0.0)
 
 
 def test_nodes_after_the_link_is_lost_are_ignored() -> None:
@@ -172,7 +173,9 @@ def test_a_session_opens_again_with_the_full_context() -> None:
     assert session.tree is None
     assert session.wants_link(0.0)
     session.commit([32], 0.0)
-    assert open_session(session, 2) == Open(2, (*PROMPT, 20, 30, 31, 32), LIMITS)
+    opened = open_session(session, 2)
+    assert (opened.session, opened.limits, opened.total) == (2, LIMITS, len(PROMPT) + 4)
+    assert list(opened.tokens) == [*PROMPT, 20, 30, 31, 32]
     session.receive(nodes([(1, 0, 33, -0.1)], seen=8, number=2), 0.0)
     assert draft(session) == [33]
     assert counters.opened_sessions == 2
@@ -268,7 +271,7 @@ def test_after_opening_nothing_is_expected_until_an_answer_has_been_timed() -> N
     session.receive(nodes([(1, 0, 20, -0.1)]), 1.25)
     session.commit([50], 2.0)
     assert session.coming(2.0, 0.8) is None  # how long answers take is not known
-    session.receive(nodes([(2, 0, 50, 0.0), (3, 2, 51, -0.1)], seen=5), 2.25)
+    session.receive(nodes([(3, 2, 51, -0.1)], seen=5), 2.25)  # 2 is what was committed
     assert turnaround.answer_s.get(-1.0) == pytest.approx(0.25)
     assert session.coming(2.3, 0.8) is None  # it has a draft
     session.commit([60], 3.0)
@@ -296,7 +299,7 @@ def test_once_an_open_is_answered_its_line_goes_on() -> None:
     assert session.coming(10.001, 0.8) == Coming(pytest.approx(10.0 + ASSUMED_GAP_S), 1.0, ASSUMED_GAP_S)
 
 
-def test_a_miss_is_answered_by_drafts_not_by_the_echo() -> None:
+def test_a_miss_is_answered_by_what_was_drafted_after_it() -> None:
     turnaround = Turnaround()
     turnaround.answer_s.add(0.1)
     session, _ = make_session()
@@ -304,7 +307,6 @@ def test_a_miss_is_answered_by_drafts_not_by_the_echo() -> None:
     session.receive(nodes([(1, 0, 20, -0.1)]), 0.3)
     session.commit([50], 1.0)
     session.receive(nodes([(2, 1, 30, -0.1)]), 1.01)  # was on its way
-    session.receive(nodes([(3, 0, 50, 0.0)], seen=5), 1.02)
     assert turnaround.answer_s.get(0.0) == pytest.approx(0.1)
     assert session.coming(1.02, 0.8) == Coming(pytest.approx(1.1), 1.0, ASSUMED_GAP_S)
     assert turnaround.gap_s.get(-1.0) == -1.0
@@ -323,7 +325,7 @@ def test_drafts_that_meet_committed_tokens_must_agree_with_all_of_them() -> None
     assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13), 1.0, 0.01)
     session.commit([21, 22], 1.06)  # the drafter does not know these when it answers
     assert session.coming(1.06, 0.8) == Coming(pytest.approx(1.13 + 2 * 0.01), pytest.approx(0.8**2), 0.01)
-    session.receive(nodes([(2, 0, 20, 0.0), (3, 2, 21, -0.1)], seen=5), 1.12)
+    session.receive(nodes([(3, 2, 21, -0.1)], seen=5), 1.12)  # 2 is 20
     assert session.coming(1.12, 0.8) == Coming(pytest.approx(1.12 + 2 * 0.01), pytest.approx(0.8), 0.01)
 
 

@@ -3,8 +3,8 @@
 import pytest
 from toys import VOCAB_SIZE, limits, toy
 
-from vllm_wanspec.core.drafter import MAX_UNSENT, Action, DrafterSession, DraftStep, StartBranch, StopBranch
-from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, Commit, Nodes, Open, Reject, decode, frames
+from vllm_wanspec.core.drafter import Action, DrafterSession, DraftStep, StartBranch, StopBranch
+from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
 from vllm_wanspec.core.policy.expansion import LOOKAHEAD_SLACK
 from vllm_wanspec.core.states import DrafterState
 
@@ -55,7 +55,8 @@ def commit(session: DrafterSession, position: int, tokens: list[int]) -> list[Ac
 def test_start_asks_for_the_continuation_of_the_context() -> None:
     session = make_session()
     [start] = session.start(0.0)
-    assert start == StartBranch(1, 0, PROMPT, 256)
+    assert start == StartBranch(1, 0, [], len(PROMPT), (), 256)
+    assert start.tokens == list(PROMPT)
     assert session.running == [1]
 
 
@@ -108,7 +109,7 @@ def test_drafting_starts_again_only_with_some_slack(lookahead: int) -> None:
             break
         assert actions == []
     start = only_start(actions)
-    assert start.tokens == (*PROMPT, *line)
+    assert start.tokens == [*PROMPT, *line]
     assert count == max(1, slack)
 
 
@@ -124,7 +125,7 @@ def test_max_nodes_stops_and_a_commit_resumes() -> None:
     line = TOY.drafted(PROMPT, 10)
     again = commit(session, len(PROMPT), line[:1])
     assert session.tree.size == 9
-    assert only_start(again).tokens == (*PROMPT, *line)
+    assert only_start(again).tokens == [*PROMPT, *line]
     assert session.state is DrafterState.DRAFTING
 
 
@@ -164,11 +165,11 @@ def test_a_commit_to_a_leaf_starts_again_there_without_an_echo() -> None:
     feed(session, start, 4)
     leaf = TOY.step(PROMPT).alternatives[1][0]
     actions = commit(session, len(PROMPT), [leaf])
-    assert actions == [StopBranch(start.branch), StartBranch(2, 3, (*PROMPT, leaf), 256)]  # node 3 is the leaf
+    assert actions == [StopBranch(start.branch), StartBranch(2, 3, [], len(PROMPT) + 1, (), 256)]  # node 3 is the leaf
     assert session.tree.size == 0
 
 
-def test_committed_tokens_that_were_not_drafted_come_back_as_echoes() -> None:
+def test_committed_tokens_that_were_not_drafted_take_ids_and_do_not_come_back() -> None:
     session = make_session(max_branches=2)
     start = only_start(session.start(0.0))
     feed(session, start, 2)
@@ -179,45 +180,64 @@ def test_committed_tokens_that_were_not_drafted_come_back_as_echoes() -> None:
     actions = commit(session, len(PROMPT), [first, strange, 8])
     assert kinds(actions) == [StopBranch, StartBranch]
     start = only_start(actions)
-    assert start.tokens == (*PROMPT, first, strange, 8)
+    assert start.tokens == [*PROMPT, first, strange, 8]
     assert not session.tree.pending
-    # They are of use once something hangs below them, and travel with it.
     sent = feed(session, start, 1)[0]
     assert isinstance(sent, Nodes)
-    assert [(n.id, n.parent, n.token, n.is_echo) for n in sent.nodes[:2]] == [
-        (known + 1, 1, strange, True),
-        (known + 2, known + 1, 8, True),
-    ]
-    assert sent.seen == len(PROMPT) + 3
-    assert sent.nodes[2].parent == known + 2
-    assert not sent.nodes[2].is_echo
-    assert not any(n.is_echo for action in feed(session, start, 1) if isinstance(action, Nodes) for n in action.nodes)
+    assert (sent.nodes[0].id, sent.nodes[0].parent, sent.seen) == (known + 3, known + 2, len(PROMPT) + 3)
 
 
-def test_echoes_that_nothing_follows_are_sent_alone() -> None:
-    session = make_session(max_context=len(PROMPT) + 3)
-    only_start(session.start(0.0))
-    actions = commit(session, len(PROMPT), [7, 8, 9])
-    assert kinds(actions) == [StopBranch, Nodes]  # the context is as long as the draft model takes
-    assert [n.is_echo for n in actions[1].nodes] == [True] * 3  # type: ignore[union-attr]
+def test_nothing_is_drafted_before_the_whole_context_is_there() -> None:
+    opened = Open(7, PROMPT[:2], limits(16, 64), length=len(PROMPT))
+    session = DrafterSession(opened, vocab_size=VOCAB_SIZE, max_context=1000)
+    assert session.start(0.0) == session.resize(3, 0.0) == []
+    assert commit(session, 1, list(PROMPT[1:4])) == []
+    assert (session.length, session.state) == (4, DrafterState.NEW)
+    start = only_start(commit(session, 4, [PROMPT[4], 9, 8]))  # what was committed meanwhile comes with it
+    assert start.tokens == [*PROMPT, 9, 8]
+    assert (session.tree.committed_length, session.tree.last_id) == (len(PROMPT) + 2, 2)
 
 
-def test_echoes_do_not_pile_up() -> None:
+def test_on_demand_nothing_is_drafted_that_was_not_asked_for() -> None:
+    opened = Open(7, PROMPT, limits(16, 64), on_demand=True)
+    session = DrafterSession(opened, vocab_size=VOCAB_SIZE, max_context=1000)
+    assert session.start(0.0) == []
+    assert session.state is DrafterState.RESTING
+    assert commit(session, len(PROMPT), [7]) == []
+    start = only_start(session.wanted(3, 0.0))
+    assert (start.tokens, start.max_tokens) == ([*PROMPT, 7], 3)
+    actions = feed(session, start, 3)
+    assert node_tokens(actions) == TOY.drafted((*PROMPT, 7), 3)
+    assert session.running == []
+    # What was asked for counts from where the context ended then.
+    assert commit(session, len(PROMPT) + 1, TOY.drafted((*PROMPT, 7), 2)) == []
+    strange = [5, 5, 5]
+    assert kinds(commit(session, len(PROMPT) + 3, strange)) == []
+    again = only_start(session.wanted(99, 0.0))
+    assert len(node_tokens(feed(session, again, 40))) == 16  # never further than the lookahead
+
+
+def test_who_drafts_anyway_need_not_be_asked() -> None:
     session = make_session()
-    session.start(0.0)
-    actions = [action for index in range(200) for action in commit(session, len(PROMPT) + index, [7])]
-    assert [len(action.nodes) for action in actions if isinstance(action, Nodes)] == [MAX_UNSENT] * 3
+    start = only_start(session.start(0.0))
+    assert session.wanted(3, 0.0) == []
+    assert session.running == [start.branch]
 
 
-def test_the_most_tokens_that_a_commit_can_have_fit_into_messages() -> None:
-    session = make_session(max_context=3 * MAX_COMMIT_TOKENS)
+def test_a_context_that_comes_with_a_gap_is_rejected() -> None:
+    session = DrafterSession(Open(7, PROMPT[:2], limits(16, 64), length=5), vocab_size=VOCAB_SIZE, max_context=1000)
     session.start(0.0)
-    commit(session, len(PROMPT), [7])
-    actions = commit(session, len(PROMPT) + 1, [7] * MAX_COMMIT_TOKENS)
-    sent = [action for action in actions if isinstance(action, Nodes)]
-    assert [len(message.nodes) for message in sent] == [1, MAX_COMMIT_TOKENS]
-    decoded = [message for frame in frames(sent) for message in decode(frame)]
-    assert sum(len(message.nodes) for message in decoded if isinstance(message, Nodes)) == 1 + MAX_COMMIT_TOKENS
+    assert commit(session, 3, [1, 5]) == [Reject(7, "gap")]
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_a_context_never_grows_beyond_what_the_model_takes(count: int) -> None:
+    session = make_session(max_context=len(PROMPT) + 3)
+    session.start(0.0)
+    actions = commit(session, len(PROMPT), [7] * count)
+    assert kinds(actions) == ([StopBranch] if count == 3 else [StopBranch, Reject])
+    assert actions[-1] in (StopBranch(1), Reject(7, "too_long"))
+    assert session.length == len(PROMPT) + (3 if count == 3 else 0)
 
 
 def test_commits_are_idempotent() -> None:
@@ -278,7 +298,7 @@ def test_the_draft_model_s_longest_context_is_kept() -> None:
     assert session.ended(start.branch, 0.0) == []
     line = TOY.drafted(PROMPT, 6)
     assert commit(session, len(PROMPT), line) == []
-    assert kinds(commit(session, len(PROMPT) + 6, [1, 2, 3])) == [Nodes]  # past the end: echoes, and no engine request
+    assert commit(session, len(PROMPT) + 6, [1]) == [Reject(7, "too_long")]
 
 
 def test_long_lines_take_several_engine_requests() -> None:
@@ -288,7 +308,7 @@ def test_long_lines_take_several_engine_requests() -> None:
     feed(session, start, 8)
     again = only_start(session.ended(start.branch, 0.0))
     assert again.branch == 2
-    assert again.tokens == (*PROMPT, *TOY.drafted(PROMPT, 8))
+    assert again.tokens == [*PROMPT, *TOY.drafted(PROMPT, 8)]
 
 
 def test_engine_failure_rejects_and_nothing_more_is_asked() -> None:
@@ -327,7 +347,7 @@ def test_a_line_ends_where_the_engine_goes_on_with_padding() -> None:
     assert session.drafted(start.branch, [after], 0.0) == []
     assert commit(session, len(PROMPT), [3]) == []
     assert session.state is DrafterState.RESTING
-    assert only_start(commit(session, len(PROMPT) + 1, [5])).tokens == (*PROMPT, 3, 5)
+    assert only_start(commit(session, len(PROMPT) + 1, [5])).tokens == [*PROMPT, 3, 5]
 
 
 def test_positive_log_probabilities_of_a_rounding_engine_are_cut() -> None:

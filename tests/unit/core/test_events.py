@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from msgspec.structs import replace
 from toys import VOCAB_SIZE, limits, toy
 
 from vllm_wanspec.core.controller import ControllerSession
@@ -16,7 +17,7 @@ from vllm_wanspec.core.events import (
     action_to_log,
     header,
 )
-from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject, from_wire, to_wire
+from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject, from_plain, to_plain
 from vllm_wanspec.core.policy.length import Window
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.core.turnaround import Turnaround
@@ -41,10 +42,10 @@ def test_a_header_says_whose_log_it_is() -> None:
 @pytest.mark.parametrize(
     ("action", "expected"),
     [
-        (StartBranch(3, 7, (1,) * 900, 256), ["start", 3, 7, 900, 256]),
+        (StartBranch(3, 7, (1,) * 900, 890, (2,) * 10, 256), ["start", 3, 7, 900, 256]),
         (StopBranch(3), ["stop", 3]),
-        (NODES, to_wire(NODES)),
-        (Reject(4, "gap"), to_wire(Reject(4, "gap"))),
+        (NODES, to_plain(NODES)),
+        (Reject(4, "gap"), to_plain(Reject(4, "gap"))),
     ],
 )
 def test_actions_as_plain_data(action: StartBranch | StopBranch | Nodes | Reject, expected: list) -> None:
@@ -79,10 +80,10 @@ def test_a_controller_s_session_that_records_does_what_others_do() -> None:
     ]
     begin, opened, received, draft, commit, blind, *_ = json.loads(json.dumps(records))
     assert (begin["context"], begin["windowed"]) == (list(PROMPT), True)
-    assert from_wire(opened["out"][0]) == OPENED
-    assert from_wire(received["message"]) == NODES
+    assert from_plain(opened["out"][0]) == replace(OPENED, length=len(PROMPT))
+    assert from_plain(received["message"]) == NODES
     assert (draft["limit"], draft["least"], draft["out"]) == (4, 0.1, [7, 8])
-    assert (commit["tokens"], from_wire(commit["out"][0])) == ([7, 9], Commit(4, 3, (7, 9)))
+    assert (commit["tokens"], from_plain(commit["out"][0])) == ([7, 9], Commit(4, 3, (7, 9)))
     assert blind["out"] == []
 
 
@@ -104,7 +105,7 @@ def test_what_a_bad_peer_sent_is_in_the_log() -> None:
     session.open(4, OPENED.limits, 0.0, vocab_size=5, turnaround=Turnaround())
     with pytest.raises(RemoteProtocolError):
         session.receive(NODES, 1.0)
-    assert records[-1]["message"] == to_wire(NODES)
+    assert records[-1]["message"] == to_plain(NODES)
 
 
 def test_notes_are_no_calls_of_the_session() -> None:
@@ -145,7 +146,7 @@ def test_a_drafter_s_session_that_records_does_what_others_do() -> None:
         (8.0, "close"),
     ]
     opened, drafted, *_ = json.loads(json.dumps(records))
-    assert from_wire(opened["message"]) == OPENED
+    assert from_plain(opened["message"]) == OPENED
     assert opened["settings"] == settings
     assert drafted["steps"][0][:3] == [TOY.step(PROMPT).token, TOY.step(PROMPT).logprob, TOY.step(PROMPT).entropy_nats]
     assert [r["out"] for r in records] == [[action_to_log(action) for action in each] for each in actions]
@@ -156,4 +157,4 @@ def test_a_failure_is_recorded_with_the_reject_that_follows() -> None:
     session = RecordedDrafterSession(OPENED, key="c#4", sink=records.append, vocab_size=VOCAB_SIZE, max_context=100)
     session.start(0.0)
     session.failed(1.0)
-    assert records[-1] == {"t": 1.0, "k": "c#4", "call": "failed", "out": [["stop", 1], to_wire(Reject(4, "engine"))]}
+    assert records[-1] == {"t": 1.0, "k": "c#4", "call": "failed", "out": [["stop", 1], to_plain(Reject(4, "engine"))]}

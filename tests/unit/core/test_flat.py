@@ -52,6 +52,11 @@ class Both:
         self.context.extend(tokens)
         self.check()
 
+    def catch_up(self, length: int) -> None:
+        self.tree.catch_up(length)
+        self.plain.catch_up(length)
+        self.check()
+
     def prune(self) -> None:
         self.tree.prune()
         self.plain.prune()
@@ -91,10 +96,11 @@ def least_dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 logprobs = st.sampled_from([-0.1, -0.5, -1.0, -3.0])
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(0, 10), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
-        st.tuples(st.just("extend"), st.integers(0, 3), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
+        st.tuples(st.just("append"), st.integers(0, 10), st.integers(0, VOCAB_SIZE - 1), logprobs),
+        st.tuples(st.just("extend"), st.integers(0, 3), st.integers(0, VOCAB_SIZE - 1), logprobs),
         st.tuples(st.just("commit"), st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4)),
         st.tuples(st.just("follow"), st.integers(1, 4)),
+        st.tuples(st.just("catch up"), st.integers(0, 3)),
         st.tuples(st.just("prune")),
     ),
     max_size=60,
@@ -104,17 +110,16 @@ operations = st.lists(
 def play(both: Both, script: list[tuple], batch: int) -> Iterator[None]:
     """Play a script in messages of ``batch`` nodes; a step after each."""
     waiting: list[NodeRecord] = []
-    last = 0
     for operation in script:
         if operation[0] in ("append", "extend"):
-            _, choice, token, logprob, echo = operation
+            _, choice, token, logprob = operation
+            last = both.plain.last_id + len(waiting)
             if operation[0] == "append":
                 parent = max(0, last - choice)
             else:
                 live = sorted(both.plain._nodes)
                 parent = live[-1 - choice % len(live)]
-            last += 1
-            waiting.append(record(last, parent, token, 0.0 if echo else logprob, 0.0 if echo else 1.0))
+            waiting.append(record(last + 1, parent, token, logprob))
             if len(waiting) < batch:
                 continue
         if waiting:
@@ -126,6 +131,8 @@ def play(both: Both, script: list[tuple], batch: int) -> Iterator[None]:
             both.commit(operation[1])
         elif operation[0] == "follow":
             both.commit([node.token for node in both.plain.best_path(operation[1])])
+        elif operation[0] == "catch up":
+            both.catch_up(both.plain.committed_length - operation[1])
         elif operation[0] == "prune":
             both.prune()
         yield

@@ -7,9 +7,10 @@ import asyncio
 import os
 import random
 import time
+import timeit
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 
 import msgpack
@@ -21,7 +22,6 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DraftStep
 from vllm_wanspec.core.messages import (
-    MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     Close,
     Commit,
@@ -31,12 +31,13 @@ from vllm_wanspec.core.messages import (
     Nodes,
     Open,
     Ping,
+    Refuse,
     Reject,
-    decode,
-    encode,
-    to_wire,
+    Want,
 )
+from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.core.turnaround import Turnaround
+from vllm_wanspec.core.wire import MAX_DRAFTERS_BYTES, MAX_MESSAGES, decode, encode, to_wire
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError
@@ -70,13 +71,13 @@ def test_fuzz_of_the_decoder() -> None:
     print(f"{accepted} accepted, {refused} refused")
     assert accepted + refused == INPUTS
     assert 0.05 < accepted / INPUTS < 0.95
-    assert len(counts) == 10
+    assert len(counts) == len(KINDS) == 13
     assert min(counts.values()) > INPUTS / 1000
 
 
 def test_an_oversized_frame_is_refused_unread() -> None:
     with pytest.raises(RemoteProtocolError, match="over"):
-        decode(b"\x90".ljust(MAX_FRAME_BYTES + 1, b"\xc1"))
+        decode(b"\x90".ljust(MAX_DRAFTERS_BYTES + 1, b"\xc1"))
 
 
 @pytest.mark.parametrize("kind", range(len(KINDS)))
@@ -101,24 +102,64 @@ def peak_bytes(frame: bytes) -> int:
     return tracemalloc.get_traced_memory()[1] - before
 
 
-def test_memory_is_in_proportion_to_the_frame() -> None:
-    large = [
-        encode([Open(1, tuple(range(50_000)), Limits(8, 64))]),
-        b"\x9f" * 200_000,
-        (b"\x91\x96\x06\x01\x01\xdd\x00\x01\x00\x00").ljust(400_000, b"\xc0"),
-        b"\xdc\xff\xff".ljust(70_000, b"\x90"),
-        b"\xdd\x00\x06\x1a\x80".ljust(400_005, b"\x90"),
-    ]
+def full(message: Message) -> bytes:
+    """As large a frame as is taken, of one kind of message."""
+    size = len(encode([message])) - 1
+    return encode([message] * min(MAX_MESSAGES, MAX_DRAFTERS_BYTES // size - 1))
+
+
+NODE_RUN = tuple(NodeRecord(2**40 + i, 2**40 + i - 1 - i % 200, 2**23 + i, -0.5, 0.5) for i in range(4096))
+FAR_RUN = tuple(NodeRecord(2**40 + i, 2**39, 2**23 + i, -0.5, 0.5) for i in range(4096))
+DEAR = {
+    "commits": full(Commit(1, 2**40, tuple(range(2**23, 2**23 + 4096)))),
+    "nodes": full(Nodes(1, 2**40, NODE_RUN)),
+    "nodes far from their parents": full(Nodes(1, 2**40, FAR_RUN)),
+    "opens": full(Open(1, tuple(range(300)), Limits(8, 64))),
+    "small messages": full(Ping(2**40)),
+    "a hello": encode([Hello(1, "f" * 512, "c" * 512, b"x" * 32_768, tuple(range(2**20, 2**20 + 256)))]),
+    "a refusal": encode([Refuse("vocabulary", "r" * 512, 0, (b"x" * 48,) * 512)]),
+}
+"""The dearest that is allowed."""
+HOSTILE = {
+    "arrays in one another": b"\x9f" * 200_000,
+    "nodes as a list": (b"\x91\x96\x06\x01\x01\xdd\x00\x01\x00\x00").ljust(250_000, b"\xc0"),
+    "many empty messages": b"\xdc\xff\xff".ljust(70_000, b"\x90"),
+    "many empty messages, and many more claimed": b"\xdd\x00\x06\x1a\x80".ljust(250_000, b"\x90"),
+    "arrays that claim much in one another": (b"\xdd\x00\x00\xff\xff" * 1_100).ljust(70_000, b"\xc0"),
+}
+"""What must cost next to nothing."""
+
+
+@pytest.mark.parametrize("name", [*DEAR, *HOSTILE])
+def test_what_a_frame_may_cost(name: str) -> None:
+    """20 ms and 20 MB at most; what is refused is refused unread."""
+    frame = DEAR.get(name) or HOSTILE[name]
     tracemalloc.start()
     try:
-        for frame in [*Fuzz(7).frames(5_000), *large]:
-            # A level of nesting may claim as many items as the frame has bytes; it has no more than 1024 levels.
-            assert peak_bytes(frame) <= 20_000 + 128 * len(frame) + 8 * len(frame) * min(1024, len(frame) // 3)
-        for frame in large:
-            assert peak_bytes(frame) <= 20_000 + 128 * len(frame)
-        assert peak_bytes((b"\xdd\x00\x00\xff\xff" * 1_100).ljust(70_000, b"\xc0")) < 128 * 2**20
+        peak = peak_bytes(frame)
     finally:
         tracemalloc.stop()
+    took_s = min(timeit.repeat(lambda: decoded(frame), number=1, repeat=5))
+    print(f"{name}: {len(frame):,} bytes, {took_s * 1e3:.2f} ms, {peak / 1e6:.2f} MB")
+    assert (took_s, peak) <= ((0.020, 20e6) if name in DEAR else (0.001, 50_000))
+    assert peak <= (20e6 if name in DEAR else 50_000)
+    assert bool(decoded(frame)) is (name in DEAR)
+
+
+def test_memory_is_in_proportion_to_the_frame() -> None:
+    tracemalloc.start()
+    try:
+        for frame in Fuzz(7).frames(5_000):
+            assert peak_bytes(frame) <= 20_000 + 128 * len(frame)
+    finally:
+        tracemalloc.stop()
+
+
+def decoded(frame: bytes) -> list[Message]:
+    """Its messages; none of a frame that is refused."""
+    with suppress(RemoteProtocolError):
+        return decode(frame)
+    return []
 
 
 def mostly_valid(rng: random.Random, messages: list[Message], fuzz: Fuzz) -> bytes:
@@ -141,11 +182,15 @@ def test_fuzz_of_the_controllers_session() -> None:
             session = ControllerSession([1, 2, 3], shared)
             session.open(number, limits, 0.0, vocab_size=VOCAB_SIZE, turnaround=Turnaround())
         assert session.tree is not None
-        last = session.tree.last_id
-        records = [node._replace(id=last + node.id, parent=_parent(rng, last, node.id)) for node in some_nodes(rng)]
         if rng.random() < 0.1:
             session.commit(some_tokens(rng, 3), 0.0)
-        frame = mostly_valid(rng, [Nodes(1, rng.randint(1, session.length), tuple(records))], fuzz)
+        tree, seen = session.tree, rng.randint(1, session.length)
+        last = tree.last_id + (max(0, seen - tree.position) if tree.pending else 0)
+        records = [
+            node._replace(id=last + offset, parent=_parent(rng, last, offset))
+            for offset, node in enumerate(some_nodes(rng), 1)
+        ]
+        frame = mostly_valid(rng, [Nodes(1, seen, tuple(records))], fuzz)
         try:
             for message in decode(frame):
                 if isinstance(message, Nodes | Reject):
@@ -177,7 +222,7 @@ class ShortEngine:
     def __init__(self) -> None:
         self.toy = toy(1)
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         context = list(tokens)
         for _ in range(min(max_tokens, 3)):
             await asyncio.sleep(0)
@@ -240,4 +285,6 @@ def controllers_message(rng: random.Random, connection: Connection) -> Message:
         return Commit(
             number if number <= last else 1, max(0, length + rng.choice((-2, 0, 0, 0, 1))), some_tokens(rng, 4)
         )
+    if chance < 0.9:
+        return Want(number, rng.randint(1, 9))
     return Close(number) if chance < 0.95 else Ping(7)

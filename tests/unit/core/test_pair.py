@@ -14,6 +14,7 @@ from pair_finish import finish
 from toys import VOCAB_SIZE
 
 from vllm_wanspec.core.messages import (
+    MAX_TOKEN,
     REJECT_CODES,
     Close,
     Commit,
@@ -24,9 +25,9 @@ from vllm_wanspec.core.messages import (
     Ping,
     Reject,
     Welcome,
-    encode,
 )
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import encode
 
 HISTORIES = 2_000
 STEPS = 16
@@ -229,21 +230,24 @@ def wrong_message(rng: random.Random, world: World, request, to_drafter: bool) -
         return rng.choice([Ping(5), Close(number), welcome, Reject(number, "unknown")])
     if to_drafter:
         if rng.random() < 0.4:
-            wild = [rng.choice((1, 3, 40, 5000, 2**31 - 1)) for _ in range(4)]
+            wild = [rng.choice((1, 3, 40, 5000, MAX_TOKEN)) for _ in range(4)]
             wanted = Limits(wild[0], wild[1], min(wild[2], 64), min(wild[3], 1024), rng.randint(1, 4096))
             return Open(number, tokens, wanted)
         return Commit(number, length, tokens)
-    return Nodes(number, length, tuple(wrong_nodes(rng, request)))
+    return Nodes(number, length, tuple(wrong_nodes(rng, request, length)))
 
 
-def wrong_nodes(rng: random.Random, request) -> list[NodeRecord]:
+def wrong_nodes(rng: random.Random, request, seen: int) -> list[NodeRecord]:
     tree = request.session.tree
     last = tree.last_id if tree is not None else 0
+    if tree is not None and tree.pending:
+        last += max(0, seen - tree.position)  # what is pending takes ids
+    last = max(0, last + (0 if rng.random() < 0.9 else rng.choice((1, 98, -1, -50))))
     known = list(tree._index) if tree is not None else [0]
     records = []
     strange = (rng.random() < 0.15) * 9
     for _ in range(rng.choice((0, 1, 1, 3, 8, 700))):
-        last = max(1, last + rng.choice((1, 1, 1, 1, 1, 1, 1, 2, 99) if rng.random() < 0.95 else (0, -1, -50)))
+        last += 1
         parent = min(last - 1, rng.choice((rng.choice(known), last - 1, rng.randrange(last))))
         if tree is not None and tree.pending and rng.random() < 0.7:
             token = tree.pending[0]

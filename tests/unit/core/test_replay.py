@@ -11,8 +11,9 @@ from pair_finish import finish
 
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.events import Record, RecordedControllerSession, header, replay
-from vllm_wanspec.core.messages import Limits, Nodes, encode
+from vllm_wanspec.core.messages import Limits, Nodes
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import encode
 from vllm_wanspec.sim.history import Logs
 
 WIDE = Limits(24, 256, 4, 8, 4, 0.5, 0.01)

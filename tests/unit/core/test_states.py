@@ -81,7 +81,7 @@ CONTROLLER_PLAYS = {
     ControllerEvent.OPEN: open_on_a_link,
     ControllerEvent.STAY: lambda session: session.commit([5], 0.0),
     ControllerEvent.LEAVE: lambda session: session.commit([9], 0.0),
-    ControllerEvent.CATCH_UP: lambda session: session.receive(Nodes(1, 3, (record(3, 0, 9, 0.0, 0.0),)), 0.0),
+    ControllerEvent.CATCH_UP: lambda session: session.receive(Nodes(1, 3, (record(4, 3, 9),)), 0.0),
     ControllerEvent.REJECT: lambda session: session.receive(Reject(1, "gap"), 0.0),
     ControllerEvent.BAR: lambda session: session.receive(Reject(1, "vocabulary"), 0.0),
     ControllerEvent.LOSE: lambda session: session.link_lost(0.0),

@@ -51,12 +51,21 @@ class NaiveTree:
         if new.parent not in self.alive:
             return Appended(0, 1, 0, 0)
         if not self.possible(path):
-            return Appended(0, 1, int(not new.is_echo), 0)
+            return Appended(0, 1, 1, 0)
         late = bool(self.pending)
         self.alive.add(new.id)
         self.prune()
-        right = int(not new.is_echo)
-        return Appended(0, 0, right, right) if late else Appended(1, 0, 0, 0)
+        return Appended(0, 0, 1, 1) if late else Appended(1, 0, 0, 0)
+
+    def catch_up(self, length: int, first: int) -> int:
+        """Nodes for pending tokens, from the id ``first`` on; the next id."""
+        while self.pending and CONTEXT + len(self.paths[self.cursor]) < length:
+            path = (*self.paths[self.cursor], self.pending[0])
+            self.paths[first], self.logprobs[first] = path, 0.0
+            self.alive.add(first)
+            self.prune()
+            first += 1
+        return first
 
     def commit(self, tokens: list[int]) -> Committed:
         stayed = followed = 0
@@ -91,10 +100,11 @@ class NaiveTree:
 logprobs = st.sampled_from([-0.1, -0.5, -1.0, -3.0])
 operations = st.lists(
     st.one_of(
-        st.tuples(st.just("append"), st.integers(0, 10), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
-        st.tuples(st.just("extend"), st.integers(0, 3), st.integers(0, VOCAB_SIZE - 1), logprobs, st.booleans()),
+        st.tuples(st.just("append"), st.integers(0, 10), st.integers(0, VOCAB_SIZE - 1), logprobs),
+        st.tuples(st.just("extend"), st.integers(0, 3), st.integers(0, VOCAB_SIZE - 1), logprobs),
         st.tuples(st.just("commit"), st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4)),
         st.tuples(st.just("follow"), st.integers(1, 4)),
+        st.tuples(st.just("catch up"), st.integers(0, 3)),
     ),
     max_size=60,
 )
@@ -111,13 +121,17 @@ def test_tree_agrees_with_a_naive_model(script: list[tuple], max_nodes: int, pru
         elif operation[0] == "follow":
             tokens = [node.token for node in tree.best_path(operation[1])]
             assert tree.commit(tokens) == naive.commit(tokens) == Committed(len(tokens), len(tokens), False)
+        elif operation[0] == "catch up":
+            length = tree.committed_length - operation[1]
+            tree.catch_up(length)
+            assert tree.last_id + 1 == naive.catch_up(length, max(naive.paths) + 1)
         else:
-            _, choice, token, logprob, echo = operation
+            _, choice, token, logprob = operation
             if operation[0] == "append":
                 parent = max(0, tree.last_id - choice)
             else:
                 parent = sorted(naive.alive)[-1 - choice % len(naive.alive)]
-            new = record(tree.last_id + 1, parent, token, 0.0 if echo else logprob, 0.0 if echo else 1.0)
+            new = record(tree.last_id + 1, parent, token, logprob)
             repeated = parent in naive.alive and any(
                 naive.paths[n] == (*naive.paths[parent], token) for n in naive.alive
             )

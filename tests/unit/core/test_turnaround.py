@@ -25,10 +25,10 @@ class Served:
         self.tree = FlatTree(START, vocab_size=100, max_nodes=64)
         self.clock = AnswerClock(self.turnaround, START)
 
-    def arrive(self, now: float, *records: tuple[int, int, int], echo: bool = False, seen: int = START) -> None:
-        """Nodes (id, parent, token); drafted ones, or echoes."""
-        logprob, entropy = (0.0, 0.0) if echo else (-0.1, 1.0)
-        nodes = tuple(NodeRecord(*record, logprob, entropy) for record in records)
+    def arrive(self, now: float, *records: tuple[int, int, int], seen: int = START) -> None:
+        """Nodes (id, parent, token), drafted with knowledge of ``seen`` tokens."""
+        nodes = tuple(NodeRecord(*record, -0.1, 1.0) for record in records)
+        self.tree.catch_up(seen)
         self.tree.append(nodes)
         self.clock.received(Nodes(1, seen, nodes), self.tree, now)
 
@@ -58,7 +58,7 @@ def test_an_answer_is_timed_from_the_commit_that_asked_for_it() -> None:
     served = Served()
     served.arrive(1.0, (1, 0, 5))
     served.leave(2.0, 7)
-    served.arrive(2.25, (2, 1, 6), seen=START + 1)
+    served.arrive(2.25, (3, 2, 6), seen=START + 1)
     assert served.answer_s == pytest.approx(0.25)
 
 
@@ -72,20 +72,19 @@ def test_a_miss_before_the_opening_is_answered_waits_for_the_same_prefill() -> N
     served = Served(answer_s=0.1)
     served.leave(1.0, 7)
     assert served.coming(1.0) is None
-    served.arrive(9.0, (1, 0, 7), seen=START + 1)
+    served.arrive(9.0, (2, 1, 7), seen=START + 1)
     assert served.answer_s == 0.1
     served.leave(10.0, 8)
     assert served.coming(10.0) == Coming(pytest.approx(10.1), 1.0, ASSUMED_GAP_S)
 
 
-def test_what_was_on_its_way_and_echoes_are_no_answer() -> None:
+def test_what_was_on_its_way_is_no_answer() -> None:
     served = Served()
     served.arrive(1.0, (1, 0, 5))
     served.leave(2.0, 7)
     served.arrive(2.1, (2, 1, 6))  # drafted before the drafter knew
-    served.arrive(2.2, (3, 0, 7), echo=True, seen=START + 1)
     assert served.answer_s == UNKNOWN
-    served.arrive(2.5, (4, 3, 8), seen=START + 1)
+    served.arrive(2.5, (4, 3, 8), seen=START + 1)  # 3 is what was committed
     assert served.answer_s == pytest.approx(0.5)
 
 

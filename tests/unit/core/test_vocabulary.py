@@ -5,8 +5,9 @@ import random
 import msgpack
 import pytest
 
-from vllm_wanspec.core.messages import MAX_FRAME_BYTES, Hello, Refuse, decode, encode, vocabulary_fingerprint
+from vllm_wanspec.core.messages import Hello, Refuse, vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import CHUNK, DIGEST_BYTES, MAX_CHUNKS, MAX_TOKEN_BYTES, Tokens
+from vllm_wanspec.core.wire import MAX_CONTROLLERS_BYTES, decode, encode
 from vllm_wanspec.errors import RemoteProtocolError
 
 
@@ -73,7 +74,7 @@ def test_the_largest_vocabulary_travels() -> None:
     for message in (hello, refuse):
         frame = encode([message])
         assert decode(frame) == [message]
-        assert len(frame) < MAX_FRAME_BYTES / 100
+        assert len(frame) < MAX_CONTROLLERS_BYTES
 
 
 @pytest.mark.parametrize(

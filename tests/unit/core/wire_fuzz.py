@@ -11,6 +11,8 @@ from vllm_wanspec.core.messages import (
     REJECT_CODES,
     Close,
     Commit,
+    Drain,
+    Have,
     Hello,
     Limits,
     Message,
@@ -20,10 +22,11 @@ from vllm_wanspec.core.messages import (
     Pong,
     Refuse,
     Reject,
+    Want,
     Welcome,
-    encode,
 )
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import encode
 
 BASES = 2_000
 ODD_VALUES: tuple[Any, ...] = (
@@ -54,20 +57,31 @@ def some_nodes(rng: random.Random) -> tuple[NodeRecord, ...]:
 
 def some_limits(rng: random.Random) -> Limits:
     threshold = rng.choice((None, 0.0, 0.5, math.inf))
-    return Limits(rng.randint(1, 40), rng.randint(8, 512), rng.randint(1, 6), rng.randint(1, 12), 4, threshold, 0.25)
+    width = rng.randint(1, 6), rng.randint(1, 12)
+    return Limits(rng.randint(1, 40), rng.randint(8, 512), *width, 4, threshold, 0.25, rng.randint(1, 3))
+
+
+def some_open(rng: random.Random) -> Open:
+    tokens = some_tokens(rng)
+    length = len(tokens) + rng.choice((0, 0, 5))
+    asked = rng.choice((0.0, 0.7)), rng.randint(-1, 1), None, rng.random() < 0.2
+    return Open(rng.randint(1, 9), tokens, some_limits(rng), length, *asked)
 
 
 KINDS: tuple[Callable[[random.Random], Message], ...] = (
     lambda rng: Hello(1, "ab" * 32, "client"),
-    lambda rng: Welcome(1, "model", 4096, "ab" * 32, 256, 4096, 2048),
+    lambda rng: Welcome(1, "model", 4096, "ab" * 32, 256, 4096, 2048, 50),
     lambda rng: Refuse("vocabulary", "other"),
-    lambda rng: Open(rng.randint(1, 9), some_tokens(rng), some_limits(rng)),
+    some_open,
     lambda rng: Commit(rng.randint(1, 9), rng.randint(1, 20), some_tokens(rng)),
     lambda rng: Nodes(rng.randint(1, 9), rng.randint(1, 20), some_nodes(rng)),
     lambda rng: Close(rng.randint(1, 9)),
     lambda rng: Reject(rng.randint(1, 9), rng.choice(sorted(REJECT_CODES))),
     lambda rng: Ping(rng.randint(0, 2**40)),
-    lambda rng: Pong(rng.randint(0, 2**40)),
+    lambda rng: Pong(rng.randint(0, 2**40), rng.randint(0, 300)),
+    lambda rng: Drain(),
+    lambda rng: Have(rng.randint(1, 9), rng.randint(0, 20)),
+    lambda rng: Want(rng.randint(1, 9), rng.randint(1, 20)),
 )
 
 
@@ -146,9 +160,7 @@ class Fuzz:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two decoded values are equal, floats to the precision of float32, which carries them."""
-    if isinstance(one, float) and isinstance(other, float):
-        return one == other or math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-37)
+    """Whether two decoded values are equal, and of the same types."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and bool(one == other)

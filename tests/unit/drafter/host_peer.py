@@ -6,7 +6,8 @@ from contextlib import suppress
 
 from toys import FINGERPRINT, draft_model, limits, toy
 
-from vllm_wanspec.core.messages import Hello, Message, Nodes, Open, decode, encode
+from vllm_wanspec.core.messages import Hello, Message, Nodes, Open
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter.engines import DraftEngine
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.ports import LocalPort

@@ -1,7 +1,7 @@
 """The session host without a transport: frames in, frames out, a toy engine between."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 from host_peer import PROMPT, TOY, Peer, opened, with_peer
@@ -233,7 +233,7 @@ def test_an_engine_failure_rejects_the_session_and_spares_the_others() -> None:
 class FailsWhenStopped(Engine):
     """An engine whose abort fails, as one's may that is busy shutting a request down."""
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         try:
             async for steps in super().draft(tokens, max_tokens):
                 yield steps
@@ -258,7 +258,7 @@ def test_a_failing_abort_does_not_cost_the_session_its_new_branch() -> None:
 class EndsAtOnce(Engine):
     """An engine that finishes requests without a token."""
 
-    async def draft(self, tokens: tuple[int, ...], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
+    async def draft(self, tokens: Sequence[int], max_tokens: int) -> AsyncGenerator[list[DraftStep], None]:
         self.started += 1
         await asyncio.sleep(0)
         if tokens == ():

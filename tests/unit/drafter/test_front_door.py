@@ -119,7 +119,7 @@ def test_where_a_refused_controller_says_that_it_is(
 
 def test_a_controller_that_breaks_the_protocol_in_long_words(log: LogLines) -> None:
     """The reason goes back to it in a close frame, which takes 123 bytes."""
-    frame = msgpack.packb([[1, "€" * 40, "", ""]])
+    frame = msgpack.packb([[8, "€" * 40, "", ""]])
 
     async def scenario() -> None:
         async with drafter() as (url, _), connected(url) as peer:

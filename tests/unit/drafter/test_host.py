@@ -51,8 +51,8 @@ STEP = DraftStep(7, -0.5, 1.0)
 
 def test_what_the_engine_does_is_told_to_the_owner_of_the_branch() -> None:
     host, first, second = QuietHost(), Owner(), Owner()
-    one = host.start(first, 3, StartBranch(5, 0, (1, 2), 8))
-    other = host.start(second, 3, StartBranch(6, 0, (1, 2), 8))
+    one = host.start(first, 3, StartBranch(5, 0, (1, 2), 2, (), 8))
+    other = host.start(second, 3, StartBranch(6, 0, (1, 2), 2, (), 8))
     host.drafted(one, [STEP, STEP])
     host.ended(one)
     host.failed(other, "gone")
@@ -64,7 +64,7 @@ def test_what_the_engine_does_is_told_to_the_owner_of_the_branch() -> None:
 
 def test_a_branch_that_is_gone_is_nobody_s() -> None:
     host, owner = QuietHost(), Owner()
-    handle = host.start(owner, 1, StartBranch(1, 0, (1,), 8))
+    handle = host.start(owner, 1, StartBranch(1, 0, (1,), 1, (), 8))
     host.gone(handle)
     owner.told.clear()
     host.drafted(handle, [STEP])
@@ -83,7 +83,7 @@ def test_all_owners_are_told_their_sessions_share() -> None:
 
 def test_times_are_counted_from_token_to_token() -> None:
     host, owner = QuietHost(), Owner()
-    handle = host.start(owner, 1, StartBranch(1, 0, (1,), 8))
+    handle = host.start(owner, 1, StartBranch(1, 0, (1,), 1, (), 8))
     host.time_s = 0.25
     host.drafted(handle, [STEP])
     host.time_s = 0.5

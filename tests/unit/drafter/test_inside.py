@@ -9,19 +9,8 @@ import numpy as np
 import pytest
 from toys import FINGERPRINT, VOCAB_SIZE, draft_model, limits, toy
 
-from vllm_wanspec.core.messages import (
-    Close,
-    Commit,
-    Hello,
-    Message,
-    Nodes,
-    Open,
-    Refuse,
-    Reject,
-    Welcome,
-    decode,
-    encode,
-)
+from vllm_wanspec.core.messages import Close, Commit, Hello, Message, Nodes, Open, Refuse, Reject, Welcome
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter import gate as gate_module
 from vllm_wanspec.drafter import inside
 from vllm_wanspec.drafter.engines import TOP_K

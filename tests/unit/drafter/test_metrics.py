@@ -73,7 +73,7 @@ def test_times_to_the_first_token_and_between_tokens() -> None:
     step = DraftStep(1, -0.1, 0.3)
     host = PlayedHost(draft_model(), clock=lambda: now[0])
     connection = Connection(host)
-    handles = [host.start(connection, 1, StartBranch(branch, 0, (1,), 8)) for branch in (1, 2)]
+    handles = [host.start(connection, 1, StartBranch(branch, 0, (1,), 1, (), 8)) for branch in (1, 2)]
     for handle, seconds, tokens in ((handles[0], 2.0, 1), (handles[1], 1.0, 1), (handles[0], 3.0, 2)):
         now[0] += seconds
         host.drafted(handle, [step] * tokens)
@@ -88,7 +88,7 @@ def test_the_mean_number_of_running_branches_is_the_growth_of_their_time() -> No
     handles = []
     for starts, seconds, total in ((True, 2.0, 2.0), (True, 3.0, 8.0), (True, 1.0, 11.0), (False, 4.0, 19.0)):
         if starts:
-            handles.append(host.start(connection, 1, StartBranch(len(handles), 0, (1,), 8)))
+            handles.append(host.start(connection, 1, StartBranch(len(handles), 0, (1,), 1, (), 8)))
         else:
             host.stop(handles.pop())
         now[0] += seconds

@@ -17,7 +17,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from toys import FINGERPRINT, VOCAB_SIZE, VOCABULARY, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
-from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome, decode, encode
+from vllm_wanspec.core.messages import PATH, Commit, Hello, Message, Nodes, Open, Refuse, Welcome
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter import routes
 from vllm_wanspec.drafter.environment import FRONT_END, running_branches
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES, StreamingHost

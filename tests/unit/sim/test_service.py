@@ -13,7 +13,8 @@ import pytest
 from aiohttp import web
 from toys import DrafterServer, drafter_argv, limits, toy, wait_until
 
-from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Hello, Message, Nodes, Open, Welcome, decode, encode
+from vllm_wanspec.core.messages import PATH, PROTOCOL_VERSION, Hello, Message, Nodes, Open, Welcome
+from vllm_wanspec.core.wire import decode, encode
 from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.emulate.pacing import Pacing
 from vllm_wanspec.lab.harness.servers import free_ports

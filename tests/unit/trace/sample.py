@@ -48,7 +48,7 @@ def at_controller(key: str = "req-a") -> list[Line]:
         return does(ms, "commit", tokens=list(tokens), out=out)
 
     context = [1, 2, 3, 10, 12, 20, 21, 30, 40, 42, 43, 44]
-    limits = [16, 64, 4, 4, 8, 1.0, 0.05]
+    limits = [[16, 64, 4, 4, 8, 1.0, 0.05, 1], 0, 0.0, 0, None]
     return [
         does(0, "begin", context=[1, 2, 3]),
         does(0, "link", drafter="west", peer=PEER),
@@ -68,7 +68,6 @@ def at_controller(key: str = "req-a") -> list[Line]:
         commits(121, 5, 20, 21, 30),
         takes(122),
         gets(135, [11, 10, 34, -0.2, 0.4], seen=5),
-        gets(141, [12, 7, 30, 0.0, 0.0], seen=8),
         commits(161, 8, 40),
         takes(162),
         gets(165, [13, 12, 40, -0.5, 1.1], [14, 12, 41, -1.1, 1.1], seen=8),
@@ -106,7 +105,7 @@ def at_drafter() -> list[Line]:
         return does(ms, "commit", message=[5, 7, position, list(tokens)], out=list(out))
 
     return [
-        does(10, "open", message=[4, 7, [1, 2, 3], 16, 64], out=[["start", 1, 0, 3, 32]]),
+        does(10, "open", message=[4, 7, [1, 2, 3], [16, 64]], out=[["start", 1, 0, 3, 32]]),
         drafted(15, 1, 10, [1, 0, 10, -0.1, 0.4]),
         drafted(20, 1, 11, [2, 1, 11, -0.7, 1.5], [3, 1, 12, -1.2, 1.5], then=(["start", 2, 3, 5, 8],)),
         drafted(25, 1, 13, [4, 2, 13, -0.2, 0.6]),
@@ -118,7 +117,7 @@ def at_drafter() -> list[Line]:
         drafted(95, 2, 31, [8, 7, 31, -0.9, 1.6], [9, 7, 32, -1.3, 1.6], seen=5),
         drafted(96, 2, 33, [10, 8, 33, -0.2, 0.4], seen=5),
         drafted(125, 2, 34, [11, 10, 34, -0.2, 0.4], seen=5),
-        commits(131, 5, 20, 21, 30, out=(["stop", 2], [6, 7, 8, [[12, 7, 30, 0.0, 0.0]]], ["start", 3, 12, 8, 32])),
+        commits(131, 5, 20, 21, 30, out=(["stop", 2], ["start", 3, 12, 8, 32])),
         drafted(155, 3, 40, [13, 12, 40, -0.5, 1.1], [14, 12, 41, -1.1, 1.1], seen=8),
         drafted(156, 3, 42, [15, 13, 42, -0.1, 0.2], seen=8),
         commits(171, 8, 40),
@@ -195,7 +194,7 @@ class MadeUp:
     def run(self, tokens: int) -> None:
         """Generate that many tokens."""
         length = len(self.context)
-        opened = [4, 1, list(self.context), 24, 512, 4, self.width, 6, 1.0, 0.05]
+        opened = [4, 1, list(self.context), [24, 512, 4, self.width, 6, 1.0, 0.05, 1], 0, 0.0, 0, None]
         self._log(0, "begin", context=list(self.context))
         self._log(0, "link", drafter="west", peer=self.peer)
         self._log(0, "open", vocab_size=4000, out=[opened])
@@ -243,6 +242,7 @@ class MadeUp:
     def _receive_until(self, now: float) -> None:
         while self.down and self.down[0][0] <= now:
             at, message = self.down.pop(0)
+            self.here.catch_up(message[2], at, 0)
             self.here.append(message[3], at, 0)
             self._log(at, "receive", message=message, out=[])
 
@@ -266,17 +266,18 @@ class MadeUp:
 
     def _committed(self, at: float, message: list[Any]) -> None:
         self.known += tuple(message[3])
-        echoes, out = [], []
+        out = []
         for token in message[3]:
-            if self.there.commit(token, 0) is None:
-                self.last_id += 1
-                echoes.append([self.last_id, self.last_id - 1 if echoes else self.there.cursor.id, token, 0.0, 0.0])
+            self.there.commit(token, 0)
+        text = self.texts[self.there.cursor.id]
+        for node in self.there.catch_up(len(self.known), at, 0):
+            self.last_id = node.id
+            self.texts[node.id] = text = (*text, node.token)
         for branch, (tip, _) in list(self.running.items()):
             if self.there.find(tip) is None:
                 del self.running[branch]
                 out.append(["stop", branch])
-        sent = [self._send(at, echoes)] if echoes else []
-        self._log_there(at, "commit", message=message, out=[*out, *sent, *self._steer()])
+        self._log_there(at, "commit", message=message, out=[*out, *self._steer()])
 
     def _drafted(self, at: float, branch: int) -> None:
         if branch not in self.running:

@@ -138,7 +138,7 @@ class RemoteDrafts:
     def _goes_on(requests: Requests, request: str, context: Sequence[int]) -> bool:
         """Whether a request that comes has a session already, and the text that the session knows."""
         known = requests.pool.context(request)
-        return known is not None and list(known) == list(context)
+        return known is not None and known == context
 
     # A step.
 

@@ -7,6 +7,7 @@ probability while there is room.
 
 import heapq
 from collections.abc import Generator, Iterable
+from itertools import islice
 from math import ceil, exp, inf, log
 
 from vllm_wanspec.core.learned.calibration import Calibration
@@ -56,8 +57,8 @@ def lookahead_tokens(rtt_s: float, step_s: float, speculation_length: int) -> in
 
 def branching_tokens(
     alternatives: Iterable[tuple[int, float]], entropy: float, limits: Limits, calibration: Calibration
-) -> list[tuple[int, float]]:
-    """Which alternatives of one position become candidates for branches.
+) -> tuple[list[tuple[int, float]], int]:
+    """Which alternatives of one position are sent, and how many of them become candidates for branches.
 
     Args:
         alternatives: Token ids with their log-probabilities, most probable first, without the most probable token.
@@ -66,15 +67,20 @@ def branching_tokens(
         calibration: Gives the threshold where it is adaptive.
 
     Returns:
-        At most ``max_branches - 1`` of them; none below the threshold.
+        ``leaves - 1`` of them at least, where there are so many; and of the first of those at most ``max_branches - 1``
+        that are probable enough, none below the threshold.
     """
     threshold = limits.entropy_threshold_nats
     if threshold is None:
         threshold = calibration.entropy_threshold_nats()
-    if entropy < threshold:
-        return []
+    branching = 0 if entropy < threshold else limits.max_branches - 1
+    wanted = max(branching, limits.leaves - 1)
+    if not wanted:
+        return [], 0
     least = log(limits.min_probability) if limits.min_probability > 0.0 else -inf
-    return [item for item in alternatives if item[1] >= least][: limits.max_branches - 1]
+    ranked = list(islice(alternatives, wanted))
+    probable = sum(logprob >= least for _, logprob in ranked[:branching])
+    return ranked[: max(probable, limits.leaves - 1)], probable
 
 
 class Candidates:

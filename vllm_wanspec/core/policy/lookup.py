@@ -47,22 +47,29 @@ class LookupRates:
 
 
 class Text:
-    """A request's tokens, searchable."""
+    """The end of a request's tokens, searchable: as many as are ever sought in, and those that came since.
 
-    __slots__ = ("_bytes",)
+    Attributes:
+        length: Tokens of the request that it knows of.
+    """
+
+    __slots__ = ("_bytes", "length")
 
     def __init__(self) -> None:
         """Begin empty."""
         self._bytes = bytearray()
-
-    @property
-    def length(self) -> int:
-        """Tokens in it."""
-        return len(self._bytes) // _WIDTH
+        self.length = 0
 
     def append(self, tokens: Sequence[int]) -> None:
         """Add tokens."""
         self._bytes += array("I", tokens).tobytes()
+        self.length += len(tokens)
+
+    def follow(self, context: Sequence[int]) -> None:
+        """Know a context that has grown since it was followed last."""
+        known, size = self.length, len(context)
+        self._bytes += array("I", context[max(known, size - WINDOW_TOKENS) :]).tobytes()
+        self.length = size
 
     def continuation(self, limit: int, drafted: Sequence[int] = ()) -> tuple[int, list[int]]:
         """What followed the last tokens when they stood in the text before.

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
-from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, PROTOCOL_VERSION, Nodes, Welcome, decode, encode
+from vllm_wanspec.core.messages import MAX_CONTEXT_TOKENS, PROTOCOL_VERSION, Nodes, Welcome
 from vllm_wanspec.core.tree import NodeRecord
+from vllm_wanspec.core.wire import Sender, decode, encode
 from vllm_wanspec.lab.target.hotpath_report import quantiles
 from vllm_wanspec.lab.target.played import make_pool, make_settings
 from vllm_wanspec.sim.host import draft_model
@@ -51,7 +52,7 @@ def measure_frames(count: int, sessions: int = 1, on_frame: Callable[[], None] =
             lines.append([line for _, line in written])
             frame = encode([message for message, _ in written])
             began_ns = time.perf_counter_ns()
-            pool.link_received(link, decode(frame))
+            pool.link_received(link, decode(frame, Sender.DRAFTER))
             times_ns.append(time.perf_counter_ns() - began_ns)
             sizes.append(len(frame))
             if number >= deep - 1:

@@ -75,15 +75,19 @@ class Run:
     def do(self, actions: Iterable[Action], now: float) -> None:
         for action in actions:
             match action:
-                case StartBranch(branch, _, tokens, max_tokens):
-                    self.branches[branch] = (list(tokens), max_tokens)
+                case StartBranch(branch=branch):
+                    self.branches[branch] = (action.tokens, action.max_tokens)
                     self.extend(branch, now)
                 case StopBranch(branch):
                     del self.branches[branch]
-                case Nodes(nodes=nodes):
-                    self.at(now + self.one_way_ms, "arrival", lambda _, sent=nodes: self.tree.append(sent))
+                case Nodes():
+                    self.at(now + self.one_way_ms, "arrival", lambda _, sent=action: self.arrived(sent))
                 case _:
                     raise AssertionError(action)
+
+    def arrived(self, sent: Nodes) -> None:
+        self.tree.catch_up(sent.seen)
+        self.tree.append(sent.nodes)
 
     def extend(self, branch: int, now: float) -> None:
         self.at(now + DRAFT_MS, "engine", lambda then: self.drafted(branch, then))

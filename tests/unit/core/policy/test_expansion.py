@@ -95,9 +95,30 @@ ALTERNATIVES = [(8, math.log(0.25)), (7, math.log(0.125)), (6, math.log(0.0625))
     ],
 )
 def test_which_alternatives_become_candidates(entropy: float, settings: dict, expected: list[int]) -> None:
-    tokens = branching_tokens(ALTERNATIVES, entropy, limits(**settings), Calibration())
-    assert [token for token, _ in tokens] == expected
-    assert tokens == ALTERNATIVES[: len(expected)]
+    sent, candidates = branching_tokens(ALTERNATIVES, entropy, limits(**settings), Calibration())
+    assert [token for token, _ in sent] == expected
+    assert candidates == len(expected)
+    assert sent == ALTERNATIVES[: len(expected)]
+
+
+@pytest.mark.parametrize(
+    ("entropy", "settings", "expected"),
+    [
+        (0.5, {"leaves": 1}, (0, 0)),
+        (0.5, {"leaves": 3}, (2, 0)),
+        (1.0, {"leaves": 3}, (2, 1)),
+        (1.0, {"leaves": 3, "max_branches": 4}, (3, 3)),
+        (1.0, {"leaves": 3, "max_branches": 4, "min_probability": 0.13}, (2, 1)),
+        (1.0, {"leaves": 64}, (4, 1)),
+    ],
+)
+def test_leaves_are_sent_of_every_position_and_not_followed(
+    entropy: float, settings: dict, expected: tuple[int, int]
+) -> None:
+    bounds = limits(**{"max_branches": 2, "entropy_threshold_nats": 1.0, **settings})
+    sent, candidates = branching_tokens(ALTERNATIVES, entropy, bounds, Calibration())
+    assert (len(sent), candidates) == expected
+    assert sent == ALTERNATIVES[: len(sent)]
 
 
 def test_an_adaptive_threshold_is_the_calibration_s() -> None:
@@ -106,10 +127,10 @@ def test_an_adaptive_threshold_is_the_calibration_s() -> None:
     for _ in range(100):
         calibration.saw_outcome(0.3, 3)
     assert calibration.entropy_threshold_nats() == 0.25
-    assert branching_tokens(ALTERNATIVES, 0.25, adaptive, calibration)
-    assert not branching_tokens(ALTERNATIVES, 0.24, adaptive, calibration)
+    assert branching_tokens(ALTERNATIVES, 0.25, adaptive, calibration)[1]
+    assert not branching_tokens(ALTERNATIVES, 0.24, adaptive, calibration)[1]
     fixed = limits(max_branches=4, entropy_threshold_nats=0.1)
-    assert branching_tokens(ALTERNATIVES, 0.24, fixed, calibration)
+    assert branching_tokens(ALTERNATIVES, 0.24, fixed, calibration)[1]
 
 
 # Candidates
@@ -123,44 +144,44 @@ def leaves(tree: DraftTree, *ids: int, least: float = 0.0) -> Candidates:
 
 
 def uncertain_tree() -> DraftTree:
-    """Leaves 3 (0.4 x 0.3), 4 (0.3) and 5 (0.4 x 0.08) beside the main line 1, 2."""
+    """Leaves 4 (0.4 x 0.3), 2 (0.3) and 5 (0.4 x 0.08) beside the main line 1, 3."""
     tree = make_tree()
-    tree.append([record(1, 0, 1, math.log(0.4)), record(4, 0, 4, math.log(0.3))])
-    tree.append([record(5, 1, 2, math.log(0.5)), record(6, 1, 3, math.log(0.3)), record(7, 1, 5, math.log(0.08))])
+    tree.append([record(1, 0, 1, math.log(0.4)), record(2, 0, 4, math.log(0.3))])
+    tree.append([record(3, 1, 2, math.log(0.5)), record(4, 1, 3, math.log(0.3)), record(5, 1, 5, math.log(0.08))])
     return tree
 
 
-@pytest.mark.parametrize("order", [(4, 6, 7), (7, 6, 4), (6, 7, 4)])
+@pytest.mark.parametrize("order", [(2, 4, 5), (5, 4, 2), (4, 5, 2)])
 def test_candidates_come_in_the_order_of_path_probability(order: tuple[int, ...]) -> None:
     tree = uncertain_tree()
-    assert [node.id for node in leaves(tree, *order).take(tree, CONTEXT + 9)] == [4, 6, 7]
+    assert [node.id for node in leaves(tree, *order).take(tree, CONTEXT + 9)] == [2, 4, 5]
 
 
 def test_what_is_not_taken_stays() -> None:
     tree = uncertain_tree()
-    candidates = leaves(tree, 4, 6, 7)
+    candidates = leaves(tree, 2, 4, 5)
     taking = candidates.take(tree, CONTEXT + 9)
-    assert next(taking).id == 4
+    assert next(taking).id == 2
     taking.close()
-    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [6, 7]
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [4, 5]
     assert len(candidates) == 0
 
 
 def test_leaves_that_are_too_far_wait_without_holding_up_the_others() -> None:
     tree = uncertain_tree()
-    candidates = leaves(tree, 4, 6, 7)
-    assert [node.id for node in candidates.take(tree, CONTEXT + 2)] == [4]
+    candidates = leaves(tree, 2, 4, 5)
+    assert [node.id for node in candidates.take(tree, CONTEXT + 2)] == [2]
     assert [node.id for node in candidates.take(tree, CONTEXT + 1)] == []
-    assert [node.id for node in candidates.take(tree, CONTEXT + 3)] == [6, 7]
+    assert [node.id for node in candidates.take(tree, CONTEXT + 3)] == [4, 5]
 
 
 def test_what_is_gone_extended_or_committed_is_no_candidate() -> None:
     tree = uncertain_tree()
-    candidates = leaves(tree, 4, 6, 7)
-    tree.append([record(8, 6, 1)])
+    candidates = leaves(tree, 2, 4, 5)
+    tree.append([record(6, 4, 1)])
     tree.commit([1])
     tree.prune()
-    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [7]
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [5]
     tree.commit([5])
     candidates.add(tree.cursor)
     assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == []
@@ -183,10 +204,10 @@ def test_improbable_paths_wait_for_commits() -> None:
 
 def test_forgetting_frees_what_was_dropped_and_keeps_the_order() -> None:
     tree = uncertain_tree()
-    candidates = leaves(tree, 4, 6, 7)
+    candidates = leaves(tree, 2, 4, 5)
     tree.commit([1])
     tree.prune()
     assert len(candidates) == 3
     candidates.forget(tree)
     assert len(candidates) == 2
-    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [6, 7]
+    assert [node.id for node in candidates.take(tree, CONTEXT + 9)] == [4, 5]

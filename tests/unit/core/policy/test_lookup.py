@@ -8,6 +8,7 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import Limits, Nodes
+from vllm_wanspec.core.policy import lookup
 from vllm_wanspec.core.policy.lookup import LENGTHS, WINDOW_TOKENS, LookupRates, Text
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.core.turnaround import Turnaround
@@ -136,3 +137,16 @@ def test_a_short_draft_is_lengthened() -> None:
     assert longer.expected == pytest.approx(alone + alone * 0.5 + alone * 0.25, rel=1e-3)
     session.commit([3, 4, 9], 1.0, longer)
     assert (shared.counters.fallback_tokens, shared.counters.fallback_hits, shared.counters.hits) == (2, 1, 0)
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=30), st.integers(1, 9))
+def test_of_a_long_context_no_more_is_kept_than_is_sought_in(prompt: list[int], more: list[int], window: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "WINDOW_TOKENS", window)
+        followed, whole = Text(), Text()
+        whole.append(prompt + more)
+        followed.follow(prompt)
+        assert len(followed._bytes) <= 4 * window
+        followed.follow(prompt + more)
+        assert followed.length == whole.length == len(prompt) + len(more)
+        assert followed.continuation(8) == whole.continuation(8)
