@@ -47,7 +47,6 @@ async def greeted(host: StreamingHost) -> LocalPort:
     return port
 
 
-@finding("5.3", "commits carry a session's context past max_context, 256 times over in one frame")
 def test_commits_cannot_make_a_context_longer_than_the_draft_model_takes() -> None:
     async def scenario(peer: HostPeer) -> None:
         await peer.greet()

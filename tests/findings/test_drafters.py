@@ -111,7 +111,6 @@ def test_unanswered_pings_move_sessions_before_the_connection_is_given_up(monkey
             assert pings <= 8
 
 
-@finding("5.9", "an upload that outlasts the silence limit is dropped and begins again, for ever")
 def test_a_long_context_gets_through_a_slow_uplink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.05)
     monkeypatch.setattr(link_module, "SILENCE_LIMIT_S", 0.5)

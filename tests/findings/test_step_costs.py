@@ -171,9 +171,8 @@ def test_a_drafter_that_is_surely_wrong_does_not_spoil_another() -> None:
     assert tree is not None
     for index in range(3000):
         number = 2 * index + 1
-        pool.link_received(bad, [Nodes(1, 3 + index, (NodeRecord(number, tree.cursor_id, 100, -0.001, 0.005),))])
-        pool.step([("bad", [7])])
-        pool.link_received(bad, [Nodes(1, 4 + index, (NodeRecord(number + 1, tree.cursor_id, 7, 0.0, 0.0),))])
+        pool.link_received(bad, [Nodes(1, 3 + index, (NodeRecord(number, number - 1, 100, -0.001, 0.005),))])
+        pool.step([("bad", [7])])  # which takes the id after that
     good.welcome, bad.welcome = back, None
     pool.begin([], [("after", [1, 2, 3])])
     sure = tuple(NodeRecord(index + 1, index, 10 + index, -0.005, 0.03) for index in range(8))

@@ -273,15 +273,15 @@ class _Line:
         self._begin()
 
     def commit(self, commit: Commit) -> bool:
-        echoes = []
+        left = False
         for position, token in enumerate(commit.tokens, start=commit.position):
             if self._tokens.pop(position, None) != token:
                 self._tokens = {}
-                echoes.append(self._node(self._ids[position], position, token, 0.0, 0.0))
+                self._node(self._ids[position], position, token, 0.0, 0.0)  # on both sides, and not sent
+                left = True
         self._known = commit.position + len(commit.tokens)
         self._ids = {position: node for position, node in self._ids.items() if position >= self._known}
-        self._send(echoes)
-        if echoes or self._idle:
+        if left or self._idle:
             self._begin()
         return False
 
