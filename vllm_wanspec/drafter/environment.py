@@ -3,7 +3,8 @@
 import re
 from collections.abc import Mapping
 
-from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV, checked_token
+from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV
+from vllm_wanspec.config.tokens import variable_token
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
 from vllm_wanspec.errors import ConfigError
 
@@ -18,7 +19,7 @@ def check_environment(environ: Mapping[str, str]) -> None:
     """
     token = environ.get(TOKEN_ENV)
     if token is not None:
-        checked_token(TOKEN_ENV, token)
+        variable_token(TOKEN_ENV, token)
     host_place(environ.get(HOST_ENV), data_parallel_size=1)
     running_branches(environ.get(WIDTH_ENV), DEFAULT_RUNNING_BRANCHES)
 
