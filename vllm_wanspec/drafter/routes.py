@@ -138,11 +138,11 @@ async def _close(websocket: WebSocket, code: int, reason: str) -> None:
 
 
 def _check_reach(args: Any) -> None:
-    """End a server that others reach and that asks nobody for a token; ``args`` are vLLM's, None where unknown."""
-    if args is None:
+    """End a server that others reach and that asks nobody for a token; ``args`` are vLLM's, where it has told them."""
+    if not hasattr(args, "host"):
         return
     try:
-        check_reach(getattr(args, "host", None), getattr(args, "uds", None), os.environ)
+        check_reach(args.host, getattr(args, "uds", None), os.environ)
     except ConfigError as error:
         _end(error)
 
