@@ -97,6 +97,7 @@ CASES = {
     "long, pipeline": Case(long("good.yaml", *PIPELINE), ("--pipeline-parallel-size is 2", "use 1")),
     "long, no tokenizer": Case(long("good.yaml", "--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
     "drafter, no tokenizer": Case(drafter("--skip-tokenizer-init"), ("drop --skip-tokenizer-init",)),
+    "drafter, open to all": Case(drafter("--host", "0.0.0.0"), ("WANSPEC_TOKEN", "--host 0.0.0.0", "--host 127.0.0.1")),
     "drafter, logits": Case(drafter("--logprobs-mode", "raw_logits"), ("--logprobs-mode raw_logits", "raw_logprobs")),
     "long, no Triton": Case(long("good.yaml"), ("Triton", "unset VLLM_USE_V2_MODEL_RUNNER"), V2),
     "long, pipeline on V2": Case(long("good.yaml", *PIPELINE), ("--pipeline-parallel-size is 2", "use 1"), OVERLAID),

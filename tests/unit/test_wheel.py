@@ -242,7 +242,7 @@ def test_all_but_route_and_kernel_imports_beside_the_base_install(place: Place) 
 @pytest.mark.parametrize("command", ["serve", "drafter"])
 def test_servers_say_that_vllm_is_missing(place: Place, command: str) -> None:
     (place.outside / "wanspec.yaml").write_text('draft_endpoints: [{name: eu, url: "http://127.0.0.1:8101"}]\n')
-    more = ["--wanspec", "wanspec.yaml"] if command == "serve" else []
+    more = ["--wanspec", "wanspec.yaml"] if command == "serve" else ["--host", "127.0.0.1"]
     done = place.wanspec(command, "some-model", *more)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert "vLLM is not installed" in done.stderr

@@ -41,6 +41,19 @@ class Arguments:
         """Whether one of these flags is given, on the line or in the file."""
         return any(_flag_name(word) in flags for word in self.line) or any(f"--{key}" in flags for key in self.config)
 
+    def value(self, flag: str, shortest: str) -> str | None:
+        """What a flag is given, on the line (the last counts) or else in the file; None where it is not given.
+
+        Args:
+            flag: Its whole name.
+            shortest: The shortest that vLLM's parser takes for it.
+        """
+        given = self.config.get(flag.removeprefix("--"))
+        for word, following in zip(self.line, (*self.line[1:], ""), strict=True):
+            if _abbreviates(_flag_name(word), flag, shortest):
+                given = word.partition("=")[2] if "=" in word else following
+        return None if given is None else str(given)
+
     def with_flags(self, *flags: str) -> list[str]:
         """The line with flags of ours, where they part none of its own from its value; the model stays in front."""
         place = 1 if self.line and not _is_flag(self.line[0]) else 0

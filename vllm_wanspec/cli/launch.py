@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import NoReturn
 
+from vllm_wanspec.drafter.environment import API_KEY_ENV, api_key
 from vllm_wanspec.errors import ConfigError
 
 PLUGIN = "wanspec"
@@ -44,12 +45,15 @@ def become_vllm_serve(arguments: Sequence[str], *, routes: bool) -> NoReturn:
 
     Args:
         arguments: What follows ``vllm serve``.
-        routes: Whether the server is to have the drafter's route.
+        routes: Whether the server is to have the drafter's route; its API then asks for the drafter's token.
     """
     environment = dict(os.environ)
     plugins = plugin_list(os.environ, routes=routes)
     if plugins is not None:
         environment["VLLM_PLUGINS"] = plugins
+    key = api_key(os.environ) if routes else None
+    if key is not None:
+        environment[API_KEY_ENV] = key
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", *arguments]
     sys.stdout.flush()
     sys.stderr.flush()

@@ -71,7 +71,7 @@ def environment_proxy(url: str, environ: Mapping[str, str] = os.environ) -> str 
     name = next((name for name in names if name in environ), "")
     value = environ.get(name, "").strip()
     ignored = environ.get("no_proxy", environ.get("NO_PROXY", ""))
-    if not value or _is_this_machine(host) or _is_listed(host, parts.port or _PORTS[parts.scheme], ignored):
+    if not value or is_this_machine(host) or _is_listed(host, parts.port or _PORTS[parts.scheme], ignored):
         return None
     try:
         return proxy_setting(value if "://" in value else f"http://{value}")
@@ -80,6 +80,12 @@ def environment_proxy(url: str, environ: Mapping[str, str] = os.environ) -> str 
             f"the environment variable {name} names a proxy that is not http://host:port; "
             "mend it, or set proxy: none or another proxy for this endpoint"
         ) from error
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or address, as it stands in a URL or behind ``--host``, leads nowhere but to this machine."""
+    address = _address(host)
+    return host == "localhost" or host.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
 def place(url: str) -> str:
@@ -102,11 +108,6 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
         return ip_address(host)
     except ValueError:
         return None
-
-
-def _is_this_machine(host: str) -> bool:
-    address = _address(host)
-    return host == "localhost" or host.endswith(".localhost") or (address is not None and address.is_loopback)
 
 
 def _is_listed(host: str, port: int, listed: str) -> bool:

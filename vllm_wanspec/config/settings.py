@@ -1,14 +1,18 @@
 """The YAML file as frozen models; every error names the file, the key, the value and what would be right."""
 
 import os
-import re
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
-from vllm_wanspec.config.addresses import base_url, environment_proxy, proxy_setting, same_place
+from vllm_wanspec.config.addresses import same_place
+from vllm_wanspec.config.endpoints import NO_VARIABLE, DraftEndpoint
+from vllm_wanspec.config.sections import Line as _Line
+from vllm_wanspec.config.sections import Section as _Section
+from vllm_wanspec.config.sections import unless_off as _unless_off
+from vllm_wanspec.config.tls import TlsFiles
 from vllm_wanspec.config.yamlfile import other_form, read_yaml
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.text import masked, masked_url, printable
@@ -16,114 +20,16 @@ from vllm_wanspec.text import masked, masked_url, printable
 CONFIG_ENV = "WANSPEC_CONFIG"
 EVENTS_ENV = "WANSPEC_EVENTS"
 WIDTH_ENV = "WANSPEC_RUNNING_BRANCHES"
-TOKEN_ENV = "WANSPEC_TOKEN"
 HOST_ENV = "WANSPEC_DRAFT_HOST"
+TOKEN_FILE_ENV = "WANSPEC_TOKEN_FILE"
+OTHER_ROUTES_ENV = "WANSPEC_OTHER_ROUTES"
 PROPOSER = "vllm_wanspec.RemoteProposer"
 """What ``--speculative-config`` names as ``model``."""
 MAX_ENTROPY_NATS = 100.0
 
 
-MAX_TOKEN = 4096
-"""Characters of a bearer token: servers bound their headers."""
 MAX_ERRORS = 10
 """That are told of one file or request."""
-
-
-class _Section(BaseModel):
-    # Strict: true is no number and "8" none either. Errors are explained by `_explain`, which hides what may be secret.
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
-
-
-def _one_line(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError("must have no line ends and no other control characters")
-    if value != value.strip():
-        raise ValueError("must not begin or end with blanks")
-    return value
-
-
-def _variable(value: str) -> str:
-    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]{0,127}", value):
-        raise ValueError(_NO_VARIABLE)
-    return value
-
-
-def _unless_off(instead: Any) -> BeforeValidator:
-    """For keys whose value is no boolean: ``off``, which is false to YAML, can only mean ``instead``."""
-    return BeforeValidator(lambda value: instead if value is False else value)
-
-
-_Line = Annotated[str, Field(min_length=1), AfterValidator(_one_line)]
-_NO_VARIABLE = "must be the name of an environment variable, as in WANSPEC_TOKEN_EU, not the token itself"
-
-
-def checked_token(variable: str, value: str) -> str:
-    """A bearer token as an environment variable holds it, if an HTTP header can carry it.
-
-    Raises:
-        ConfigError: It cannot, or it is empty; the text names the variable and never tells the value.
-    """
-    wrong = ""
-    if not value.strip(" \t\r\n"):
-        wrong = "is empty; give it the token, or unset it"
-    elif "\n" in value or "\r" in value:
-        wrong = "has a line end in it, as of a file that it was read from; give it the token alone"
-    elif not value.isascii():
-        wrong = "has characters that are not ASCII; give it the token alone"
-    elif value != value.strip():
-        wrong = "begins or ends with a blank; give it the token alone"
-    elif not value.isprintable():
-        wrong = "has a control character in it; give it the token alone"
-    elif len(value) > MAX_TOKEN:
-        wrong = f"is longer than {MAX_TOKEN} characters; give it the token alone"
-    if wrong:
-        raise ConfigError(f"the environment variable {variable} {wrong}")
-    return value
-
-
-class DraftEndpoint(_Section):
-    """One drafter: a name for logs and metrics, its server's base URL, the variable that holds its token, its proxy."""
-
-    name: Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_one_line)]
-    url: Annotated[str, AfterValidator(base_url)]
-    token_env: Annotated[str, AfterValidator(_variable)] | None = None
-    proxy: Annotated[str, _unless_off("none"), AfterValidator(proxy_setting)] | None = Field(default=None, repr=False)
-
-    def token(self) -> str | None:
-        """The bearer token from the environment: ``token_env``, or ``WANSPEC_TOKEN`` where that is not given.
-
-        Raises:
-            ConfigError: ``token_env`` names a variable that is not set, or no header can carry the token.
-        """
-        variable = self.token_env or TOKEN_ENV
-        value = os.environ.get(variable)
-        where = f"draft_endpoints: {self.name}: {'token_env: ' if self.token_env else ''}"
-        if value is not None:
-            try:
-                return checked_token(variable, value)
-            except ConfigError as error:
-                raise ConfigError(f"{where}{error}") from error
-        if self.token_env is None:
-            return None
-        # Somebody may have written the token itself there.
-        named = f"the environment variable {variable} is not set" if variable.isupper() else _NO_SUCH_VARIABLE
-        raise ConfigError(f"{where}{named}; set it to the drafter's token or remove token_env")
-
-    def proxy_url(self) -> str | None:
-        """The HTTP proxy that leads to the drafter, with user and password where it has them; None: there is none.
-
-        Raises:
-            ConfigError: The environment names one that cannot be used.
-        """
-        if self.proxy is not None:
-            return None if self.proxy == "none" else self.proxy
-        try:
-            return environment_proxy(self.url)
-        except ConfigError as error:
-            raise ConfigError(f"draft_endpoints: {self.name}: {error}") from error
-
-
-_NO_SUCH_VARIABLE = "there is no environment variable of that name"
 
 
 def _entropy(value: float) -> float:
@@ -253,7 +159,7 @@ def _check_endpoints(endpoints: tuple[DraftEndpoint, ...]) -> None:
     """What no endpoint shows alone, or only with the environment.
 
     Raises:
-        ConfigError: Two have one name or one url, or a token or a proxy of the environment cannot be used.
+        ConfigError: Two have one name or one url, or one has keys that do not go together or name what cannot be used.
     """
     names = [endpoint.name for endpoint in endpoints]
     places: dict[tuple[str, str, int, str], str] = {}
@@ -264,8 +170,7 @@ def _check_endpoints(endpoints: tuple[DraftEndpoint, ...]) -> None:
         if first != endpoint.name:
             raise ConfigError(f"draft_endpoints: {first} and {endpoint.name} have the same url; keep one of them")
     for endpoint in endpoints:
-        endpoint.token()
-        endpoint.proxy_url()
+        endpoint.check()
 
 
 def _explained(error: ValidationError, model: type[_Section] | None = None) -> str:
@@ -300,7 +205,9 @@ def _explain(error: Any, model: type[_Section] | None = None) -> str:
     if error["type"] == "extra_forbidden":
         return f"{key}: is not a known key; known here: {', '.join(_known_keys(error['loc'], model))}"
     if error["loc"][-1] == "token_env":
-        return f"{key}: {_NO_VARIABLE}"
+        return f"{key}: {NO_VARIABLE}"
+    if error["loc"][-1] == "token_file":
+        return f"{key}: must be the path of a file that holds the token, not the token itself"
     if error["type"] == "model_type":
         what = "is empty; give it a key or leave it out" if value is None else f"{masked(value)}: must be a mapping"
         return f"{key}: {what}"
@@ -323,5 +230,5 @@ def _known_keys(location: tuple[str | int, ...], section: type[_Section] | None)
         "metrics": MetricsSettings,
     }
     if len(location) > 1:
-        model = sections[str(location[0])]
+        model = TlsFiles if location[2:3] == ("tls",) and len(location) > 3 else sections[str(location[0])]
     return list(model.model_fields)

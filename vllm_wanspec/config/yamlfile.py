@@ -6,13 +6,13 @@ Whatever the file holds, reading it takes little time and memory. It must not kn
 
 import math
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vllm_wanspec.config.files import bounded_text
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.text import masked_url, printable
 
@@ -42,7 +42,7 @@ def read_yaml(path: str | Path) -> Any:
     """
     shown = printable(str(path), 1000)
     try:
-        text = _text(path)
+        text = bounded_text(path, MAX_BYTES)
         try:
             root = _Loader(text).get_single_node()
         except yaml.YAMLError as error:
@@ -104,23 +104,6 @@ class _Loader(yaml.SafeLoader):
                 )
             first[same] = key.start_mark.line + 1
         return node
-
-
-def _text(path: str | Path) -> str:
-    try:
-        mode = Path(path).stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ConfigError("is not a regular file")  # reading a pipe could wait for ever
-        with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if len(data) > MAX_BYTES:
-        raise ConfigError(f"is larger than {MAX_BYTES // 1024} KiB")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError("is not UTF-8 text") from error
 
 
 def _explained(error: yaml.YAMLError, text: str) -> str:

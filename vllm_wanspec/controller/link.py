@@ -9,7 +9,6 @@ import asyncio
 import logging
 import random
 import socket
-import ssl
 import statistics
 import threading
 import time
@@ -22,13 +21,13 @@ from typing import Protocol
 import aiohttp
 
 from vllm_wanspec.config import DraftEndpoint
+from vllm_wanspec.config.tls import ClientTls
 from vllm_wanspec.controller.outbox import MAX_WAITING, Outbox
 from vllm_wanspec.controller.troubles import (
     Trouble,
     connect_trouble,
     handshake_trouble,
     redirect_trouble,
-    tls_context,
     via_proxy,
 )
 from vllm_wanspec.core.learned.estimates import Smoothed
@@ -122,7 +121,7 @@ class DrafterLink:
         self._trips_s: deque[float] = deque(maxlen=PINGS_KEPT)
         self._outbox = Outbox()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._tls: ssl.SSLContext | bool = True
+        self._tls = ClientTls(endpoint.url, endpoint.tls)
         self._wake = asyncio.Event()
         self._last_trouble: Trouble | None = None
         self._token: str | None = None
@@ -150,7 +149,7 @@ class DrafterLink:
     @property
     def encrypted(self) -> bool:
         """Whether the connection is one of TLS."""
-        return self._tls is not True
+        return self._tls.encrypted
 
     def send(self, message: Message) -> None:
         """Queue a message; `flush` sets it on its way. Keeps order."""
@@ -180,7 +179,6 @@ class DrafterLink:
         """Connect, serve the connection, and do so again for ever; ends by cancellation."""
         self._loop = asyncio.get_running_loop()
         backoff_s = FIRST_BACKOFF_S
-        self._tls = tls_context(self.endpoint.url)
         watched = aiohttp.TraceConfig()
         watched.on_request_redirect.append(self._refuse_redirect)
         async with aiohttp.ClientSession(trace_configs=[watched]) as http:
@@ -205,7 +203,7 @@ class DrafterLink:
     async def _connect(self, http: aiohttp.ClientSession) -> None:
         """One connection from handshake to end; always ends in `Trouble`."""
         try:
-            token, proxy = self.endpoint.token(), self.endpoint.proxy_url()
+            token, proxy, tls = self.endpoint.token(), self.endpoint.proxy_url(), self._tls.context()
         except ConfigError as error:
             raise Trouble(str(error)) from error
         self._token = token
@@ -218,7 +216,7 @@ class DrafterLink:
                     max_msg_size=MAX_DRAFTERS_BYTES,
                     compress=0,
                     proxy=proxy,
-                    ssl=self._tls,
+                    ssl=tls,
                 )
         except aiohttp.WSServerHandshakeError as error:
             raise handshake_trouble(error.status, self.endpoint, proxy) from error

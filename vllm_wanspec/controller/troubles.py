@@ -3,8 +3,9 @@
 Nothing that a peer wrote gets into a line as it is, and no password at all.
 """
 
+import errno
 import os
-import ssl
+import re
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
@@ -20,6 +21,9 @@ CERTIFICATES_ENV = "SSL_CERT_FILE"
 _GATEWAY = "a gateway in front of it has no drafter ready"
 _EXPIRED, _NOT_YET_VALID, _OTHER_NAMES = 10, 9, {62, 63, 64}
 """OpenSSL's X509_V_ERR_… numbers."""
+_GIVE_ONE = "give one by tls: {certificate: FILE, key: FILE}"
+_ALERT = re.compile(r"ALERT_((?:\w+_)?CERTIFICATE\w*|UNKNOWN_CA|ACCESS_DENIED)\b")
+"""In OpenSSL's words: what the other end has against the certificate that it was shown, or was not."""
 
 
 class Trouble(Exception):
@@ -35,15 +39,6 @@ class Trouble(Exception):
         super().__init__(reason)
         self.refused = refused
         self.fault = fault
-
-
-def tls_context(url: str) -> ssl.SSLContext | bool:
-    """What to check a server's certificate by, ``SSL_CERT_FILE`` as it is now included; True where there is no TLS."""
-    if urlsplit(url).scheme != "https":
-        return True
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
-    return context
 
 
 def handshake_trouble(status: int, endpoint: DraftEndpoint, proxy: str | None) -> Trouble:
@@ -67,6 +62,8 @@ def handshake_trouble(status: int, endpoint: DraftEndpoint, proxy: str | None) -
         return Trouble(f"has no {PATH} (HTTP 404), or {_GATEWAY}{via}; start it by `wanspec drafter MODEL`")
     if status == 407:
         return Trouble(f"is not reached{via}: HTTP 407, it wants a login; put user:password@ before the proxy's host")
+    if status == 429:
+        return Trouble(f"lets nobody in from here (HTTP 429){via}: too many wrong tokens; {_set_token(endpoint)}")
     right = ""
     if status in {502, 503, 504}:
         right = f"; perhaps {_GATEWAY}: start `wanspec drafter MODEL` there"
@@ -100,30 +97,39 @@ def connect_trouble(error: Exception, endpoint: DraftEndpoint, proxy: str | None
     if isinstance(error, aiohttp.ClientProxyConnectionError) and proxy is not None:
         return Trouble(f"its proxy {place(proxy)} is unreachable ({_cause(error)}); start it or mend its url")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return _certificate_trouble(error.certificate_error, via)
+        return _certificate_trouble(error.certificate_error, endpoint, via)
+    if alert := _ALERT.search(str(error)):
+        said = alert[1].lower().replace("_", " ")
+        return Trouble(f"does not accept our client certificate{via} ({said}); {_client_certificate(endpoint)}")
     if isinstance(error, aiohttp.ClientSSLError):
         reason = getattr(error.os_error, "reason", None) or _cause(error)
         return Trouble(
             f"speaks no TLS{via}, or not ours ({printable(str(reason))}); write http:// in the url if the port is plain"
         )
     wants_tls = "" if _is_tls(endpoint) else "; if the port wants TLS, write https:// in the url"
-    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError):
-        return Trouble(f"hangs up without an answer{via}; start `wanspec drafter MODEL` there{wants_tls}")
+    if isinstance(error, aiohttp.ServerDisconnectedError | ConnectionResetError) or _is_reset(error):
+        shown = not _is_tls(endpoint) or (endpoint.tls and endpoint.tls.certificate)
+        wants = wants_tls if shown else f"; if it wants a client certificate, {_GIVE_ONE}"
+        return Trouble(f"hangs up without an answer{via}; start `wanspec drafter MODEL` there{wants}")
     if isinstance(error, aiohttp.ClientResponseError):
         said = printable(" ".join(str(error.message).split()), 120)
         return Trouble(f"does not answer in HTTP{via} ({said}); mend the url{wants_tls}")
     return Trouble(f"unreachable{via} ({_cause(error)}); start `wanspec drafter` there or mend the url")
 
 
-def _certificate_trouble(error: Exception, via: str) -> Trouble:
+def _certificate_trouble(error: Exception, endpoint: DraftEndpoint, via: str) -> Trouble:
     code = getattr(error, "verify_code", 0)
     why = printable(str(getattr(error, "verify_message", "") or error))
     if code in _OTHER_NAMES:
         right = "it is for another name: write a name that is in it into the url"
     elif code in {_EXPIRED, _NOT_YET_VALID}:
         right = "renew it, or set the clock right"
+    elif endpoint.tls and endpoint.tls.ca:
+        right = f"it is not of the authority in {printable(endpoint.tls.ca)} (tls.ca)"
     else:
-        right = f"for an authority of your own set {CERTIFICATES_ENV} to a file with its certificate (PEM)"
+        right = (
+            f"for an authority of your own give its certificate (PEM) as tls: {{ca: FILE}}, or in {CERTIFICATES_ENV}"
+        )
         file = os.environ.get(CERTIFICATES_ENV)
         if file is not None and not os.access(Path(file), os.R_OK):
             right = f"{CERTIFICATES_ENV} names {printable(file)}, which cannot be read"
@@ -146,7 +152,21 @@ def via_proxy(proxy: str | None) -> str:
 
 
 def _set_token(endpoint: DraftEndpoint) -> str:
+    if endpoint.token_file:
+        return f"write one of the drafter's tokens into {printable(endpoint.token_file)} here"
     return f"set {endpoint.token_env or TOKEN_ENV} here to the drafter's WANSPEC_TOKEN"
+
+
+def _client_certificate(endpoint: DraftEndpoint) -> str:
+    if endpoint.tls and endpoint.tls.certificate:
+        return f"renew {printable(endpoint.tls.certificate)}, signed by the authority in --ssl-ca-certs there"
+    return f"{_GIVE_ONE}, signed by the authority in --ssl-ca-certs there"
+
+
+def _is_reset(error: Exception) -> bool:
+    """Whether a connection that stood was cut; what never stood is a `ClientConnectorError`."""
+    cut = isinstance(error, OSError) and error.errno in {errno.ECONNRESET, errno.EPIPE}
+    return cut and not isinstance(error, aiohttp.ClientConnectorError)
 
 
 def _is_tls(endpoint: DraftEndpoint) -> bool:

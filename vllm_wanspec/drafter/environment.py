@@ -3,11 +3,17 @@
 import re
 from collections.abc import Mapping
 
-from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV, checked_token
+from vllm_wanspec.config import HOST_ENV, OTHER_ROUTES_ENV, TOKEN_ENV, TOKEN_FILE_ENV, WIDTH_ENV
+from vllm_wanspec.config.addresses import is_this_machine
+from vllm_wanspec.config.tokens import OPEN, named_tokens, variable
 from vllm_wanspec.drafter.host import DEFAULT_RUNNING_BRANCHES
+from vllm_wanspec.drafter.tokens import asks_nobody, token_source
 from vllm_wanspec.errors import ConfigError
+from vllm_wanspec.text import printable
 
 ENGINE, FRONT_END = "engine", "front-end"
+ROUTES_OPEN, ROUTES_BY_TOKEN = "open", "token"
+API_KEY_ENV = "VLLM_API_KEY"
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
@@ -16,11 +22,57 @@ def check_environment(environ: Mapping[str, str]) -> None:
     Raises:
         ConfigError: One of them is wrong; one line that never tells the token.
     """
-    token = environ.get(TOKEN_ENV)
-    if token is not None:
-        checked_token(TOKEN_ENV, token)
+    token_source(environ)
     host_place(environ.get(HOST_ENV), data_parallel_size=1)
     running_branches(environ.get(WIDTH_ENV), DEFAULT_RUNNING_BRANCHES)
+    other_routes_open(environ)
+
+
+def check_reach(host: str | None, uds: str | None, environ: Mapping[str, str]) -> None:
+    """See that a drafter which others can reach asks them for a token.
+
+    Args:
+        host: Where vLLM's server listens (``--host``); all interfaces without one.
+        uds: The Unix socket where it listens instead (``--uds``).
+        environ: The environment.
+
+    Raises:
+        ConfigError: It would serve whoever reaches it, and nobody has said that this is meant.
+    """
+    if uds or is_this_machine((host or "").lower()) or environ.keys() & {TOKEN_ENV, TOKEN_FILE_ENV}:
+        return
+    where = f"--host {printable(host, 100)}" if host else "all interfaces, as without --host"
+    raise ConfigError(
+        f"{TOKEN_ENV} is not set, and the drafter would listen on {where}: give it a token (openssl rand -hex 32), "
+        f"there or by {TOKEN_FILE_ENV}, or --host 127.0.0.1; {TOKEN_ENV}={OPEN} serves everybody who reaches it"
+    )
+
+
+def other_routes_open(environ: Mapping[str, str]) -> bool:
+    """Whether vLLM's own routes on the drafter's port are to be as vLLM has them; else they want a token as well.
+
+    Raises:
+        ConfigError: The variable holds something else.
+    """
+    asked = environ.get(OTHER_ROUTES_ENV)
+    if asked not in (None, "", ROUTES_OPEN, ROUTES_BY_TOKEN):
+        raise ConfigError(f"{OTHER_ROUTES_ENV}: {asked!r:.80} is neither {ROUTES_BY_TOKEN} nor {ROUTES_OPEN}")
+    return asked == ROUTES_OPEN
+
+
+def api_key(environ: Mapping[str, str]) -> str | None:
+    """What vLLM's own guard of its API should ask for: the drafter's token, if there is one that it can be told.
+
+    It takes one key from the environment, and a command line is no place for a secret; `access.Guard` has the others.
+
+    Raises:
+        ConfigError: The tokens cannot be used.
+    """
+    text = environ.get(TOKEN_ENV)
+    if text is None or asks_nobody(environ) or environ.get(API_KEY_ENV) or other_routes_open(environ):
+        return None
+    tokens = list(named_tokens(text, variable(TOKEN_ENV)).values())
+    return tokens[0] if len(tokens) == 1 else None
 
 
 def host_place(asked: str | None, data_parallel_size: int) -> str:

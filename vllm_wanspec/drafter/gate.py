@@ -11,6 +11,7 @@ from typing import Any
 from vllm_wanspec.drafter.connection import MAX_OUTBOX
 from vllm_wanspec.drafter.host import HostStats
 from vllm_wanspec.errors import RemoteProtocolError
+from vllm_wanspec.text import printable
 
 ANSWER_DEADLINE_S = 60.0
 """The engine answers between two steps."""
@@ -47,10 +48,10 @@ class EngineGate:
         _yield_to_the_engine()
         self._polling = asyncio.create_task(self._poll())
 
-    def port(self) -> "EnginePort":
-        """A new controller's port."""
+    def port(self, client: str = "") -> "EnginePort":
+        """A new controller's port; ``client`` names the token by which it came in."""
         number = next(self._numbers)
-        port = self._ports[number] = EnginePort(self, number)
+        port = self._ports[number] = EnginePort(self, number, client)
         return port
 
     async def call(self, name: str, number: int, *arguments: Any) -> Any:
@@ -80,7 +81,8 @@ class EngineGate:
                     if port is not None:
                         port.put(frames)
         except Exception as error:
-            logger.error("no more drafts: the engine is gone (%s: %s)", type(error).__name__, error)
+            said = printable(str(error))
+            logger.error("no more drafts: the engine is gone (%s: %s)", type(error).__name__, said)
             for port in list(self._ports.values()):
                 port.put(None)
 
@@ -99,8 +101,9 @@ def _yield_to_the_engine() -> None:
 class EnginePort:
     """A `Port` to the host in the engine process."""
 
-    def __init__(self, gate: EngineGate, number: int) -> None:
+    def __init__(self, gate: EngineGate, number: int, client: str) -> None:
         """Connect with the first frame."""
+        self.client = client
         self._gate = gate
         self._number = number
         self._connected = False

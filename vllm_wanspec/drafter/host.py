@@ -19,6 +19,7 @@ from vllm_wanspec.core.events import Sink
 from vllm_wanspec.core.vocabulary import Token
 from vllm_wanspec.drafter.engines import DraftEngine
 from vllm_wanspec.drafter.kept import KeptContexts
+from vllm_wanspec.text import printable
 
 DEFAULT_RUNNING_BRANCHES = 64
 
@@ -265,7 +266,7 @@ class StreamingHost(Host):
                     self.drafted(handle, steps)
             self.ended(handle)
         except Exception as error:
-            self.failed(handle, f"{type(error).__name__}: {error}")
+            self.failed(handle, printable(f"{type(error).__name__}: {error}"))
 
     def _finished(self, handle: int, task: asyncio.Task[None]) -> None:
         del self._tasks[handle]

@@ -9,7 +9,13 @@ from vllm_wanspec.drafter.host import StreamingHost
 
 
 class Port(Protocol):
-    """One controller's way to a host; `receive` and `frames` may be awaited side by side."""
+    """One controller's way to a host; `receive` and `frames` may be awaited side by side.
+
+    Attributes:
+        client: The name of the token by which it came in; empty where nobody is asked for one.
+    """
+
+    client: str
 
     async def receive(self, frame: bytes) -> bool:
         """Hand in a frame; see `Connection.receive`."""
@@ -31,8 +37,9 @@ class Port(Protocol):
 class LocalPort:
     """A `Port` to a host in the same event loop."""
 
-    def __init__(self, host: StreamingHost) -> None:
-        """Connect."""
+    def __init__(self, host: StreamingHost, client: str = "") -> None:
+        """Connect a client to ``host``."""
+        self.client = client
         self._host = host
         self._written = asyncio.Event()
         self.connection = Connection(host, self._written.set)

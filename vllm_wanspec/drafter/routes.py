@@ -1,6 +1,5 @@
 """The vLLM endpoint plugin: the drafter's WebSocket route on a vLLM server."""
 
-import hmac
 import logging
 import os
 import sys
@@ -8,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 from prometheus_client import REGISTRY
@@ -17,13 +16,21 @@ from starlette.responses import JSONResponse
 from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
+from vllm_wanspec.drafter.access import Door, Guard, Refusal, peer
 from vllm_wanspec.drafter.engines import VllmEngine
-from vllm_wanspec.drafter.environment import ENGINE, check_environment, host_place, running_branches
+from vllm_wanspec.drafter.environment import (
+    ENGINE,
+    check_environment,
+    check_reach,
+    host_place,
+    running_branches,
+)
 from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.host import DraftModel, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
 from vllm_wanspec.drafter.ports import LocalPort, serve
 from vllm_wanspec.drafter.startup import alternatives
+from vllm_wanspec.drafter.tokens import asks_nobody
 from vllm_wanspec.errors import ConfigError, RemoteProtocolError
 from vllm_wanspec.eventlog import EventLog
 from vllm_wanspec.text import printable
@@ -39,18 +46,24 @@ class WanspecRoutes:
 
     name = "wanspec"
     required_tasks = ("generate",)
+    _app: FastAPI | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the route; ends the server with one line and status 2 where its environment is wrong."""
+        args = getattr(app.state, "args", None)
         try:
             check_environment(os.environ)
+            app.state.wanspec_door = Door.of_environment(getattr(args, "api_key", None))
         except ConfigError as error:
-            sys.stderr.write(f"wanspec: {error}\n")
-            raise SystemExit(2) from None
+            _end(error)
+        _check_reach(args)
         app.add_api_websocket_route(PATH, serve_controller)
+        self._app = app
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
         """Get ready before the server reports that it is: the first request with log-probabilities compiles."""
+        _check_reach(args)
+        self._guard_other_routes()
         config = engine_client.vllm_config.model_config
         vocabulary = engine_client.get_tokenizer().get_vocab()
         places = running_branches(os.environ.get(WIDTH_ENV), engine_client.vllm_config.scheduler_config.max_num_seqs)
@@ -73,35 +86,39 @@ class WanspecRoutes:
             host = StreamingHost(engine, model, running_branches=places, sink=log.record if log else None)
             state.wanspec_port, stats = partial(LocalPort, host), host.stats
         REGISTRY.register(HostCollector(stats))
-        if TOKEN_ENV not in os.environ:
-            logger.warning("%s is not set: everybody who reaches this port is served drafts", TOKEN_ENV)
+        if asks_nobody(os.environ):
+            said = "is none" if TOKEN_ENV in os.environ else "is not set"
+            logger.warning("%s %s: everybody who reaches this port is served drafts", TOKEN_ENV, said)
         async for _ in engine.draft((0,), WARM_UP_TOKENS):
             pass
         logger.info("drafter ready: %s, longest context %d tokens", config.model, config.max_model_len - 1)
 
+    def _guard_other_routes(self) -> None:
+        """Stand before all that vLLM has put before its routes by now: a token must not be guessed there either."""
+        if self._app is not None and self._app.state.wanspec_door.guards_routes:
+            inner = self._app.middleware_stack or self._app.build_middleware_stack()
+            self._app.middleware_stack = Guard(inner, self._app.state.wanspec_door)
+
 
 async def serve_controller(websocket: WebSocket) -> None:
     """Serve one controller until it goes."""
-    if not authorized(websocket.headers.get("authorization"), os.environ.get(TOKEN_ENV)):
-        logger.warning("controller at %s refused: wrong or missing bearer token", _peer(websocket))
-        await websocket.send_denial_response(JSONResponse({"error": "wrong or missing bearer token"}, status_code=401))
+    client = await websocket.app.state.wanspec_door.controller(websocket.scope)
+    if isinstance(client, Refusal):
+        denial = JSONResponse({"error": client.reason}, status_code=client.status)
+        with suppress(RuntimeError, WebSocketDisconnect, OSError):  # it may not have waited for the answer
+            await websocket.send_denial_response(denial)
         return
     await websocket.accept()
     try:
-        await serve(websocket.app.state.wanspec_port(), _frames(websocket), websocket.send_bytes)
+        await serve(websocket.app.state.wanspec_port(client=client), _frames(websocket), websocket.send_bytes)
         await _close(websocket, GOING_AWAY, "")
     except RemoteProtocolError as error:
         said = printable(str(error))
-        logger.warning("controller at %s dropped: %s", _peer(websocket), said)
+        logger.warning("controller at %s dropped: %s", peer(websocket.scope), said)
         # A close frame takes 123 bytes of reason.
         await _close(websocket, PROTOCOL_ERROR, said.encode("ascii", "backslashreplace")[:100].decode())
     except (WebSocketDisconnect, RuntimeError, OSError) as error:
-        logger.info("controller at %s is gone (%s)", _peer(websocket), type(error).__name__)
-
-
-def authorized(header: str | None, token: str | None) -> bool:
-    """Whether an Authorization header carries the token; where there is none (None, not "") everybody is welcome."""
-    return token is None or (token != "" and hmac.compare_digest((header or "").encode(), f"Bearer {token}".encode()))
+        logger.info("controller at %s is gone (%s)", peer(websocket.scope), type(error).__name__)
 
 
 async def _frames(websocket: WebSocket) -> AsyncGenerator[bytes, None]:
@@ -120,5 +137,16 @@ async def _close(websocket: WebSocket, code: int, reason: str) -> None:
         await websocket.close(code, reason)
 
 
-def _peer(websocket: WebSocket) -> str:
-    return printable(f"{websocket.client.host}:{websocket.client.port}", 80) if websocket.client else "unknown address"
+def _check_reach(args: Any) -> None:
+    """End a server that others reach and that asks nobody for a token; ``args`` are vLLM's, where it has told them."""
+    if not hasattr(args, "host"):
+        return
+    try:
+        check_reach(args.host, getattr(args, "uds", None), os.environ)
+    except ConfigError as error:
+        _end(error)
+
+
+def _end(error: ConfigError) -> NoReturn:
+    sys.stderr.write(f"wanspec: {error}\n")
+    raise SystemExit(2) from None

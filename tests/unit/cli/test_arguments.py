@@ -19,6 +19,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     commands: list[list[str]] = []
     monkeypatch.setattr(os, "execve", lambda path, command, environment: commands.append(command[4:]))
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
+    monkeypatch.setenv("WANSPEC_TOKEN", "secret")  # without one a drafter that all can reach does not start
     return commands
 
 

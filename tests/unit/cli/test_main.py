@@ -23,6 +23,7 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         commands.append(command)
 
     monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setenv("WANSPEC_TOKEN", "secret")  # without one a drafter that all can reach does not start
     monkeypatch.setattr(launch, "find_spec", lambda name: object())
     return commands
 

@@ -130,7 +130,9 @@ def test_good_addresses(url: str) -> None:
 @pytest.mark.parametrize("text", ["none", "off", "no", "'off'", "direct", "false"])
 def test_no_proxy_for_an_endpoint(file: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
-    [only] = load(file, f"draft_endpoints: [{{name: eu, url: 'http://h', proxy: {text}}}]\n").draft_endpoints
+    [only] = load(
+        file, f"draft_endpoints: [{{name: eu, url: 'http://h', insecure: true, proxy: {text}}}]\n"
+    ).draft_endpoints
     assert only.proxy_url() is None
 
 

@@ -48,7 +48,7 @@ def test_everything_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
         """
 draft_endpoints:
   - {name: eu, url: "https://draft.example.com:8443/base/", token_env: EU_TOKEN}
-  - {name: us, url: "http://10.0.0.1"}
+  - {name: us, url: "http://10.0.0.1", insecure: true}
 tree:
   max_branches: 1
   max_nodes: 64

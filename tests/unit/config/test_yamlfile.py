@@ -180,7 +180,9 @@ def test_the_same_drafter_twice(file: Path, first: str, second: str) -> None:
     ],
 )
 def test_different_drafters(file: Path, first: str, second: str) -> None:
-    settings = load(file, f"draft_endpoints: [{{name: eu, url: '{first}'}}, {{name: us, url: '{second}'}}]\n")
+    more = "insecure: true"
+    text = f"draft_endpoints: [{{name: eu, url: '{first}', {more}}}, {{name: us, url: '{second}', {more}}}]\n"
+    settings = load(file, text)
     assert len(settings.draft_endpoints) == 2
 
 
@@ -239,7 +241,7 @@ def test_a_number_as_a_name_is_said_to_need_quotes(file: Path) -> None:
 
 
 def test_a_number_that_is_tagged_as_text_is_text(file: Path) -> None:
-    [endpoint] = load(file, "draft_endpoints: [{name: !!str 012, url: !!str http://h}]\n").draft_endpoints
+    [endpoint] = load(file, "draft_endpoints: [{name: !!str 012, url: !!str https://h}]\n").draft_endpoints
     assert endpoint.name == "012"
 
 
@@ -324,10 +326,10 @@ x-tree: &t
 x-since: 2026-13-45
 x-mode: 0755
 draft_endpoints:
-  - {<<: *c, name: eu, url: 'http://h:1', x-owner: [a, b]}
+  - {<<: *c, name: eu, url: 'https://h:1', x-owner: [a, b]}
   - <<: [*c, {name: nobody, url: 'http://nobody'}]
     name: us
-    url: http://h:2
+    url: https://h:2
 tree:
   <<: *t
   max_branches: 3
@@ -338,8 +340,8 @@ def test_keys_of_the_user_s_own_and_merges(file: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("EU_TOKEN", "secret")
     settings = load(file, OWN)
     assert [(e.name, e.url, e.token()) for e in settings.draft_endpoints] == [
-        ("eu", "http://h:1", "secret"),
-        ("us", "http://h:2", "secret"),
+        ("eu", "https://h:1", "secret"),
+        ("us", "https://h:2", "secret"),
     ]
     assert (settings.tree.max_nodes, settings.tree.max_branches) == (64, 3)
 

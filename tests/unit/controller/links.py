@@ -40,9 +40,11 @@ class User:
 
 
 @contextmanager
-def running(url: str, *, fingerprint: str = FINGERPRINT, token_env: str | None = None) -> Iterator[tuple]:
+def running(url: str, *, fingerprint: str = FINGERPRINT, **keys: object) -> Iterator[tuple]:
+    """A link; ``keys`` are further ones of its endpoint."""
     user = User()
-    link = DrafterLink(DraftEndpoint(name="eu", url=url, token_env=token_env), fingerprint, user, random.Random(1))
+    endpoint = DraftEndpoint.model_validate({"name": "eu", "url": url, **keys})
+    link = DrafterLink(endpoint, fingerprint, user, random.Random(1))
     thread = LinkThread([link])
     thread.start()
     try:

@@ -62,7 +62,7 @@ def wrong_file(path: Path) -> SimpleNamespace:
 
 def right_file(tmp_path: Path) -> SimpleNamespace:
     config = wrong_file(tmp_path / "wanspec.yaml")
-    (tmp_path / "wanspec.yaml").write_text("draft_endpoints: [{name: a, url: 'http://h'}]\n", encoding="utf-8")
+    (tmp_path / "wanspec.yaml").write_text("draft_endpoints: [{name: a, url: 'https://h'}]\n", encoding="utf-8")
     return config
 
 

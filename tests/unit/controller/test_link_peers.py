@@ -5,6 +5,7 @@ import random
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -83,11 +84,24 @@ def test_with_the_token(server: DrafterServer, log: LogLines, monkeypatch: pytes
         wait_until(lambda: user.ready)
 
 
+def test_a_token_of_a_file_is_read_again(server: DrafterServer, log: LogLines, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("old\n", "utf-8")
+    server.token = "new"
+    with running(server.url, token_file=str(file)) as (_, user):
+        wait_until(lambda: server.attempts >= 3)
+        assert user.ready == 0
+        only_warning(log, f"(HTTP 401); write one of the drafter's tokens into {file} here")
+        file.write_text("# of May\nnew\n", "utf-8")
+        wait_until(lambda: user.ready)
+
+
 @pytest.mark.parametrize(
     ("status", "fragments"),
     [
         (404, ["has no /wanspec/v1 (HTTP 404)", "start it by `wanspec drafter MODEL`"]),
         (403, ["does not accept our token (HTTP 403)"]),
+        (429, ["lets nobody in from here (HTTP 429)", "too many wrong tokens", "set WANSPEC_TOKEN here"]),
         (503, ["answers HTTP 503 instead of opening the WebSocket"]),
         (200, ["answers HTTP 200 instead of opening the WebSocket"]),
     ],

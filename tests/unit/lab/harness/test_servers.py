@@ -221,6 +221,7 @@ def test_our_commands_run_in_this_python() -> None:
 
 def test_a_small_machine_gets_flags_that_a_gpu_machine_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANSPEC_TOKEN", "secret")
+    monkeypatch.setenv("WANSPEC_TOKEN_FILE", "/tokens")
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     monkeypatch.setattr(machine, "has_gpu", lambda: False)
     small, env = machine.server_flags(), machine.server_env(core=3)
@@ -233,6 +234,6 @@ def test_a_small_machine_gets_flags_that_a_gpu_machine_does_not(monkeypatch: pyt
     assert env["VLLM_CPU_OMP_THREADS_BIND"] == "3"
     assert env["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "PATH" in env
-    assert not {"WANSPEC_TOKEN", "VLLM_PLUGINS"} & set(env)
+    assert not {"WANSPEC_TOKEN", "WANSPEC_TOKEN_FILE", "VLLM_PLUGINS"} & set(env)
     assert "VLLM_CPU_KVCACHE_SPACE" not in machine.server_env()
     assert machine.pin_cores(gpu=True) == (None, None)
