@@ -80,7 +80,6 @@ def test_frames_do_not_travel_compressed(monkeypatch: pytest.MonkeyPatch) -> Non
     asyncio.run(scenario())
 
 
-@finding("5.4", "a peer that stops reading keeps its sessions and their places for ever")
 def test_a_peer_that_reads_nothing_for_a_minute_is_dropped() -> None:
     async def deaf(frame: bytes) -> None:
         await asyncio.Event().wait()
@@ -169,7 +168,6 @@ class Batch:
         await self._port.receive(encode(commits))
 
 
-@finding("5.6", "a commit cancels a request that still waits, its successor joins the tail: a third never gets a draft")
 def test_more_sessions_than_slots_share_the_engine() -> None:
     steps = 100
 
@@ -192,7 +190,6 @@ def test_more_sessions_than_slots_share_the_engine() -> None:
     played(scenario())
 
 
-@finding("5.7", "places are shared per session: 256 of one controller leave another's only request one branch")
 def test_a_controller_with_many_sessions_does_not_take_the_places_of_another() -> None:
     async def scenario() -> None:
         host = StreamingHost(SilentEngine(), draft_model())
@@ -208,7 +205,6 @@ def test_a_controller_with_many_sessions_does_not_take_the_places_of_another() -
     asyncio.run(scenario())
 
 
-@finding("5.7", "nothing looks at how many sessions all controllers have together")
 def test_a_drafter_does_not_take_hundreds_of_sessions_for_each_place() -> None:
     async def scenario() -> None:
         host = StreamingHost(SilentEngine(), draft_model(), running_branches=4)
@@ -225,7 +221,6 @@ def test_a_drafter_does_not_take_hundreds_of_sessions_for_each_place() -> None:
     asyncio.run(scenario())
 
 
-@finding("5.8", "after a restart a ping is answered when every controller's contexts have been taken: past silence")
 def test_a_ping_is_answered_while_many_contexts_are_opened() -> None:
     controllers, contexts = 8, 32
 
@@ -264,7 +259,6 @@ def test_a_ping_is_answered_while_many_contexts_are_opened() -> None:
     asyncio.run(scenario())
 
 
-@finding("5.11", "an engine that goes first is told as one ERROR line per session, and sessions are opened again")
 def test_an_engine_that_ends_is_told_in_one_line() -> None:
     log = LogLines()
     logger = logging.getLogger("vllm.wanspec")
@@ -283,6 +277,5 @@ def test_an_engine_that_ends_is_told_in_one_line() -> None:
     assert len(log.lines(logging.ERROR)) == 1
 
 
-@finding("5.11", "there is no message that says: no new sessions here")
 def test_the_protocol_has_a_word_for_a_drafter_that_goes() -> None:
     assert "drain" in {kind.__name__.lower() for kind in get_args(messages.Message)}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finding import finding
 from played_loop import now_s, played
 from prometheus_client import CollectorRegistry
 from test_inside import PROMPT, TOY, PlayedCore, opened, settings
@@ -73,7 +72,6 @@ def frames_in(arguments: Any) -> list[bytes]:
     return [frame for item in arguments for frame in frames_in(item)] if isinstance(arguments, list | tuple) else []
 
 
-@finding("5.5", "the gate hands over one frame per engine step and connection, and falls behind 16 streams")
 def test_frames_reach_the_engine_within_a_few_steps() -> None:
     inbox: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -118,7 +116,6 @@ def made_ready(monkeypatch: pytest.MonkeyPatch, processes: int) -> int:
     return places
 
 
-@finding("5.10", "each API server process takes all of the places")
 def test_two_front_ends_do_not_double_the_places(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         places = made_ready(monkeypatch, processes=2)
@@ -153,7 +150,6 @@ print(generate_latest(registry).decode())
 """
 
 
-@finding("5.10", "with several API server processes a scrape has no metric of ours")
 def test_a_scrape_of_several_front_ends_has_our_metrics(tmp_path: Path) -> None:
     variables = {
         **os.environ,
@@ -168,14 +164,12 @@ def test_a_scrape_of_several_front_ends_has_our_metrics(tmp_path: Path) -> None:
     assert done.stdout.startswith("refused:") or "wanspec_sessions" in done.stdout, done.stdout
 
 
-@finding("5.12", "the engine core's methods that the host wraps and calls are in no ledger")
 def test_the_seams_of_the_host_in_the_engine_are_in_the_ledger() -> None:
     wraps = [*engine.LEDGER, *getattr(inside, "LEDGER", ())]
     targets = " ".join(wrap.target for wrap in wraps)
     assert [seam for seam in ("step_fn", "add_request", "abort_requests") if f"EngineCore.{seam}" not in targets] == []
 
 
-@finding("5.12", "an engine core that lacks what the host needs is taken, or told by an AttributeError")
 @pytest.mark.vllm
 @pytest.mark.parametrize("seam", ["step_fn", "add_request", "abort_requests", "request_block_hasher"])
 def test_a_missing_seam_is_named_at_start(seam: str) -> None:
@@ -202,7 +196,6 @@ def hosted(core: PlayedCore, *controllers: int) -> None:
         inside.wanspec_receive(core, "front", number, encode([opened(1, lookahead=60, tokens=(*PROMPT, number))]))
 
 
-@finding("5.12", "outputs that vLLM itself makes for our requests have an index that its output thread fails at")
 @pytest.mark.vllm
 def test_what_vllm_says_of_our_requests_does_not_reach_its_output_thread() -> None:
     core = PlayedCore()
@@ -213,7 +206,6 @@ def test_what_vllm_says_of_our_requests_does_not_reach_its_output_thread() -> No
     assert request.client_index >= 0 or core.output_queue.empty()  # type: ignore[attr-defined]
 
 
-@finding("5.12", "one bad output drops all controllers")
 @pytest.mark.vllm
 def test_a_bad_output_ends_only_its_own_session() -> None:
     class OnceBad(PlayedCore):

@@ -4,7 +4,7 @@ import functools
 import importlib
 from typing import Any
 
-from vllm_wanspec.controller.ledger import Wrap
+from vllm_wanspec.ledger import Wrap
 
 LEDGER = (
     Wrap(

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from vllm_wanspec.controller.ledger import Wrap, attribute, wrap
+from vllm_wanspec.ledger import Wrap, attribute, wrap
 
 LEDGER = (
     Wrap(

@@ -9,10 +9,10 @@ from typing import Any
 
 from vllm_wanspec.config import PROPOSER
 from vllm_wanspec.controller.cpu_mends import repair_cpu_expand
-from vllm_wanspec.controller.ledger import SUPPORTED, Wrap, attribute, need_methods, vllm_version, wrap
 from vllm_wanspec.controller.request_settings import check_request
 from vllm_wanspec.controller.startup import check_target
 from vllm_wanspec.errors import ConfigError, UnsupportedError
+from vllm_wanspec.ledger import SUPPORTED, Wrap, attribute, need_methods, vllm_version, wrap
 
 LEDGER = (
     Wrap(

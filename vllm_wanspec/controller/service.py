@@ -5,7 +5,6 @@ from typing import Any
 
 from vllm_wanspec.config import Settings, load_settings, settings_path
 from vllm_wanspec.controller.engine import queued_requests
-from vllm_wanspec.controller.ledger import attribute
 from vllm_wanspec.controller.metrics import serve_metrics
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.controller.requests import Requests
@@ -15,6 +14,7 @@ from vllm_wanspec.core.messages import vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.eventlog import EventLog
+from vllm_wanspec.ledger import attribute
 
 
 def read_settings(vllm_config: Any) -> tuple[Settings, int]:

@@ -138,6 +138,12 @@ class DrafterSession:
         return list(self._running)
 
     @property
+    def main_branch(self) -> int | None:
+        """The branch that extends the most probable continuation; None: there is none now."""
+        main = self._at_tip.get(self._tip())
+        return main.number if main is not None else None
+
+    @property
     def state(self) -> DrafterState:
         """What the session is doing."""
         return self._state

@@ -200,7 +200,7 @@ class Ping(Fields, tag=9, frozen=True):
 
 
 class Pong(Fields, tag=10, frozen=True):
-    """Answer to `Ping` with its ``number``; ``load``: engine places in use and wanted, in percent of all places."""
+    """Answer to `Ping` with its ``number``; ``load``: sessions in percent of the places of the engine."""
 
     number: Id
     load: Percent = 0

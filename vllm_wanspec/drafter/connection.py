@@ -18,6 +18,7 @@ from vllm_wanspec.core.messages import (
     PROTOCOL_VERSION,
     Close,
     Commit,
+    Drain,
     Have,
     Hello,
     Message,
@@ -33,6 +34,7 @@ from vllm_wanspec.core.messages import (
 )
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.core.wire import Sender, decode, frames, greeting
+from vllm_wanspec.drafter.admission import DRAINING, SESSION_IDLE_S, SESSIONS
 from vllm_wanspec.drafter.host import Host
 from vllm_wanspec.errors import RemoteProtocolError
 
@@ -46,16 +48,22 @@ class Connection:
 
     Feed it with `receive` and put on the wire what `frames` gives. Where one of them raises or refuses the connection
     ends, and `end` then stops everything that the engine still does for it.
+
+    Attributes:
+        client_name: Under which name its tokens are counted; whoever lets it in knows.
     """
 
-    def __init__(self, host: Host, wake: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, host: Host, wake: Callable[[], None] = lambda: None, client_name: str = "") -> None:
         """Serve from ``host``; ``wake`` is called when there is something to send."""
         self._host = host
         self._model = host.model
         self._wake = wake
         self._calibration = Calibration()
+        self.client_name = client_name
         self._client = ""
         self._sessions: dict[int, DrafterSession] = {}
+        self._heard_s: dict[int, float] = {}
+        self._width = 0
         self._last_number = 0
         self._handles: dict[tuple[int, int], int] = {}
         self._outbox: list[Message] = []
@@ -69,7 +77,7 @@ class Connection:
 
     @property
     def running(self) -> int:
-        """Branches that the engine is extending."""
+        """Branches that the engine is extending, or will when it is their turn."""
         return len(self._handles)
 
     def receive(self, frame: bytes) -> bool:
@@ -81,6 +89,7 @@ class Connection:
         """
         if len(self._outbox) >= MAX_OUTBOX:
             raise RemoteProtocolError(f"the controller does not read: {MAX_OUTBOX} messages wait for it")
+        self._expire()
         if not self._greeted:
             return self._greet(frame)
         for message in decode(frame, Sender.CONTROLLER):
@@ -94,6 +103,9 @@ class Connection:
 
     def resize(self, width: int) -> None:
         """Let each session run ``width`` branches."""
+        if width == self._width:
+            return
+        self._width = width
         for number, session in list(self._sessions.items()):
             if session.width != min(width, session.limits.running_branches):
                 self._do(number, session.resize(width, self._host.now()))
@@ -114,7 +126,7 @@ class Connection:
         """The engine cannot serve a session's branch."""
         session = self._sessions.get(number)
         if session is not None and branch in session.running:
-            logger.error("draft engine failed (%s); session %d rejected", reason, number)
+            self._host.complain(reason)
             self._do(number, session.failed(self._host.now()))
 
     def forget(self, number: int, branch: int) -> None:
@@ -126,12 +138,24 @@ class Connection:
 
         Their contexts are kept for a while: their controller may come back.
         """
+        self._host.connections.discard(self)  # nobody's share goes to sessions that are about to end
         for number, session in list(self._sessions.items()):
-            self._host.kept.keep(self._client, number, session.context, self._host.now())
+            self._host.kept.keep(self._kept_under(self._client), number, session.context, self._host.now())
             self._end(number)
-        self._host.connections.discard(self)
-        self._host.share()
+        self._host.left(self)
         return list(self._handles.values())
+
+    def drain(self) -> None:
+        """No new sessions are taken here: tell the controller."""
+        self._post(Drain())
+
+    def dismiss(self) -> int:
+        """End all sessions, and tell the controller; how many there were."""
+        numbers = list(self._sessions)
+        for number in numbers:
+            self._end(number)
+            self._reject(number, "overloaded", DRAINING)
+        return len(numbers)
 
     def _greet(self, frame: bytes) -> bool:
         _, version = greeting(frame)
@@ -157,10 +181,13 @@ class Connection:
             model.max_sessions,
             model.max_nodes,
             model.max_context,
+            self._host.load,
         )
         self._greeted = refusal is None
         self._client = message.client
         self._post(answer)
+        if self._greeted and self._host.draining:
+            self.drain()
         return self._greeted
 
     def _same_vocabulary(self, hello: Hello) -> bool:
@@ -176,7 +203,7 @@ class Connection:
             case Commit(session=number):
                 session = self._sessions.get(number)
                 if session is not None:
-                    self._do(number, session.committed(message, self._host.now()))
+                    self._commit(session, message)
                 elif number > self._last_number:
                     raise RemoteProtocolError(f"commit to session {number}, which was never opened")
             case Want(session=number):
@@ -186,7 +213,7 @@ class Connection:
             case Close(session=number):
                 self._end(number)
             case Ping(number=number):
-                self._post(Pong(number))
+                self._post(Pong(number, self._host.load))
             case _:
                 raise RemoteProtocolError(f"unexpected {type(message).__name__.lower()} message")
 
@@ -195,27 +222,63 @@ class Connection:
         if number <= self._last_number:
             raise RemoteProtocolError(f"session number {number} does not rise above {self._last_number}")
         self._last_number = number
-        if len(self._sessions) >= model.max_sessions:
-            self._post(Reject(number, "overloaded"))
-        elif opened.total > model.max_context:
-            self._post(Reject(number, "too_long"))
-        elif max(opened.tokens, default=0) >= model.vocab_size:
-            self._post(Reject(number, "vocabulary"))
-        elif opened.limits.max_nodes > model.max_nodes:
+        if opened.limits.max_nodes > model.max_nodes:
             raise RemoteProtocolError(f"session {number} wants {opened.limits.max_nodes} nodes of {model.max_nodes}")
+        if opened.total > model.max_context:
+            self._reject(number, "too_long")
+        elif len(self._sessions) >= model.max_sessions:
+            self._reject(number, "overloaded", SESSIONS)
+        elif why := self._host.refusal(opened.total):
+            self._reject(number, "overloaded", why)
+        elif max(opened.tokens, default=0) >= model.vocab_size:
+            self._reject(number, "vocabulary")
         else:
-            now = self._host.now()
-            if opened.resumes is not None:
-                opened = self._resumed(opened, opened.resumes, now)
-            session = self._sessions[number] = self._new_session(opened)
-            self._do(number, session.start(now))
-            self._host.share()
+            self._begin(opened)
+
+    def _begin(self, opened: Open) -> None:
+        number, now = opened.session, self._host.now()
+        if opened.resumes is not None:
+            opened = self._resumed(opened, opened.resumes, now)
+        session = self._sessions[number] = self._new_session(opened)
+        self._heard_s[number] = now
+        self._host.opened(self, number, opened.total)
+        self._do(number, session.start(now))
+        self._width = 0  # which the new one has not got yet
+        self._host.share()
+
+    def _commit(self, session: DrafterSession, commit: Commit) -> None:
+        """Follow a commit, and count the tokens in it that had been drafted: all new ones that did not become nodes."""
+        number, tree, now = commit.session, session.tree, self._host.now()
+        known, last_id = tree.committed_length, tree.last_id
+        del self._heard_s[number]
+        self._heard_s[number] = now  # the last one now
+        actions = session.committed(commit, now)
+        new = tree.committed_length - known
+        self._host.used[self.client_name] += new - (tree.last_id - last_id)
+        self._host.grew(self, number, new)
+        self._do(number, actions)
+        main = session.main_branch  # perhaps a side branch until now
+        if main is not None:
+            self._host.lead(self._handles.get((number, main), 0))
+
+    def _expire(self) -> None:
+        """End sessions of which nothing was said for long: those heard of longest ago are the first."""
+        oldest_s = self._host.now() - SESSION_IDLE_S
+        while self._heard_s and next(iter(self._heard_s.values())) < oldest_s:
+            number = next(iter(self._heard_s))
+            self._host.expired += 1
+            self._end(number)
+            self._reject(number, "unknown")
 
     def _resumed(self, opened: Open, resumes: Resumed, now: float) -> Open:
         """The same with what is kept of its context; the controller is told how much that is."""
-        kept = self._host.kept.take(resumes.client, resumes.session, now)[: opened.total]
+        kept = self._host.kept.take(self._kept_under(resumes.client), resumes.session, now)[: opened.total]
         self._post(Have(opened.session, len(kept)))
         return replace(opened, tokens=tuple(kept), length=opened.total, resumes=None)
+
+    def _kept_under(self, client: str) -> str:
+        """Under what a connection's contexts are kept: no client gets those of another's token."""
+        return client and f"{self.client_name} {client}"
 
     def _session_settings(self) -> dict[str, Any]:
         """What the drafter decides of its sessions; see `DrafterSession`."""
@@ -234,24 +297,35 @@ class Connection:
         return RecordedDrafterSession(opened, key=f"{self._client}#{opened.session}", sink=sink, **settings)
 
     def _do(self, number: int, actions: list[Action]) -> None:
+        session = self._sessions.get(number)
         for action in actions:
             match action:
                 case StartBranch(branch=branch):
-                    self._handles[number, branch] = self._host.start(self, number, action)
+                    main = session is not None and session.main_branch == branch
+                    self._handles[number, branch] = self._host.start(self, number, action, main=main)
                 case StopBranch(branch=branch):
                     self._host.stop(self._handles.get((number, branch), 0))
-                case Reject():
-                    self._sessions.pop(number, None)
-                    self._post(action)
-                    self._host.share()
+                case Reject(code=code):
+                    self._forget_session(number)
+                    self._reject(number, code)
                 case _:
                     self._post(action)
 
     def _end(self, number: int) -> None:
-        session = self._sessions.pop(number, None)
+        session = self._sessions.get(number)
         if session is not None:
             self._do(number, session.close(self._host.now()))
-            self._host.share()
+            self._forget_session(number)
+
+    def _forget_session(self, number: int) -> None:
+        if self._sessions.pop(number, None) is not None:
+            del self._heard_s[number]
+            self._host.closed(self, number)
+
+    def _reject(self, number: int, code: str, why: str = "") -> None:
+        """Tell that a session is refused or over, and count it."""
+        self._host.rejects[f"{code}/{why}" if why else code] += 1
+        self._post(Reject(number, code))
 
     def _post(self, message: Message) -> None:
         """Queue a message for the writer."""

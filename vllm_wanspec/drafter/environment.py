@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from vllm_wanspec.config import HOST_ENV, OTHER_ROUTES_ENV, TOKEN_ENV, TOKEN_FILE_ENV, WIDTH_ENV
 from vllm_wanspec.config.addresses import is_this_machine
@@ -97,3 +98,31 @@ def running_branches(asked: str | None, max_num_seqs: int) -> int:
     if asked is not None and not re.fullmatch("[1-9][0-9]{0,8}", asked):
         raise ConfigError(f"{WIDTH_ENV}: {asked!r:.80} is not a number of branches, as in 64")
     return min(int(asked or DEFAULT_RUNNING_BRANCHES), max_num_seqs)
+
+
+def check_one_front_end(parallel_config: Any) -> None:
+    """See that the server is one API server process: each would have places, limits and metrics of its own.
+
+    Args:
+        parallel_config: vLLM's.
+
+    Raises:
+        ConfigError: It is several.
+    """
+    processes = getattr(parallel_config, "_api_process_count", 1)
+    if processes > 1:
+        raise ConfigError(
+            f"a drafter is one API server process, and {processes} are asked for, by --api-server-count or by "
+            "--data-parallel-size: give --api-server-count 1"
+        )
+
+
+def capacity_tokens(vllm_config: Any) -> int | None:
+    """What the engine's KV cache holds, in tokens; None where its configuration does not say.
+
+    Args:
+        vllm_config: vLLM's whole configuration, after the engine has started.
+    """
+    cache = getattr(vllm_config, "cache_config", None)
+    blocks, size = getattr(cache, "num_gpu_blocks", None), getattr(cache, "block_size", None)
+    return blocks * size if blocks and size else None

@@ -1,15 +1,23 @@
 """Ports: a controller's way to a host, and the loop that carries its frames whatever the transport is."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import StreamingHost
+from vllm_wanspec.errors import RemoteProtocolError
+
+SEND_DEADLINE_S = 15.0
+"""For one frame to get away: a controller that hears nothing for so long has given the drafter up."""
+IDLE_S = 60.0
+"""A controller pings once a second; one that says nothing for so long is gone, whatever its socket says."""
 
 
 class Port(Protocol):
     """One controller's way to a host; `receive` and `frames` may be awaited side by side.
+
+    Where the controller breaks the protocol one of the two raises `RemoteProtocolError`, and not always `receive`.
 
     Attributes:
         client: The name of the token by which it came in; empty where nobody is asked for one.
@@ -21,8 +29,8 @@ class Port(Protocol):
         """Hand in a frame; see `Connection.receive`."""
         ...
 
-    async def frames(self) -> list[bytes]:
-        """Wait for something to send."""
+    async def frames(self) -> list[bytes] | None:
+        """Wait for something to send; None: the controller was refused, and has been told."""
         ...
 
     def leftovers(self) -> list[bytes]:
@@ -42,7 +50,7 @@ class LocalPort:
         self.client = client
         self._host = host
         self._written = asyncio.Event()
-        self.connection = Connection(host, self._written.set)
+        self.connection = Connection(host, self._written.set, client)
 
     async def receive(self, frame: bytes) -> bool:
         """See `Port`."""
@@ -72,20 +80,22 @@ async def serve(port: Port, incoming: AsyncIterator[bytes], send: Callable[[byte
         send: Puts a frame on the wire, and may wait for the peer.
 
     Raises:
-        RemoteProtocolError: No correct controller does that. What ``incoming`` and ``send`` raise comes out too.
+        RemoteProtocolError: No correct controller does that: it breaks the protocol, takes no frame for
+            `SEND_DEADLINE_S`, or says nothing for `IDLE_S`. What ``incoming`` and ``send`` raise comes out too.
     """
 
     async def read() -> None:
-        async for frame in incoming:
+        async for frame in _heard(incoming):
             if not await port.receive(frame):
                 for last in port.leftovers():
-                    await send(last)
+                    await _sent(send, last)
                 return
+            await asyncio.sleep(0)  # others have their turn: a frame with a long context takes milliseconds
 
     async def write() -> None:
-        while True:
-            for frame in await port.frames():
-                await send(frame)
+        while (frames := await port.frames()) is not None:
+            for frame in frames:
+                await _sent(send, frame)
 
     tasks = asyncio.create_task(read()), asyncio.create_task(write())
     try:
@@ -97,3 +107,30 @@ async def serve(port: Port, incoming: AsyncIterator[bytes], send: Callable[[byte
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await port.close()
+
+
+async def _heard(incoming: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The controller's frames, each within `IDLE_S` of the one before."""
+    frames = aiter(incoming)
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_S) as deadline:
+                frame = await anext(frames)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            raise RemoteProtocolError(f"it has said nothing for {IDLE_S:g} s") from None
+        yield frame
+
+
+async def _sent(send: Callable[[bytes], Awaitable[None]], frame: bytes) -> None:
+    """Put a frame on the wire within `SEND_DEADLINE_S`."""
+    try:
+        async with asyncio.timeout(SEND_DEADLINE_S) as deadline:
+            await send(frame)
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise RemoteProtocolError(f"it has taken no frame for {SEND_DEADLINE_S:g} s") from None

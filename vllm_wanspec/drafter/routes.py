@@ -1,5 +1,6 @@
 """The vLLM endpoint plugin: the drafter's WebSocket route on a vLLM server."""
 
+import asyncio
 import logging
 import os
 import sys
@@ -17,10 +18,13 @@ from vllm_wanspec.config import EVENTS_ENV, HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.core.messages import PATH, vocabulary_fingerprint
 from vllm_wanspec.core.vocabulary import Tokens
 from vllm_wanspec.drafter.access import Door, Guard, Refusal, peer
+from vllm_wanspec.drafter.drain import GRACE_S, before_shutdown
 from vllm_wanspec.drafter.engines import VllmEngine
 from vllm_wanspec.drafter.environment import (
     ENGINE,
+    capacity_tokens,
     check_environment,
+    check_one_front_end,
     check_reach,
     host_place,
     running_branches,
@@ -39,6 +43,8 @@ logger = logging.getLogger("vllm.wanspec.drafter")
 
 WARM_UP_TOKENS = 4
 GOING_AWAY, PROTOCOL_ERROR = 1001, 1002
+CLOSE_DEADLINE_S = 1.0
+"""For a close frame to get away."""
 
 
 class WanspecRoutes:
@@ -61,9 +67,15 @@ class WanspecRoutes:
         self._app = app
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """Get ready before the server reports that it is: the first request with log-probabilities compiles."""
+        """Get ready before the server reports that it is: the first request with log-probabilities compiles.
+
+        Raises:
+            ConfigError: The server is several processes.
+            UnsupportedError: vLLM lacks what a drafter needs.
+        """
         _check_reach(args)
         self._guard_other_routes()
+        check_one_front_end(engine_client.vllm_config.parallel_config)
         config = engine_client.vllm_config.model_config
         vocabulary = engine_client.get_tokenizer().get_vocab()
         places = running_branches(os.environ.get(WIDTH_ENV), engine_client.vllm_config.scheduler_config.max_num_seqs)
@@ -74,17 +86,21 @@ class WanspecRoutes:
             max_context=config.max_model_len - 1,
             tokens=Tokens.of(vocabulary).by_id,
         )
+        capacity = capacity_tokens(engine_client.vllm_config)
         top_k = alternatives(config.max_logprobs)
         engine = VllmEngine(engine_client, top_k)
         events = os.environ.get(EVENTS_ENV)
         if host_place(os.environ.get(HOST_ENV), engine_client.vllm_config.parallel_config.data_parallel_size) == ENGINE:
             gate = EngineGate(engine_client)
-            await gate.setup({"model": asdict(model), "running_branches": places, "events": events, "top_k": top_k})
-            state.wanspec_port, stats = gate.port, lambda: gate.stats
+            settings = {"model": asdict(model), "running_branches": places, "capacity_tokens": capacity}
+            await gate.setup({**settings, "events": events, "top_k": top_k})
+            state.wanspec_port, stats, drain = gate.port, lambda: gate.stats, gate.drain
         else:
             log = EventLog(events, "drafter", model.name) if events else None
-            host = StreamingHost(engine, model, running_branches=places, sink=log.record if log else None)
-            state.wanspec_port, stats = partial(LocalPort, host), host.stats
+            sink = log.record if log else None
+            host = StreamingHost(engine, model, running_branches=places, capacity_tokens=capacity, sink=sink)
+            state.wanspec_port, stats, drain = partial(LocalPort, host), host.stats, host.let_go
+        before_shutdown(engine_client, drain, getattr(engine_client.vllm_config, "shutdown_timeout", 0) or GRACE_S)
         REGISTRY.register(HostCollector(stats))
         if asks_nobody(os.environ):
             said = "is none" if TOKEN_ENV in os.environ else "is not set"
@@ -133,8 +149,16 @@ async def _frames(websocket: WebSocket) -> AsyncGenerator[bytes, None]:
 
 
 async def _close(websocket: WebSocket, code: int, reason: str) -> None:
-    with suppress(RuntimeError, WebSocketDisconnect):
-        await websocket.close(code, reason)
+    """Say that it is over; a peer that reads nothing is not waited for."""
+    try:
+        with suppress(RuntimeError, WebSocketDisconnect):
+            async with asyncio.timeout(CLOSE_DEADLINE_S):
+                await websocket.close(code, reason)
+    except TimeoutError:
+        # ASGI has no word for it; uvicorn would wait for ever until its buffer is read.
+        transport = getattr(getattr(websocket._receive, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
 
 
 def _check_reach(args: Any) -> None:

@@ -5,8 +5,9 @@ import os
 from typing import Any
 
 from vllm_wanspec.config import HOST_ENV, WIDTH_ENV
+from vllm_wanspec.drafter import inside
 from vllm_wanspec.drafter.engines import TOP_K
-from vllm_wanspec.drafter.environment import host_place, running_branches
+from vllm_wanspec.drafter.environment import ENGINE, check_one_front_end, host_place, running_branches
 from vllm_wanspec.errors import ConfigError
 
 logger = logging.getLogger("vllm.wanspec.drafter")
@@ -27,6 +28,7 @@ def check(vllm_config: Any, usage: Any) -> None:
 
     Raises:
         ConfigError: It cannot draft; one line.
+        UnsupportedError: vLLM lacks what a host in the engine needs.
     """
     if getattr(usage, "name", None) != SERVER or PLUGIN not in os.environ.get(PLUGINS_ENV, "").split(","):
         return
@@ -43,7 +45,9 @@ def check(vllm_config: Any, usage: Any) -> None:
     if model.max_logprobs == 0:
         raise ConfigError(f"--max-logprobs 0: a drafter branches by log-probabilities; give at least {TOP_K}")
     running_branches(os.environ.get(WIDTH_ENV), vllm_config.scheduler_config.max_num_seqs)
-    host_place(os.environ.get(HOST_ENV), vllm_config.parallel_config.data_parallel_size)
+    check_one_front_end(vllm_config.parallel_config)
+    if host_place(os.environ.get(HOST_ENV), vllm_config.parallel_config.data_parallel_size) == ENGINE:
+        inside.check()
 
 
 def alternatives(max_logprobs: int) -> int:

@@ -62,8 +62,9 @@ class SteppedHost(Host):
 
     def resize(self, places: int) -> None:
         """Have other places for running branches, over all sessions."""
-        self._places = places
+        self._turns.places = places
         self.share()
+        self._fill()
 
     def _extend(self, handle: int, start: StartBranch) -> None:
         self._branches[handle] = self.engine.begin(start.tokens, start.max_tokens)

@@ -11,7 +11,7 @@ from toys import DrafterServer, draft_model
 
 from vllm_wanspec.config import PROPOSER
 from vllm_wanspec.controller import front
-from vllm_wanspec.controller.ledger import wrap
+from vllm_wanspec.ledger import wrap
 
 pytestmark = pytest.mark.usefixtures("short_waits")
 

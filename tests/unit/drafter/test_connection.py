@@ -22,6 +22,8 @@ from vllm_wanspec.core.messages import (
     Welcome,
 )
 from vllm_wanspec.drafter import connection
+from vllm_wanspec.drafter.admission import SESSION_IDLE_S
+from vllm_wanspec.drafter.host import StreamingHost
 from vllm_wanspec.errors import RemoteProtocolError
 from vllm_wanspec.sim.engine import Engine
 
@@ -285,3 +287,48 @@ def test_closing_the_connection_stops_everything() -> None:
         assert peer.engine.running == 0  # type: ignore[attr-defined]
 
     with_peer(scenario)
+
+
+def test_a_session_of_which_nothing_is_said_is_ended() -> None:
+    now = [0.0]
+
+    async def main() -> None:
+        peer = Peer(host=StreamingHost(Engine(TOY), draft_model(), clock=lambda: now[0]))
+        await peer.greet()
+        await peer.say(opened(1), opened(2))
+        await peer.settled()
+        now[0] = 100.0
+        await peer.say(Commit(1, 3, tuple(TOY.drafted(PROMPT, 4))))
+        await peer.settled()
+        now[0] = SESSION_IDLE_S + 1.0
+        await peer.say(Ping(1))
+        await peer.until(lambda: Reject(2, "unknown") in peer.received)
+        assert list(peer.connection._sessions) == [1]
+        now[0] += 100.0
+        await peer.say(Commit(2, 3, (1,)))  # in flight: nobody's fault
+        await peer.until(lambda: Reject(1, "unknown") in peer.received)
+        assert peer.host.stats().expired == 2
+        await peer.end()
+        assert peer.connection._heard_s == {}
+
+    asyncio.run(main())
+
+
+def test_the_main_line_is_known_to_the_queue() -> None:
+    asked: list[bool] = []
+
+    class Watched(StreamingHost):
+        def start(self, owner, number, start, *, main=True):  # type: ignore[no-untyped-def]
+            asked.append(main)
+            return super().start(owner, number, start, main=main)
+
+    async def main() -> None:
+        peer = Peer(host=Watched(Engine(TOY), draft_model()))
+        await peer.greet()
+        await peer.say(opened(1, lookahead=24, max_nodes=512, max_branches=4, running_branches=8, branch_depth=4))
+        await peer.settled()
+        await peer.end()
+
+    asyncio.run(main())
+    assert asked[0]
+    assert False in asked

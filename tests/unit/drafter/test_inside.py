@@ -1,6 +1,7 @@
 """The host inside the engine, over a played engine core; and the front end's gate to it, over played utility calls."""
 
 import asyncio
+import queue
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from vllm_wanspec.drafter import inside
 from vllm_wanspec.drafter.engines import TOP_K
 from vllm_wanspec.drafter.gate import EngineGate
 from vllm_wanspec.drafter.ports import Port
+from vllm_wanspec.drafter.stats import HostStats
 from vllm_wanspec.errors import RemoteProtocolError
 
 TOY = toy(seed=4)
@@ -99,10 +101,15 @@ class Engine:
             await asyncio.sleep(0)
 
 
-async def read(port: Port, received: list[Message]) -> None:
-    while True:
-        for frame in await port.frames():
-            received += decode(frame)
+async def read(port: Port, received: list[Message]) -> str | None:
+    """Until the end: what was wrong, or nothing where the controller was refused."""
+    try:
+        while (frames := await port.frames()) is not None:
+            for frame in frames:
+                received += decode(frame)
+    except (RemoteProtocolError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def with_gate(scenario: Any) -> None:
@@ -112,7 +119,8 @@ def with_gate(scenario: Any) -> None:
         await gate.setup(settings())
         port = gate.port()
         received: list[Message] = []
-        tasks = [asyncio.create_task(engine.run()), asyncio.create_task(read(port, received))]
+        reading = asyncio.create_task(read(port, received))
+        tasks = [asyncio.create_task(engine.run()), reading]
 
         async def until(condition: Any) -> None:
             async with asyncio.timeout(5.0):
@@ -120,7 +128,8 @@ def with_gate(scenario: Any) -> None:
                     await asyncio.sleep(0)
 
         try:
-            await scenario(SimpleNamespace(engine=engine, gate=gate, port=port, received=received, until=until))
+            peer = SimpleNamespace(engine=engine, gate=gate, port=port, received=received, until=until, reading=reading)
+            await scenario(peer)
         finally:
             await port.close()
             for task in (*tasks, gate._polling):
@@ -141,7 +150,7 @@ def drafted(received: list[Message], session: int) -> list[int]:
 
 
 async def greet(peer: Any) -> None:
-    assert await peer.port.receive(encode([Hello(1, FINGERPRINT, "test")]))
+    await peer.port.receive(encode([Hello(1, FINGERPRINT, "test")]))
     await peer.until(lambda: peer.received)
     assert isinstance(peer.received[0], Welcome)
 
@@ -199,17 +208,21 @@ def test_two_front_ends_have_their_own_controllers() -> None:
 def test_what_no_correct_controller_sends() -> None:
     async def scenario(peer: Any) -> None:
         await greet(peer)
-        with pytest.raises(RemoteProtocolError, match="never opened"):
-            await peer.port.receive(encode([Commit(9, 3, (1,))]))
+        await peer.port.receive(encode([Commit(9, 3, (1,))]))
+        assert "RemoteProtocolError" in (said := await peer.reading)
+        assert "never opened" in said
+        await peer.port.receive(encode([opened(1)]))  # was on its way
+        await peer.until(lambda: not peer.port._flying)
+        assert peer.gate.stats.sessions == 0
 
     with_gate(scenario)
 
 
 def test_a_refused_controller_gets_its_last_word() -> None:
     async def scenario(peer: Any) -> None:
-        assert not await peer.port.receive(encode([Hello(1, "other", "test")]))
-        [frame] = peer.port.leftovers()
-        [refuse] = decode(frame)
+        await peer.port.receive(encode([Hello(1, "other", "test")]))
+        assert await peer.reading is None
+        [refuse] = peer.received
         assert isinstance(refuse, Refuse)
         assert refuse.code == "vocabulary"
 
@@ -222,8 +235,8 @@ def test_closing_stops_the_engine() -> None:
         await peer.port.receive(encode([opened(n, lookahead=60) for n in (1, 2, 3)]))
         await peer.until(lambda: len(peer.engine.core.requests) == 3)
         await peer.port.receive(encode([Close(2)]))
-        assert len(peer.engine.core.requests) == 2
-        assert peer.gate.stats.sessions == peer.gate.stats.running == 2
+        await peer.until(lambda: len(peer.engine.core.requests) == 2)
+        await peer.until(lambda: peer.gate.stats.sessions == peer.gate.stats.running == 2)
         await peer.port.close()
         assert not peer.engine.core.requests
         assert peer.gate.stats.sessions == peer.gate.stats.running == 0
@@ -247,8 +260,8 @@ def test_a_dead_engine_ends_the_connections() -> None:
     async def scenario(peer: Any) -> None:
         await greet(peer)
         peer.engine.dead = True
-        with pytest.raises(OSError, match="engine is gone"):
-            await peer.port.receive(encode([opened(1)]))
+        await peer.port.receive(encode([opened(1)]))
+        assert "OSError: the engine is gone" in await peer.reading
 
     with_gate(scenario)
 
@@ -282,8 +295,8 @@ def test_a_fault_of_ours_drops_the_controllers_and_not_the_engine(monkeypatch: p
 
         monkeypatch.setattr(peer.engine.core.wanspec._host, "stepped", broken)
         await peer.until(lambda: not peer.engine.core.requests)
-        with pytest.raises(RemoteProtocolError, match="fault of its own"):
-            await peer.port.receive(encode([Commit(1, 3, (1,))]))
+        assert "fault of its own" in await peer.reading
+        await peer.port.receive(encode([Commit(1, 3, (1,))]))
 
     with_gate(scenario)
 
@@ -299,3 +312,126 @@ def test_statistics_go_to_a_front_end() -> None:
     assert executed
     assert [index for index in outputs if index == inside.CLIENT_INDEX] == []
     assert [output.scheduler_stats for output in outputs.values()] == [core.stats]
+
+
+# What is on its way
+
+
+@pytest.mark.parametrize(("size", "most"), [(10, gate_module.MAX_FLYING_FRAMES), (gate_module.MAX_FLYING_BYTES, 1)])
+def test_so_much_is_on_its_way_at_a_time(size: int, most: int) -> None:
+    async def main() -> None:
+        calls: list[asyncio.Future[Any]] = []
+
+        async def slow(name: str, *arguments: Any) -> Any:
+            if name == "wanspec_close":
+                return list(HostStats())
+            calls.append(asyncio.get_running_loop().create_future())
+            return await calls[-1]
+
+        port = EngineGate(SimpleNamespace(engine_core=SimpleNamespace(call_utility_async=slow))).port()
+        port._connected = True
+        handed = 0
+
+        async def hand_over() -> None:
+            nonlocal handed
+            for _ in range(most + 3):
+                await port.receive(bytes(size))
+                handed += 1
+
+        handing = asyncio.create_task(hand_over())
+        for _ in range(most + 10):
+            await asyncio.sleep(0)
+        assert handed == len(calls) == most
+        calls[0].set_result(list(HostStats(sessions=7)))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert handed == len(calls) == most + 1
+        assert port._gate.stats.sessions == 7
+        handing.cancel()
+        await port.close()
+        await asyncio.gather(handing, *port._flying, return_exceptions=True)
+        assert (port._flying, port._flying_bytes) == ({}, 0)
+
+    asyncio.run(main())
+
+
+# The end
+
+
+def test_sessions_are_let_go_before_the_engine_is() -> None:
+    async def scenario(peer: Any) -> None:
+        await greet(peer)
+        await peer.port.receive(encode([opened(1, lookahead=60)]))
+        await peer.until(lambda: drafted(peer.received, 1))
+        assert await peer.gate.drain(last=False) == 1
+        await peer.port.receive(encode([opened(2)]))
+        await peer.until(lambda: Reject(2, "overloaded") in peer.received)
+        assert peer.engine.core.requests
+        assert await peer.gate.drain(last=True) == 0
+        await peer.until(lambda: Reject(1, "overloaded") in peer.received)
+        assert not peer.engine.core.requests
+        peer.engine.dead = True
+        assert await peer.gate.drain(last=False) == 0
+
+    with_gate(scenario)
+
+
+class Output(SimpleNamespace):
+    """vLLM's ``EngineCoreOutputs``, as it makes them when it ends requests itself."""
+
+
+def ended_by_vllm(core: PlayedCore) -> None:
+    """As on SIGTERM and when it pauses: requests are gone, and a message for their front end is queued."""
+    names = list(core.requests)
+    core.requests.clear()
+    outputs = [SimpleNamespace(request_id=name, new_token_ids=[], finish_reason="abort") for name in names]
+    core.output_queue.put_nowait((inside.CLIENT_INDEX, Output(outputs=outputs)))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("runs", [True, False], ids=["pauses", "stops"])
+def test_what_vllm_ends_itself_ends_sessions_and_stays_out_of_its_queue(runs: bool) -> None:
+    core = PlayedCore()
+    plain = core.output_queue = queue.SimpleQueue()  # type: ignore[attr-defined]
+    core.is_running = lambda: runs  # type: ignore[attr-defined]
+    inside.wanspec_setup(core, settings(places=2))
+    inside.wanspec_connect(core, "a", 1)
+    inside.wanspec_receive(core, "a", 1, encode([Hello(1, FINGERPRINT, "test")]))
+    inside.wanspec_receive(core, "a", 1, encode([opened(n, lookahead=60) for n in (1, 2, 3)]))
+    assert len(core.requests) == 2
+    started = core.started
+    ended_by_vllm(core)
+    assert plain.empty()
+    host = core.wanspec._host  # type: ignore[attr-defined]
+    assert (host.sessions, host.running, host.waiting, core.started) == (0, 0, 0, started)
+    assert host.draining is not runs
+    sent = [m for frames in inside.wanspec_poll(core, "a").result()[0] for frame in frames[1] for m in decode(frame)]
+    assert {m.session for m in sent if isinstance(m, Reject)} == {1, 2, 3}
+    item = (0, object())
+    core.output_queue.put_nowait(item)  # type: ignore[attr-defined]
+    assert core.output_queue.get() is item  # type: ignore[attr-defined]
+
+
+def test_an_engine_that_waits_until_nothing_runs_gets_there() -> None:
+    core = PlayedCore()
+    core.is_running = lambda: core.started == 0  # type: ignore[attr-defined]
+    inside.wanspec_setup(core, settings())
+    inside.wanspec_connect(core, "a", 1)
+    inside.wanspec_receive(core, "a", 1, encode([Hello(1, FINGERPRINT, "test")]))
+    inside.wanspec_receive(core, "a", 1, encode([opened(1, lookahead=60)]))
+    core.step_fn()
+    assert not core.requests
+    assert core.wanspec._host.draining  # type: ignore[attr-defined]
+
+
+def test_a_last_output_that_cannot_be_read_gives_its_place_back() -> None:
+    core = PlayedCore()
+    inside.wanspec_setup(core, settings(places=1))
+    inside.wanspec_connect(core, "a", 1)
+    inside.wanspec_receive(core, "a", 1, encode([Hello(1, FINGERPRINT, "test")]))
+    inside.wanspec_receive(core, "a", 1, encode([opened(1), opened(2)]))
+    [name] = core.requests
+    host = core.wanspec._host  # type: ignore[attr-defined]
+    del core.requests[name]
+    broken = SimpleNamespace(request_id=name, new_token_ids=[1], new_logprobs=None, finish_reason="length")
+    host.stepped(SimpleNamespace(outputs=[broken]))
+    assert (host.sessions, host.running) == (1, 1)

@@ -4,12 +4,12 @@ from typing import cast
 from unittest.mock import Mock
 
 import pytest
-from host_peer import TOY, Peer, opened, with_peer
+from host_peer import PROMPT, TOY, Peer, opened, with_peer
 from prometheus_client import CollectorRegistry, generate_latest
-from toys import draft_model
+from toys import VOCAB_SIZE, draft_model
 
 from vllm_wanspec.core.drafter import DraftStep, StartBranch
-from vllm_wanspec.core.messages import Close
+from vllm_wanspec.core.messages import Close, Commit
 from vllm_wanspec.drafter.connection import Connection
 from vllm_wanspec.drafter.host import Host, StreamingHost
 from vllm_wanspec.drafter.metrics import HostCollector
@@ -33,7 +33,34 @@ def test_what_a_host_that_rests_says() -> None:
         "wanspec_first_tokens_total": 0.0,
         "wanspec_first_seconds_total": 0.0,
         "wanspec_gap_seconds_total": 0.0,
+        "wanspec_waiting_branches": 0.0,
+        "wanspec_waited_seconds_total": 0.0,
+        "wanspec_context_tokens": 0.0,
+        "wanspec_draining": 0.0,
+        "wanspec_expired_sessions_total": 0.0,
+        "wanspec_dismissed_sessions_total": 0.0,
     }
+
+
+def test_refusals_and_tokens_by_client() -> None:
+    async def scenario(peer: Peer) -> None:
+        peer.connection.client_name = "eu"
+        await peer.greet()
+        await peer.say(opened(1), opened(2), opened(3, tokens=(0,) * 21), opened(4))
+        await peer.settled()
+        line = TOY.drafted(PROMPT, 8)
+        await peer.say(Commit(1, 3, (*line[:3], (line[3] + 1) % VOCAB_SIZE)), Commit(1, 3, tuple(line[:2])))
+        await peer.settled()
+        now = metrics(peer.host)
+        assert now['wanspec_rejects_total{code="overloaded",why="sessions"}'] == 1.0
+        assert now['wanspec_rejects_total{code="too_long",why=""}'] == 1.0
+        assert now['wanspec_client_used_tokens_total{client="eu"}'] == 3.0  # the fourth was not drafted
+        assert now['wanspec_client_drafted_tokens_total{client="eu"}'] == now["wanspec_drafted_tokens_total"]
+        assert now["wanspec_context_tokens"] == 3 + 4 + 3
+        await peer.say(Close(1), Close(2))
+        assert metrics(peer.host)["wanspec_context_tokens"] == 0.0
+
+    with_peer(scenario, model=draft_model(max_sessions=2, max_context=20))
 
 
 def test_they_follow_what_happens() -> None:

@@ -275,6 +275,7 @@ def client(max_num_seqs: int = 100) -> SimpleNamespace:
             parallel_config=SimpleNamespace(data_parallel_size=1),
         ),
         get_tokenizer=lambda: SimpleNamespace(get_vocab=lambda: VOCABULARY),
+        shutdown=lambda timeout=None: None,
     )
 
 
@@ -359,3 +360,27 @@ def test_events_are_recorded_where_the_environment_says(
     header, record = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     assert (header["side"], header["name"], record) == ("drafter", "small", {"call": "x"})
     sink.__self__.close()  # type: ignore[attr-defined]
+
+
+def test_a_peer_that_takes_no_close_frame_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(TOKEN_ENV, raising=False)
+    monkeypatch.setattr(routes, "CLOSE_DEADLINE_S", 0.01)
+    transport = asyncio.selector_events._SelectorTransport  # type: ignore[attr-defined]
+    abort, aborted = transport.abort, []
+
+    def aborting(self: asyncio.Transport) -> None:
+        aborted.append(self)
+        abort(self)
+
+    async def hanging(self: object, code: int, reason: str) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(transport, "abort", aborting)
+    monkeypatch.setattr(routes.WebSocket, "close", hanging)
+
+    async def scenario() -> None:
+        async with drafter() as (url, _), connected(url) as peer:
+            await peer.send_bytes(b"garbage")
+            await until(lambda: aborted)
+
+    asyncio.run(scenario())

@@ -1,8 +1,10 @@
 """Places for running branches over sessions and connections, and what goes into one frame."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from host_peer import PROMPT, TOY, Peer, opened, with_peer
@@ -65,10 +67,10 @@ def new_host(places: int) -> StreamingHost:
 def test_a_session_s_share_is_never_none(places: int, sessions: int, width: int) -> None:
     host = StreamingHost(Engine(TOY), draft_model(), running_branches=places)
     host.connections = {type("C", (), {"sessions": sessions})()}  # type: ignore[assignment]
-    assert host.width() == width
+    assert host.width(sessions) == width
 
 
-def test_sessions_of_all_connections_share_alike() -> None:
+def test_connections_share_alike_and_so_do_the_sessions_of_each() -> None:
     async def main() -> None:
         host = new_host(12)
         async with peers(host, 2) as (one, other):
@@ -77,8 +79,8 @@ def test_sessions_of_all_connections_share_alike() -> None:
             await one.say(opened(2, **WIDE))
             assert widths(one.connection) == [6, 6]
             await other.say(opened(1, **WIDE))
-            assert widths(one.connection) == [4, 4]
-            assert widths(other.connection) == [4]
+            assert widths(one.connection) == [3, 3]
+            assert widths(other.connection) == [6]
             await one.say(Close(1))
             assert [widths(peer.connection) for peer in (one, other)] == [[6], [6]]
             await one.end()
@@ -138,6 +140,84 @@ def test_branches_run_in_all_places_and_in_no_more() -> None:
         assert most == {1: 8, 2: 8 // 2}  # the second has its share while the first has drafted all it may
 
     asyncio.run(main())
+
+
+def test_more_sessions_than_places_take_turns() -> None:
+    async def main() -> None:
+        host = StreamingHost(Engine(TOY), draft_model(), running_branches=2)
+        async with peers(host, 1) as [peer]:
+            await peer.say(*[opened(number, lookahead=200, max_nodes=400) for number in range(1, 9)])
+            await peer.until(lambda: all(len(peer.tokens(number)) >= 64 for number in range(1, 9)))
+            assert host.engine.running <= 2
+            assert host.waiting + host.running <= 8 + 2  # of which two may be ending
+            received = [len(peer.tokens(number)) for number in range(3, 9)]  # the first two began while nobody waited
+            assert max(received) <= 2 * min(received)
+            assert host.stats().waited_seconds > 0.0
+            await peer.settled()
+            for number in range(1, 9):
+                assert peer.tokens(number) == TOY.drafted(PROMPT, 200)
+
+    asyncio.run(main())
+
+
+def test_branches_that_wait_are_bounded_by_places_and_sessions() -> None:
+    async def main() -> None:
+        host = new_host(8)
+        async with peers(host, 3) as all_peers:
+            for number in range(1, 30):
+                for peer in all_peers:
+                    await peer.say(opened(number, **WIDE))
+            sessions = sum(peer.connection.sessions for peer in all_peers)
+            assert sessions == 3 * 29
+            assert host.engine.running <= 8
+            assert host.waiting <= 8 + sessions
+
+    asyncio.run(main())
+
+
+def test_nothing_is_left_of_thousands_of_sessions() -> None:
+    """Of 5,000 sessions that were opened, drafted for and closed, the host keeps none, nor their branches."""
+
+    async def main() -> None:
+        host = StreamingHost(Engine(TOY), draft_model(), running_branches=8)
+        async with peers(host, 2) as both:
+            number, sizes = 0, []
+            for _ in range(10):
+                for _ in range(10):
+                    numbers = range(number + 1, number + 26)
+                    number += 25
+                    for peer in both:
+                        await peer.say(*[opened(n, lookahead=2) for n in numbers])
+                    for peer in both:
+                        await peer.until(partial(peer.tokens, numbers[-1]))
+                        await peer.say(*[Close(n) for n in numbers])
+                        peer.received.clear()
+                for peer in both:
+                    await peer.settled()
+                    peer.received.clear()
+                sizes.append(sum(map(size_of, (host, *[peer.connection for peer in both]))))
+            assert number * len(both) == 5000
+            assert host.branches_started >= 2 * 250
+            assert sizes[-1] == sizes[0]
+
+    asyncio.run(main())
+
+
+def size_of(thing: object, seen: set[int] | None = None) -> int:
+    """How many items the containers of ours hold that hang on something."""
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return 0
+    seen.add(id(thing))
+    if isinstance(thing, dict):
+        return len(thing) + sum(size_of(one, seen) for pair in thing.items() for one in pair)
+    if isinstance(thing, list | tuple | set | deque):
+        return len(thing) + sum(size_of(one, seen) for one in thing)
+    if not type(thing).__module__.startswith("vllm_wanspec.drafter"):
+        return 0
+    names = getattr(type(thing), "__slots__", ())
+    slots = [getattr(thing, name) for name in names if hasattr(thing, name)]
+    return size_of(getattr(thing, "__dict__", {}), seen) + sum(size_of(one, seen) for one in slots)
 
 
 def test_drafts_of_several_branches_arrive_in_order() -> None:

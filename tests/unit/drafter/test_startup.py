@@ -14,7 +14,8 @@ from vllm_wanspec import plugin
 from vllm_wanspec.config import HOST_ENV, TOKEN_ENV, WIDTH_ENV
 from vllm_wanspec.controller import front
 from vllm_wanspec.core.messages import vocabulary_fingerprint
-from vllm_wanspec.drafter import routes
+from vllm_wanspec.drafter import inside, routes
+from vllm_wanspec.drafter.environment import capacity_tokens
 from vllm_wanspec.sim.engine import Engine
 
 SERVER = SimpleNamespace(name="OPENAI_API_SERVER")
@@ -34,7 +35,10 @@ def configuration(**changes: Any) -> SimpleNamespace:
     }
     return SimpleNamespace(
         model_config=SimpleNamespace(**model),
-        parallel_config=SimpleNamespace(data_parallel_size=changes.get("data_parallel_size", 1)),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=changes.get("data_parallel_size", 1),
+            _api_process_count=changes.get("api_processes", 1),
+        ),
         scheduler_config=SimpleNamespace(max_num_seqs=64),
         speculative_config=None,
         additional_config={},
@@ -75,6 +79,7 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> Any:
         ({}, {WIDTH_ENV: "many"}, (WIDTH_ENV, "'many'")),
         ({}, {HOST_ENV: "there"}, (HOST_ENV, "'there'")),
         ({"data_parallel_size": 2}, {HOST_ENV: "engine"}, (HOST_ENV, "front-end")),
+        ({"api_processes": 2}, {}, ("one API server process", "--api-server-count 1")),
     ],
     ids=str,
 )
@@ -124,6 +129,8 @@ class Client:
         self.vllm_config = configuration(**changes)
         self._vocabulary = vocabulary
 
+    def shutdown(self, timeout: float | None = None) -> None: ...
+
     def get_tokenizer(self) -> SimpleNamespace:
         return SimpleNamespace(get_vocab=lambda: self._vocabulary)
 
@@ -166,3 +173,24 @@ def test_a_vocabulary_of_bytes_is_served(monkeypatch: pytest.MonkeyPatch) -> Non
     model = state.wanspec_port().connection._host.model
     assert model.vocab_size == VOCAB_SIZE + 11
     assert model.fingerprint == vocabulary_fingerprint(vocabulary)
+
+
+@pytest.mark.parametrize(
+    ("cache", "tokens"),
+    [
+        ({"num_gpu_blocks": 100, "block_size": 16}, 1600),
+        ({"num_gpu_blocks": None, "block_size": 16}, None),
+        ({}, None),
+    ],
+)
+def test_what_the_cache_holds(cache: dict[str, int | None], tokens: int | None) -> None:
+    assert capacity_tokens(SimpleNamespace(cache_config=SimpleNamespace(**cache))) == tokens
+
+
+def test_a_configuration_without_a_cache() -> None:
+    assert capacity_tokens(SimpleNamespace()) is None
+
+
+@pytest.mark.vllm
+def test_the_installed_vllm_has_what_a_host_in_the_engine_needs() -> None:
+    inside.check()

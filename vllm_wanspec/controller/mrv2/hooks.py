@@ -1,4 +1,4 @@
-"""Wraps of vLLM's Model Runner V2; see `controller.ledger`."""
+"""Wraps of vLLM's Model Runner V2; see `vllm_wanspec.ledger`."""
 
 import functools
 import sys
@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 
 from vllm_wanspec.config import PROPOSER
 from vllm_wanspec.controller import engine
-from vllm_wanspec.controller.ledger import Wrap, attribute, need_attributes, need_methods, need_parameters, wrap
 from vllm_wanspec.errors import UnsupportedError
+from vllm_wanspec.ledger import Wrap, attribute, need_attributes, need_methods, need_parameters, wrap
 
 METHOD = "custom_class"
 """vLLM's name for a proposer of somebody else's."""

@@ -1,4 +1,4 @@
-"""Wraps of vLLM's V1 model runner; see `controller.ledger`."""
+"""Wraps of vLLM's V1 model runner; see `vllm_wanspec.ledger`."""
 
 import functools
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 from vllm_wanspec.controller import engine
 from vllm_wanspec.controller.cpu_mends import repair_empty_top_k
-from vllm_wanspec.controller.ledger import Wrap, attribute, need_attributes, need_methods, need_parameters, wrap
+from vllm_wanspec.ledger import Wrap, attribute, need_attributes, need_methods, need_parameters, wrap
 
 NO_DRAFTER_LIMIT = 2**31 - 1
 

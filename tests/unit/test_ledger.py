@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
-from vllm_wanspec.controller import cpu_mends, engine, front, ledger
+from vllm_wanspec import ledger
+from vllm_wanspec.controller import cpu_mends, engine, front
 from vllm_wanspec.controller.mrv2 import hooks as mrv2
 from vllm_wanspec.controller.v1 import hooks as v1
+from vllm_wanspec.drafter import drain, inside
 from vllm_wanspec.errors import UnsupportedError
 
-MODULES = (front, cpu_mends, engine, v1, mrv2)
+MODULES = (front, cpu_mends, engine, v1, mrv2, inside, drain)
 
 
 def test_every_entry_says_what_why_how_and_until_when() -> None:

@@ -1,7 +1,7 @@
 """The ledger: what is wrapped in vLLM, and why; and how a seam is looked up. Nothing else changes vLLM.
 
-Each wrap has an entry beside the code that sets it, in ``LEDGER`` of `front`, `cpu_mends`, `engine` and of each model
-runner's ``hooks``.
+Each wrap has an entry beside the code that sets it, in ``LEDGER`` of the controller's `front`, `cpu_mends`, `engine`
+and of each model runner's ``hooks``, and of the drafter's `inside` and `drain`.
 """
 
 import functools
