@@ -258,7 +258,6 @@ def test_opening_a_long_context_copies_it_once_at_most() -> None:
     assert allocated(lambda: pool.begin([], [("a", prompt)])) <= 6 * LONG_CONTEXT
 
 
-@finding("2.5", "when a drafter comes, the contexts of all requests are copied for it at once")
 def test_reopening_all_sessions_does_not_copy_all_contexts_at_once() -> None:
     pool = unconnected_pool(lambda: 100.0)
     [link] = pool.links

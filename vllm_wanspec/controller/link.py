@@ -8,6 +8,7 @@ a counter, and another try after a back-off with jitter.
 import asyncio
 import logging
 import random
+import secrets
 import ssl
 import statistics
 import threading
@@ -29,6 +30,7 @@ from vllm_wanspec.controller.troubles import (
     tls_context,
     via_proxy,
 )
+from vllm_wanspec.core.health import LinkHealth
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
     MAX_FRAME_BYTES,
@@ -61,6 +63,8 @@ CLOSING_TIMEOUT_S = 0.5
 TLS_GOODBYE_S = 0.2
 PING_INTERVAL_S = 1.0
 PINGS_KEPT = 15
+MAX_PINGS_UNANSWERED = 64
+"""So many are remembered; while none of them is answered no more are sent."""
 SILENCE_LIMIT_S = 15.0
 IDLE_AFTER_S = 1.0
 """A drafter that has drafted nothing for an open for so long and two round trips is told of commits less often..."""
@@ -76,6 +80,9 @@ class LinkUser(Protocol):
 
     def link_lost(self, link: "DrafterLink") -> None:
         """The connection is gone."""
+
+    def link_beats(self, link: "DrafterLink", unanswered: int) -> None:
+        """Now and then while it lives, with the number of pings that are unanswered though two round trips are over."""
 
     def link_received(self, link: "DrafterLink", messages: list[Message]) -> None:
         """Messages for sessions; may raise RemoteProtocolError, which drops the connection."""
@@ -109,12 +116,14 @@ class DrafterLink:
         self.received_bytes = 0
         self.client = ""
         self.turnaround = Turnaround()
+        self.health = LinkHealth()
         self._fingerprint = fingerprint
         self._tokens = tokens
         self._user = user
         self._rng = rng
         self._rtt_s = Smoothed()
         self._trips_s: deque[float] = deque(maxlen=PINGS_KEPT)
+        self._pings: dict[int, float] = {}
         self._outbox: deque[Message] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tls: ssl.SSLContext | bool = True
@@ -178,7 +187,9 @@ class DrafterLink:
         self._tls = tls_context(self.endpoint.url)
         watched = aiohttp.TraceConfig()
         watched.on_request_redirect.append(self._refuse_redirect)
-        async with aiohttp.ClientSession(trace_configs=[watched]) as http:
+        # A drafter that has moved to another address is found with the next attempt, not when a cache thinks so.
+        connector = aiohttp.TCPConnector(use_dns_cache=False)
+        async with aiohttp.ClientSession(connector=connector, trace_configs=[watched]) as http:
             while True:
                 try:
                     await self._connect(http)
@@ -299,10 +310,16 @@ class DrafterLink:
                 await socket.send_bytes(frame)
 
     async def _ping(self) -> None:
+        self._pings = {}
         while True:
-            self.send(Ping(int(time.monotonic() * 1e6)))
+            if len(self._pings) < MAX_PINGS_UNANSWERED:
+                number = secrets.randbits(53)  # nobody answers it who has not read it
+                self._pings[number] = time.monotonic()
+                self.send(Ping(number))
             self._wake.set()
             await asyncio.sleep(PING_INTERVAL_S)
+            overdue_s = time.monotonic() - 2.0 * self.rtt_s
+            self._user.link_beats(self, sum(sent_s < overdue_s for sent_s in self._pings.values()))
 
     async def _read(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         while True:
@@ -313,7 +330,10 @@ class DrafterLink:
             now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
-                    self._took(max(0.0, now - message.sent_us / 1e6))
+                    sent_s = self._pings.pop(message.sent_us, None)
+                    if sent_s is None:
+                        raise RemoteProtocolError("a pong answers no ping, or one that has been answered")
+                    self._took(now - sent_s)
             answers: list[Message] = [message for message in messages if not isinstance(message, Pong)]
             if any(map(_has_draft, answers)):
                 self._asked_s = inf
