@@ -195,8 +195,8 @@ LINK_HALVES_ITS_ROUND_TRIP = (
     ),
     Mutation(
         "controller/link.py",
-        "self._took(max(0.0, now - message.number / 1e6))",
-        "self._took(max(0.0, now - message.number / 1e6) / 2.0)",
+        "self._took(now - sent_s)",
+        "self._took((now - sent_s) / 2.0)",
         "controller/test_link.py::test_the_round_trip_is_that_of_the_way",
     ),
     Mutation(
@@ -224,7 +224,7 @@ LINK_HALVES_ITS_ROUND_TRIP = (
         "lab/harness/test_probes.py::test_the_round_trip_is_the_link_s_own",
     ),
     Mutation(
-        "controller/pool.py",
+        "controller/placing.py",
         "lookahead_tokens(link.rtt_s, ",
         "lookahead_tokens(link.rtt_s / 2.0, ",
         "controller/test_pool.py::test_how_far_ahead_is_drafted_goes_by_the_link_s_round_trip",
@@ -342,6 +342,50 @@ LOOKUP_COUNTED_AS_DRAFTER = (
         "lab/compare/test_report.py::test_who_the_accepted_tokens_came_from_stands_under_their_names",
     ),
 )
+HEALTH_FORGOTTEN = (
+    Mutation(
+        "controller/choice.py",
+        "_nearest(served, healthy or suspect, now, new=new)",
+        "_nearest(served, able, now, new=new)",
+        "controller/test_choice.py::test_a_healthy_drafter_is_preferred_however_far",
+    ),
+    Mutation(
+        "controller/choice.py",
+        "if not new and link.health.opening >= OPENING:",
+        "if False:",
+        "controller/test_placing.py::test_only_so_many_sessions_at_once_wait_for_their_first_draft_where_they_move",
+    ),
+    Mutation(
+        "controller/placing.py",
+        "if now - live.due_s < patience_s:",
+        "if True:",
+        "controller/test_placing.py::test_sessions_move_from_a_drafter_that_drafts_nothing_and_one_line_says_so",
+    ),
+    Mutation(
+        "controller/pool.py",
+        "                if not self._drafting.withheld:",
+        "                if True:",
+        "controller/test_placing.py::test_steps_whose_drafts_are_not_wanted_say_nothing_of_a_drafter",
+    ),
+    Mutation(
+        "core/health.py",
+        "if self.added < LEAST_USE:",
+        "if False:",
+        "controller/test_placing.py::test_what_drafts_too_late_for_any_use_loses_its_sessions",
+    ),
+    Mutation(
+        "core/health.py",
+        "min(MAX_PROBE_S, 2.0 * self._wait_s)",
+        "self._wait_s",
+        "controller/test_placing.py::test_a_broken_drafter_gets_ever_fewer_probes_and_all_sessions_when_it_is_well_again",
+    ),
+    Mutation(
+        "controller/link.py",
+        "self._pings.pop(message.sent_us, None)",
+        "self._pings.get(message.sent_us)",
+        "controller/test_link.py::test_a_pong_answers_one_ping_of_ours",
+    ),
+)
 MUTATIONS = {
     "the default fallback emptied": FALLBACK_EMPTIED,
     "the co-located draft model not paced": CO_LOCATED_NOT_PACED,
@@ -350,6 +394,7 @@ MUTATIONS = {
     "the link halves its R": LINK_HALVES_ITS_ROUND_TRIP,
     "AWC's window ignored": WINDOW_IGNORED,
     "lookup's tokens counted as the drafter's": LOOKUP_COUNTED_AS_DRAFTER,
+    "what is known of drafters forgotten": HEALTH_FORGOTTEN,
 }
 ROWS = [
     pytest.param(row, id=f"{what}: {row.file} {number}")

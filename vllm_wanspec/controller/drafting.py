@@ -25,6 +25,7 @@ class Drafting:
     Attributes:
         windowed: Whether requests have adaptive windows, which the length policy reads.
         looks_up: Whether prompt lookup helps out.
+        withheld: Whether the last step's drafts were not wanted: held back, not looked at, or of no length.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Drafting:
         self._policy = length_policy(settings.length.policy)
         self.windowed = self._policy.windowed
         self.looks_up = "ngram" in settings.fallback
+        self.withheld = False
         self._payoff = Payoff(shared.times) if settings.length.shut_off else None
         self._meter = meter
         self._counters = shared.counters
@@ -74,6 +76,7 @@ class Drafting:
         if self._sits_out(batch):
             return [[] for _ in batch]
         plan, now = self._plan(limit), self._clock()
+        self.withheld = plan.limit == 0
         dry = self._take(batch, plan, now)
         if dry and self._late.hold_back(dry, limit, arrived):
             now = self._clock()
@@ -125,12 +128,14 @@ class Drafting:
             full = places == self._speculation_length * len(batch)
             if not self._payoff.pays(rows=len(batch), drafts=places, expected=expected, full=full):
                 self._counters.unpaid_steps += 1
+                self.withheld = True
                 return [0] * len(batch)
         return lengths
 
     def _sits_out(self, batch: Sequence[LiveSession | None]) -> bool:
         """Whether drafts have not paid for so long that this step does not look at any."""
-        if self._payoff is None or self._payoff.looks():
+        self.withheld = self._payoff is not None and not self._payoff.looks()
+        if not self.withheld:
             return False
         self._counters.unpaid_steps += any(live is not None and live.link is not None for live in batch)
         return True
@@ -187,6 +192,7 @@ class Drafting:
             full = offered == self._speculation_length * len(batch)
             if not self._payoff.pays(rows=len(batch), drafts=offered, expected=expected, full=full):
                 self._counters.unpaid_steps += 1
+                self.withheld = True
                 for live in batch:
                     if live is not None:
                         live.offered = False

@@ -8,6 +8,7 @@ a counter, and another try after a back-off with jitter.
 import asyncio
 import logging
 import random
+import secrets
 import socket
 import statistics
 import threading
@@ -30,10 +31,12 @@ from vllm_wanspec.controller.troubles import (
     redirect_trouble,
     via_proxy,
 )
+from vllm_wanspec.core.health import LinkHealth
 from vllm_wanspec.core.learned.estimates import Smoothed
 from vllm_wanspec.core.messages import (
     PATH,
     PROTOCOL_VERSION,
+    Drain,
     Have,
     Hello,
     Message,
@@ -61,6 +64,8 @@ CLOSING_TIMEOUT_S = 0.5
 TLS_GOODBYE_S = 0.2
 PING_INTERVAL_S = 1.0
 PINGS_KEPT = 15
+MAX_PINGS_UNANSWERED = 64
+"""So many are remembered; while none of them is answered no more are sent."""
 SILENCE_LIMIT_S = 15.0
 SEND_DEADLINE_S = 10.0
 """A peer that has not taken a frame of some kilobytes by then does not read."""
@@ -80,6 +85,12 @@ class LinkUser(Protocol):
 
     def link_lost(self, link: "DrafterLink") -> None:
         """The connection is gone."""
+
+    def link_beats(self, link: "DrafterLink", unanswered: int) -> None:
+        """Now and then while it lives, with the number of pings that are unanswered though two round trips are over."""
+
+    def link_drains(self, link: "DrafterLink") -> None:
+        """The drafter takes no new sessions any more."""
 
     def link_received(self, link: "DrafterLink", messages: list[Message]) -> None:
         """Messages for sessions; may raise RemoteProtocolError, which drops the connection."""
@@ -113,12 +124,15 @@ class DrafterLink:
         self.received_bytes = 0
         self.client = ""
         self.turnaround = Turnaround()
+        self.health = LinkHealth()
+        self.draining = False
         self._fingerprint = fingerprint
         self._tokens = tokens
         self._user = user
         self._rng = rng
         self._rtt_s = Smoothed()
         self._trips_s: deque[float] = deque(maxlen=PINGS_KEPT)
+        self._pings: dict[int, float] = {}
         self._outbox = Outbox()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tls = ClientTls(endpoint.url, endpoint.tls)
@@ -181,7 +195,9 @@ class DrafterLink:
         backoff_s = FIRST_BACKOFF_S
         watched = aiohttp.TraceConfig()
         watched.on_request_redirect.append(self._refuse_redirect)
-        async with aiohttp.ClientSession(trace_configs=[watched]) as http:
+        # A drafter that has moved to another address is found with the next attempt, not when a cache thinks so.
+        connector = aiohttp.TCPConnector(use_dns_cache=False)
+        async with aiohttp.ClientSession(connector=connector, trace_configs=[watched]) as http:
             while True:
                 try:
                     await self._connect(http)
@@ -277,6 +293,8 @@ class DrafterLink:
         self._took(time.monotonic() - began_s)
         self._outbox.clear()
         self._asked_s = inf
+        self.draining = False
+        self.health.load = answer.load / 100.0
         self.welcome = answer
         if self._last_trouble is not None and not self._last_trouble.fault:
             self._last_trouble = None
@@ -316,12 +334,18 @@ class DrafterLink:
             raise Trouble(f"does not read: a frame waited {SEND_DEADLINE_S:.0f} s; connection dropped") from error
 
     async def _ping(self) -> None:
+        self._pings = {}
         while True:
             if self._outbox.overflows:
                 raise Trouble(f"does not read: over {MAX_WAITING} messages wait; connection dropped")
-            self.send(Ping(int(time.monotonic() * 1e6)))
+            if len(self._pings) < MAX_PINGS_UNANSWERED:
+                number = secrets.randbits(53)  # nobody answers it who has not read it
+                self._pings[number] = time.monotonic()
+                self.send(Ping(number))
             self._wake.set()
             await asyncio.sleep(PING_INTERVAL_S)
+            overdue_s = time.monotonic() - 2.0 * self.rtt_s
+            self._user.link_beats(self, sum(sent_s < overdue_s for sent_s in self._pings.values()))
 
     async def _read(self, peer: aiohttp.ClientWebSocketResponse) -> None:
         while True:
@@ -332,14 +356,30 @@ class DrafterLink:
             now = time.monotonic()
             for message in messages:
                 if isinstance(message, Pong):
-                    self._took(max(0.0, now - message.number / 1e6))
+                    self._answered(message, now)
                 elif isinstance(message, Have):
                     self._outbox.resume(message)
                     self._wake.set()
-            answers: list[Message] = [message for message in messages if not isinstance(message, Pong | Have)]
+                elif isinstance(message, Drain):
+                    self.draining = True
+                    logger.info("drafter %s: is about to end; no new sessions there", self.name)
+                    self._user.link_drains(self)
+            answers: list[Message] = [message for message in messages if not isinstance(message, Pong | Have | Drain)]
             if any(map(_has_draft, answers)):
                 self._asked_s = inf
             self._user.link_received(self, answers)
+
+    def _answered(self, pong: Pong, now: float) -> None:
+        """Learn from the answer to a ping.
+
+        Raises:
+            RemoteProtocolError: It answers none of ours.
+        """
+        sent_s = self._pings.pop(pong.number, None)
+        if sent_s is None:
+            raise RemoteProtocolError("a pong answers no ping, or one that has been answered")
+        self._took(now - sent_s)
+        self.health.load = pong.load / 100.0
 
     def _took(self, trip_s: float) -> None:
         self._rtt_s.add(trip_s)

@@ -1,15 +1,18 @@
 """What the pool keeps for each request: its session, what it asks of drafters, the link that serves it, its draft.
 
-A `LiveSession` is the pool's, and is changed under its lock alone: its link by `pool`, its draft by `drafting`, until
-`pool` has given it to the commit that tells what became of it. What is inside ``core`` is the session's own.
+A `LiveSession` is the pool's, and is changed under its lock alone: its link by `placing`, its slot by `publishing`, its
+draft by `drafting`, until `pool` has given it to the commit that tells what became of it. What is inside ``core`` is
+the session's own.
 """
 
 import sys
+from math import inf
 
 from vllm_wanspec.config import TreeSettings
 from vllm_wanspec.controller.link import DrafterLink
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.draft import NO_DRAFT
+from vllm_wanspec.core.health import Bar
 from vllm_wanspec.core.messages import Resumed
 from vllm_wanspec.core.words import Guess, TreeWords
 
@@ -41,17 +44,27 @@ class LiveSession:
         slot: Its place in the target's memory, where its tree is published; None without one.
         words: Of its tree, as published; None where nothing is.
         guess: What prompt lookup goes on with there.
+        bars: What links' rejects of it mean.
+        opened_s: When it was opened on its link.
+        opening: Whether it waits for its first draft there.
+        due_s: Since when a draft is owed to it; infinite while none is.
+        looked: Its length when that was last looked at.
     """
 
     __slots__ = (
+        "bars",
         "broken",
         "core",
         "draft",
+        "due_s",
         "end",
         "guess",
         "link",
+        "looked",
         "number",
         "offered",
+        "opened_s",
+        "opening",
         "room",
         "slot",
         "tree",
@@ -72,6 +85,11 @@ class LiveSession:
         self.slot: int | None = None
         self.words: TreeWords | None = None
         self.guess: Guess | None = None
+        self.bars: dict[DrafterLink, Bar] = {}
+        self.opened_s = 0.0
+        self.opening = False
+        self.due_s = inf
+        self.looked = 0
 
     @property
     def has_news(self) -> bool:

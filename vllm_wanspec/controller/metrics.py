@@ -15,6 +15,8 @@ from prometheus_client.registry import Collector
 from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller.pool import DraftPool
 from vllm_wanspec.core.learned.calibration import OUTCOMES, entropy_ranges
+from vllm_wanspec.core.messages import REJECT_CODES
+from vllm_wanspec.core.states import LinkState
 
 logger = logging.getLogger("vllm.wanspec.metrics")
 
@@ -27,7 +29,7 @@ class PoolCollector(Collector):
         self._pool = pool
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """``wanspec_<counter>_total`` for each counter; per drafter if it is up, its round trip and its faults."""
+        """``wanspec_<counter>_total`` for each counter; what is known of each drafter."""
         for name, value in self._pool.counters.items():
             yield CounterMetricFamily(f"wanspec_{name}", f"See Counters.{name}.", value=value)
         positions = CounterMetricFamily(
@@ -39,6 +41,12 @@ class PoolCollector(Collector):
         for entropy, counts in zip(entropy_ranges(), self._pool.shared.calibration.outcomes, strict=True):
             for outcome, count in zip(OUTCOMES, counts, strict=True):
                 positions.add_metric([entropy, outcome], count)
+        yield positions
+        yield from self._connections()
+        yield from self._health()
+
+    def _connections(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Per drafter if it is up, its round trip, its faults, and the bytes of both ways."""
         up = GaugeMetricFamily("wanspec_drafter_up", "Whether the drafter has welcomed us.", labels=["drafter"])
         rtt = GaugeMetricFamily("wanspec_drafter_rtt_seconds", "Smoothed round trip.", labels=["drafter"])
         median = GaugeMetricFamily(
@@ -56,7 +64,36 @@ class PoolCollector(Collector):
             rtt.add_metric([link.name], link.rtt_s)
             median.add_metric([link.name], link.median_rtt_s)
             faults.add_metric([link.name], float(link.faults))
-        yield from (positions, up, rtt, median, faults, sent, received)
+        yield from (up, rtt, median, faults, sent, received)
+
+    def _health(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """Per drafter what it is thought of, what it serves, and what has been taken from it."""
+        state = GaugeMetricFamily(
+            "wanspec_drafter_state", "1 for the state that the drafter is in.", labels=["drafter", "state"]
+        )
+        sessions = GaugeMetricFamily("wanspec_drafter_sessions", "Sessions that it serves.", labels=["drafter"])
+        added = GaugeMetricFamily(
+            "wanspec_drafter_added_tokens",
+            "Tokens per step and request that its drafts added over prompt lookup when they were last judged.",
+            labels=["drafter"],
+        )
+        moved = CounterMetricFamily(
+            "wanspec_moved_sessions", "Sessions taken from it for its failures.", labels=["drafter"]
+        )
+        probes = CounterMetricFamily("wanspec_probes", "Sessions opened to see what it does.", labels=["drafter"])
+        rejects = CounterMetricFamily("wanspec_rejects", "Rejects received.", labels=["drafter", "code"])
+        for link in self._pool.links:
+            health = link.health
+            for each in LinkState:
+                state.add_metric([link.name, each], float(health.state is each))
+            sessions.add_metric([link.name], self._pool.sessions_on(link))
+            if health.added is not None:
+                added.add_metric([link.name], health.added)
+            moved.add_metric([link.name], health.moves)
+            probes.add_metric([link.name], health.probes)
+            for code in sorted(REJECT_CODES):
+                rejects.add_metric([link.name, code], health.rejects[code])
+        yield from (state, sessions, added, moved, probes, rejects)
 
 
 def serve_metrics(pool: DraftPool, settings: MetricsSettings) -> None:

@@ -3,35 +3,33 @@
 Two threads meet here under one lock. The model runner's thread opens, commits and takes drafts; the link thread
 delivers what arrived. The lock is held for a batch or for a message, never over I/O.
 
-The pool owns the sessions, by request and by link, and what they learn and count together (`shared`); they are changed
-under the lock. What steps take and yield (`meter`) the model runner's thread alone changes. Which drafter serves a
-session is decided in `choice`, what the drafts of a step are in `drafting`, how long it is held back in `waiting`.
+The pool owns the sessions, by request, and what they learn and count together (`shared`); they are changed under the
+lock. What steps take and yield (`meter`) the model runner's thread alone changes. Which session is on which link is
+`placing`'s, what the drafts of a step are is decided in `drafting`, how long it is held back in `waiting`.
 """
 
 import random
 import threading
 import time
-from array import array
 from collections.abc import Callable, Sequence
-from math import inf
 
 from vllm_wanspec.config import Settings, TreeSettings
-from vllm_wanspec.controller.choice import choose, limits_for, tell_of_shorter_context
+from vllm_wanspec.controller.choice import tell_of_shorter_context
 from vllm_wanspec.controller.drafting import MAX_LOOKUP_ROWS, Drafting
 from vllm_wanspec.controller.link import NO_TOKENS, DrafterLink, LinkThread
-from vllm_wanspec.controller.live import NO_END, LiveSession, last_use
+from vllm_wanspec.controller.live import NO_END, LiveSession
+from vllm_wanspec.controller.placing import Placing
+from vllm_wanspec.controller.publishing import Publishing
 from vllm_wanspec.controller.waiting import LateDrafts
-from vllm_wanspec.core.block import UNDER_ROOT, Publication, Walked
+from vllm_wanspec.core.block import Publication, Walked
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.events import RecordedControllerSession, Sink
 from vllm_wanspec.core.learned.meter import Began, StepMeter
-from vllm_wanspec.core.messages import MAX_COMMIT_TOKENS, MAX_CONTEXT_TOKENS, Close, Message, Nodes, Reject, Resumed
-from vllm_wanspec.core.policy.expansion import lookahead_tokens
+from vllm_wanspec.core.messages import Message, Nodes, Reject
 from vllm_wanspec.core.policy.length import StepCost, Window
 from vllm_wanspec.core.vocabulary import Tokens
-from vllm_wanspec.core.words import TreeWords, chained
 from vllm_wanspec.errors import RemoteProtocolError
 
 MESSAGES_AT_A_TIME = 8
@@ -91,13 +89,20 @@ class DraftPool:
         self._shorter: set[DrafterLink] = set()
         self._clock = clock
         self._sink = sink
-        self._publication = publication
         self._arrived = threading.Condition(threading.Lock())
         self._sessions: dict[str, LiveSession] = {}
         rng = random.Random(seed)
         self.links = [DrafterLink(e, fingerprint, self, rng, tokens) for e in settings.draft_endpoints]
-        self._by_link: dict[DrafterLink, dict[int, LiveSession]] = {link: {} for link in self.links}
-        self._open_at = inf
+        self._publishing = Publishing(publication, self._sessions, guessed=2 * self._speculation_length + 1)
+        self._placing = Placing(
+            self.links,
+            self._sessions,
+            self.shared,
+            self.meter,
+            vocab_size=vocab_size,
+            speculation_length=self._speculation_length,
+            publish=self._publishing.publish,
+        )
         self._thread = LinkThread(self.links)
 
     @property
@@ -109,6 +114,10 @@ class DraftPool:
     def waits(self) -> bool:
         """Whether steps may be held back for drafts that are late."""
         return self._settings.late.policy != "none"
+
+    def sessions_on(self, link: DrafterLink) -> int:
+        """How many sessions a link has."""
+        return len(self._placing.served[link])
 
     def start(self) -> None:
         """Connect to the drafters."""
@@ -159,7 +168,7 @@ class DraftPool:
         now = self._clock()
         if self.meter.ends(now, len(rows), sum([len(tokens) for _, tokens in rows]), began) and self._drafting.windowed:
             self.shared.cost = StepCost.of(self.shared.times)
-        sessions, counters, plain = self._sessions, self.counters, self._sink is None
+        sessions, counters, plain, placing = self._sessions, self.counters, self._sink is None, self._placing
         drafted_rows = drafted_yield = dry_rows = dry_yield = 0
         commits: dict[DrafterLink, list[Message]] = {}
         with self._arrived:
@@ -181,24 +190,32 @@ class DraftPool:
                 if live.offered and draft.drafted:
                     drafted_rows += 1
                     drafted_yield += len(tokens)
+                    if link is not None:
+                        link.health.drafted_rows += 1
+                        link.health.drafted_tokens += len(tokens)
                 else:
                     dry_rows += 1
                     dry_yield += len(tokens)
                 live.draft = NO_DRAFT
                 message = core.commit(tokens, now, draft)
                 if link is not None and message is not None:
-                    if core.prompt_length + len(core.context.own) > live.room:
-                        self._leave(live, link, now)
+                    if core.prompt_length + len(core.context.own) > live.room:  # another may still have drafts of use
+                        placing.leave(live, link, now)
+                        placing.open(live, now)
+                        self._publishing.publish(live)
                     elif link in commits:
                         commits[link].append(message)
                     else:
                         commits[link] = [message]
             for link, messages in commits.items():
                 link.send_all(messages)
-            if now >= self._open_at:
-                self._open_waiting(now)
-            if self._publication is not None:
-                self._look_ahead(rows)
+                if not self._drafting.withheld:  # what was not wanted says nothing of what it would have been worth
+                    link.health.rows += max(0, len(messages) - link.health.opening)
+            if now >= placing.open_at or now >= placing.review_at:
+                placing.act(now)
+            if self._publishing.on:
+                looks_up = self._drafting.looks_up and len(rows) <= MAX_LOOKUP_ROWS
+                self._publishing.look_ahead(rows, looks_up=looks_up)
         self._flush()
         if drafted_rows:
             self.meter.tokens_per_drafted_step.add(drafted_yield / drafted_rows)
@@ -237,13 +254,8 @@ class DraftPool:
         """A request has a slot of the target's, where its tree is published from now on; or none any more."""
         with self._arrived:
             live = self._sessions.get(request)
-            if live is None:
-                return
-            if slot is None:
-                self._withdraw(live)
-            else:
-                live.slot = slot
-                self._publish(live)
+            if live is not None:
+                self._publishing.place(live, slot)
 
     def known(self, requests: Sequence[str]) -> list[int]:
         """Tokens in requests' committed contexts; -1 of one without a session."""
@@ -274,28 +286,30 @@ class DraftPool:
     # What the link thread calls.
 
     def link_ready(self, link: DrafterLink) -> None:
-        """Open the sessions of requests that no drafter serves."""
+        """Open sessions of requests that no drafter serves, a few at a time."""
         if link not in self._shorter and tell_of_shorter_context(link, self._max_model_len):
             self._shorter.add(link)
         with self._arrived:
-            now = self._clock()
-            for live in self._sessions.values():
-                if live.core.wants_link(now):
-                    self._open(live, now)
+            self._placing.ready(link, self._clock())
         self._flush()
 
     def link_lost(self, link: DrafterLink) -> None:
         """Move the link's sessions elsewhere, or leave them without drafts until a drafter is back."""
         with self._arrived:
-            now = self._clock()
-            orphans = list(self._by_link[link].values())
-            self._by_link[link] = {}
-            for live in orphans:
-                live.core.link_lost(now)
-                live.link, live.broken = None, (link, Resumed(link.client, live.number))
-                self._open(live, now)
-                self._publish(live)
+            self._placing.lost(link, self._clock())
             self._arrived.notify_all()
+        self._flush()
+
+    def link_beats(self, link: DrafterLink, unanswered: int) -> None:
+        """Look after the sessions, those of a link whose pings are unanswered above all."""
+        with self._arrived:
+            self._placing.beats(link, unanswered, self._clock())
+        self._flush()
+
+    def link_drains(self, link: DrafterLink) -> None:
+        """Move its sessions while there is time."""
+        with self._arrived:
+            self._placing.drains(self._clock())
         self._flush()
 
     def link_received(self, link: DrafterLink, messages: list[Message]) -> None:
@@ -313,13 +327,12 @@ class DraftPool:
             if number % MESSAGES_AT_A_TIME == MESSAGES_AT_A_TIME - 1:
                 time.sleep(0.0)
             with self._arrived:
-                live = self._by_link[link].get(message.session)
+                live = self._placing.served[link].get(message.session)
                 if live is None:
                     continue
                 live.core.receive(message, now)
-                if isinstance(message, Reject):
-                    self._off_link(live, link)
-                self._publish(live)
+                self._placing.received(live, link, message, now)
+                self._publishing.publish(live)
                 self._arrived.notify_all()
 
     # Below here the lock is held.
@@ -339,42 +352,6 @@ class DraftPool:
                 self.shared.counters.offered_tokens += len(tokens)
                 self.shared.counters.offered_drafted += len(tokens) - looked_up
 
-    def _look_ahead(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Publish what is known after a step: the next one may be under way already, so it serves the one after too."""
-        looks_up = self._drafting.looks_up and len(rows) <= MAX_LOOKUP_ROWS
-        for request, tokens in rows:
-            live = self._sessions.get(request)
-            if live is None or not tokens or live.slot is None:
-                continue
-            before = live.guess
-            live.guess = live.core.guess(2 * self._speculation_length + 1) if looks_up else None
-            # A tree's block serves on while the text follows it, and nodes that arrive renew it.
-            if before is not None or live.guess is not None or (live.words is not None and live.words.outdated()):
-                self._publish(live)
-
-    def _publish(self, live: LiveSession) -> None:
-        """Have a session's tree in its slot, as far as there is one."""
-        slot, publication = live.slot, self._publication
-        if slot is None or publication is None:
-            return
-        tree, guess = live.core.tree, live.guess
-        if tree is None:
-            live.words = None
-            tokens = () if guess is None else guess.tokens
-            publication.publish(slot, live.core.length, chained(array("q"), UNDER_ROOT, tokens))
-            return
-        words = live.words
-        if words is None or words.tree is not tree:
-            words = live.words = TreeWords(tree)
-        current = words.current(guess)
-        publication.publish(slot, words.root, current)
-
-    def _withdraw(self, live: LiveSession) -> None:
-        """A session's slot is another's from now on."""
-        if live.slot is not None and self._publication is not None:
-            self._publication.clear(live.slot)
-        live.slot = live.words = live.guess = None
-
     def _add(self, request: str, context: Sequence[int], tree: TreeSettings, end: int) -> None:
         now = self._clock()
         window = Window() if self._drafting.windowed else None
@@ -383,69 +360,17 @@ class DraftPool:
         else:
             core = RecordedControllerSession(context, self.shared, window, key=request, sink=self._sink, now=now)
         live = self._sessions[request] = LiveSession(core, tree, end)
-        self._open(live, now)
-
-    def _leave(self, live: LiveSession, link: DrafterLink, now: float) -> None:
-        """End a session whose drafts cannot be used any more; another drafter may still have some that can."""
-        self._off_link(live, link)
-        link.send(Close(live.number))
-        if isinstance(live.core, RecordedControllerSession):
-            live.core.note("leave", now)
-        live.core.link_lost(now)
-        self._open(live, now)
-        self._publish(live)
-
-    def _off_link(self, live: LiveSession, link: DrafterLink) -> None:
-        """A link has one session less, and may have had no room for more."""
-        del self._by_link[link][live.number]
-        live.link = None
-        self._open_at = -inf
-
-    def _open_waiting(self, now: float) -> None:
-        """Open the sessions that wait for a drafter with room, or for its reject to be over."""
-        waiting = [live for live in self._sessions.values() if live.link is None]
-        for live in waiting:
-            if live.core.wants_link(now):
-                self._open(live, now)
-        self._open_at = min([at_s for live in waiting if (at_s := live.core.reopen_at) > now], default=inf)
-
-    def _open(self, live: LiveSession, now: float) -> None:
-        if live.core.length > last_use(live.end):
-            return
-        chosen = choose(self._by_link, live.core.length)
-        if chosen is None:
-            return
-        link, welcome = chosen
-        number = link.next_number
-        lookahead = lookahead_tokens(link.rtt_s, self.meter.seconds, self._speculation_length)
-        if isinstance(live.core, RecordedControllerSession):
-            live.core.note("link", now, drafter=link.name, peer=f"{link.client}#{number}")
-        broken, live.broken = live.broken, None
-        resumes = broken is not None and broken[0] is link and live.core.length > MAX_COMMIT_TOKENS
-        message = live.core.open(
-            number,
-            limits_for(live.tree, welcome.max_nodes, lookahead),
-            now,
-            vocab_size=min(self._vocab_size, welcome.vocab_size),
-            turnaround=link.turnaround,
-            resumes=broken[1] if broken is not None and resumes else None,
-        )
-        link.next_number += 1
-        live.link, live.number = link, number
-        live.room = min(last_use(live.end), welcome.max_context, MAX_CONTEXT_TOKENS)
-        self._by_link[link][number] = live
-        link.send(message)
+        self._placing.open(live, now, new=True)
 
     def _close(self, request: str) -> None:
         live = self._sessions.pop(request, None)
-        if live is None:
-            return
-        self._withdraw(live)
-        link, message = live.link, live.core.close(self._clock())
-        if link is not None and message is not None:
-            self._off_link(live, link)
-            link.send(message)
+        if live is not None:
+            self._publishing.place(live, None)
+            self._placing.closed(live, self._clock())
+
+    # Without the lock.
 
     def _flush(self) -> None:
+        self._placing.tell()
         for link in self.links:
             link.flush()

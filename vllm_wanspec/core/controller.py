@@ -21,11 +21,8 @@ from vllm_wanspec.core.turnaround import AnswerClock, Coming, Turnaround
 from vllm_wanspec.core.words import Guess
 from vllm_wanspec.errors import RemoteProtocolError
 
-FIRST_REOPEN_DELAY_S = 0.05
-MAX_REOPEN_DELAY_S = 5.0
 _BLIND = ControllerState.BLIND  # to look it up takes long, on the serving path
 _ALL_IDS = sys.maxsize
-_PERMANENT_REJECTS = frozenset({"too_long", "vocabulary"})
 
 
 class ControllerSession:
@@ -38,7 +35,6 @@ class ControllerSession:
             what it has verified while there is no link and no draft, and count it.
         prompt_length: Tokens that the context began with.
         tree: The copy of the draft tree; None without a link. Read only.
-        reopen_at: When a session that the drafter has rejected may be opened again.
         window: The request's adaptive window, if the length policy has one.
     """
 
@@ -46,13 +42,11 @@ class ControllerSession:
         "_clock",
         "_left_at",
         "_number",
-        "_rejects",
         "_shared",
         "_state",
         "_text",
         "context",
         "prompt_length",
-        "reopen_at",
         "tree",
         "window",
     )
@@ -73,8 +67,6 @@ class ControllerSession:
         self.tree: FlatTree | None = None
         self._left_at = 0  # All nodes are a side branch's until the drafter knows the text up to here.
         self._clock = AnswerClock(Turnaround(), len(context))  # of no use until `open` sets another
-        self.reopen_at = 0.0
-        self._rejects = 0
         self._text = Text()
         self.window = window
 
@@ -88,10 +80,10 @@ class ControllerSession:
         """What the session is doing."""
         return self._state
 
-    def wants_link(self, now: float) -> bool:
-        """Whether `open` may be called: there is no link, and no reject that still holds."""
-        state = self._state
-        return state is ControllerState.UNSERVED or (state is ControllerState.BACKING_OFF and now >= self.reopen_at)
+    @property
+    def wants_link(self) -> bool:
+        """Whether `open` may be called: there is no link. What a drafter's reject means is that link's affair."""
+        return self._state is ControllerState.UNSERVED
 
     def open(
         self,
@@ -186,7 +178,7 @@ class ControllerSession:
             RemoteProtocolError: No correct drafter sends that.
         """
         if isinstance(message, Reject):
-            self._rejected(message.code, now)
+            self._rejected()
             return
         tree = self.tree
         if tree is None:
@@ -201,7 +193,6 @@ class ControllerSession:
             tree.branch_id, self._left_at = _ALL_IDS, appended.aside
         elif tree.cursor_id >= tree.branch_id:
             tree.branch_id = 0
-        self._rejects = 0
         counters = self._shared.counters
         counters.received_nodes += len(message.nodes)
         counters.added_nodes += appended.added
@@ -287,13 +278,11 @@ class ControllerSession:
         self._unlink(ControllerEvent.CLOSE)
         return None if number is None else Close(number)
 
-    def _rejected(self, code: str, now: float) -> None:
-        if self._number is None:
-            return
-        self._shared.counters.rejected_sessions += 1
-        self._unlink(ControllerEvent.BAR if code in _PERMANENT_REJECTS else ControllerEvent.REJECT)
-        self._rejects += 1
-        self.reopen_at = now + min(MAX_REOPEN_DELAY_S, FIRST_REOPEN_DELAY_S * 2.0 ** min(self._rejects, 10))
+    def _rejected(self) -> None:
+        """The drafter has ended the session: as a lost link, but that the drafter wanted it."""
+        if self._number is not None:
+            self._shared.counters.rejected_sessions += 1
+            self._unlink(ControllerEvent.REJECT)
 
     def _unlink(self, event: ControllerEvent) -> None:
         self._state = CONTROLLER_TABLE[self._state, event]

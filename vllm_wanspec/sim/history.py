@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.events import Record, header
+from vllm_wanspec.core.health import Bar
 from vllm_wanspec.core.messages import Limits
 from vllm_wanspec.sim.host import MODEL_NAME
 
@@ -57,6 +58,7 @@ class Request:
         opened: Sessions that it has had.
         preempted: The target does not run it now.
         accepted: Drafted tokens that were.
+        bar: What the drafter's rejects of it mean.
     """
 
     def __init__(self, index: int, context: Sequence[int], session: ControllerSession) -> None:
@@ -68,3 +70,4 @@ class Request:
         self.opened = 0
         self.preempted = False
         self.accepted = 0
+        self.bar = Bar()

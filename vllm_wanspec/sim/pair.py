@@ -17,8 +17,8 @@ from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.draft import NO_DRAFT, Draft
 from vllm_wanspec.core.events import RecordedControllerSession, header
+from vllm_wanspec.core.health import Bar
 from vllm_wanspec.core.messages import PROTOCOL_VERSION, Hello, Message, Nodes, Pong, Reject
-from vllm_wanspec.core.states import ControllerState
 from vllm_wanspec.core.turnaround import Turnaround
 from vllm_wanspec.core.wire import Sender, decode, encode, frames
 from vllm_wanspec.drafter.connection import Connection
@@ -159,9 +159,12 @@ class Pair:
                 continue
             with self.called(request.session):
                 request.session.receive(message, self.now_s)
-            if isinstance(message, Reject):
+            if isinstance(message, Nodes):
+                request.bar = Bar()
+            else:
                 del self.by_number[message.session]
                 request.number = None
+                request.bar.rejected(message.code, self.now_s)
                 self.seen[f"reject {message.code}"] += 1
                 self.rejected(request, message)
 
@@ -223,13 +226,13 @@ class Pair:
         if message is not None and request.number is not None:
             del self.by_number[request.number]
             self.post(request, message)
-        request.number = None
+        request.number, request.bar = None, Bar()
         request.session = self._new_session(request.index, request.context)
         self._open(request)
 
     def is_over(self, request: Request) -> bool:
         """Whether no drafter can serve a request any more."""
-        if request.session.state is ControllerState.BARRED:
+        if request.bar.lasts:
             return True
         return request.session.tree is None and len(request.context) > self.setup.max_context
 
@@ -273,6 +276,7 @@ class Pair:
         self._counted_before = self.counts()
         self.shared = Shared()
         for request in self.requests:
+            request.bar = Bar()
             request.session = self._new_session(request.index, request.context)
         self.connect()
 
@@ -319,7 +323,9 @@ class Pair:
     def _open(self, request: Request) -> None:
         """Open a session where a link is there and the request wants one."""
         session = request.session
-        if self.connection is None or not session.wants_link(self.now_s) or session.length > self.setup.max_context:
+        if self.connection is None or not session.wants_link or request.bar.holds(self.now_s):
+            return
+        if session.length > self.setup.max_context:
             return
         number = request.number = self.next_number
         self.next_number += 1

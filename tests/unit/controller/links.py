@@ -24,6 +24,7 @@ class User:
     def __init__(self) -> None:
         self.ready = self.lost = 0
         self.messages: list[Message] = []
+        self.unanswered: list[int] = []
         self.complaint = ""
 
     def link_ready(self, link: DrafterLink) -> None:
@@ -32,6 +33,9 @@ class User:
     def link_lost(self, link: DrafterLink) -> None:
         assert link.welcome is None
         self.lost += 1
+
+    def link_beats(self, link: DrafterLink, unanswered: int) -> None:
+        self.unanswered.append(unanswered)
 
     def link_received(self, link: DrafterLink, messages: list[Message]) -> None:
         if self.complaint:

@@ -2,9 +2,12 @@
 
 import random
 import re
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from conftest import LogLines
@@ -65,7 +68,7 @@ def test_the_round_trip_is_that_of_the_way(
 ) -> None:
     monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.02)
     firsts_ms: list[float] = []
-    pong_bytes = len(encode([Pong(int(time.monotonic() * 1e6))]))
+    pong_bytes = len(encode([Pong(2**52)]))
 
     class Noting(User):
         def link_ready(self, link: DrafterLink) -> None:
@@ -184,6 +187,89 @@ def test_pongs_keep_a_quiet_connection_alive(
         wait_until(lambda: time.monotonic() > end)
         assert user.lost == 0
         assert link.welcome is not None
+
+
+def ponging(answers: Callable[[int, list[int]], list[int]]) -> Handler:
+    """A drafter that welcomes, and answers each ping by what ``answers`` says of it and all before."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.receive()
+        await socket.send_bytes(encode([WELCOME]))
+        asked: list[int] = []
+        async for frame in socket:
+            for message in decode(frame.data):
+                if isinstance(message, Ping):
+                    asked.append(message.sent_us)
+                    await socket.send_bytes(encode([Pong(number) for number in answers(message.sent_us, asked)]))
+        return socket
+
+    return handler
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        lambda number, asked: [number, number],
+        lambda number, asked: [asked[0]],
+        lambda number, asked: [number + 1],
+        lambda number, asked: [0],
+    ],
+    ids=["twice", "an old one again", "the next", "none"],
+)
+def test_a_pong_answers_one_ping_of_ours(
+    server: DrafterServer, log: LogLines, answers: Callable[[int, list[int]], list[int]]
+) -> None:
+    server.handler = ponging(answers)
+    with running(server.url) as (link, user):
+        wait_until(lambda: user.lost)
+        assert link.faults == 1
+    assert "a pong answers no ping" in log.warnings()[0]
+
+
+def test_pings_that_are_unanswered_are_told(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.01)
+    monkeypatch.setattr(link_module, "MAX_PINGS_UNANSWERED", 5)
+    asked: list[int] = []
+
+    def late(number: int, all_asked: list[int]) -> list[int]:
+        asked.append(number)
+        return []
+
+    server.handler = ponging(late)
+    with running(server.url) as (_, user):
+        wait_until(lambda: user.unanswered and user.unanswered[-1] == 5)
+        known = len(user.unanswered)
+        wait_until(lambda: len(user.unanswered) > known + 3)
+        assert user.unanswered[-1] == 5  # no more are sent while so many are out
+        assert len(asked) == 5
+        assert user.lost == 0
+
+
+def test_pings_that_are_answered_are_told(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "PING_INTERVAL_S", 0.1)
+    with running(server.url) as (_, user):
+        wait_until(lambda: len(user.unanswered) >= 3)
+        assert min(user.unanswered) == 0
+
+
+def test_a_name_is_resolved_again_at_each_attempt(server: DrafterServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drafter that has moved is found at its new address with the next attempt."""
+    lookups: list[str] = []
+    resolve = socket.getaddrinfo
+
+    def moved(host: str | bytes | None, *args: Any, **more: Any) -> Any:
+        if host not in ("drafter.test", b"drafter.test"):
+            return resolve(host, *args, **more)
+        lookups.append("drafter.test")
+        return resolve("127.0.0.1" if len(lookups) > 3 else "127.0.0.2", *args, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", moved)
+    monkeypatch.setattr(aiohttp.connector, "DefaultResolver", aiohttp.ThreadedResolver)
+    with running(f"http://drafter.test:{server.port}") as (_, user):
+        wait_until(lambda: user.ready, timeout_s=5.0)
+    assert len(lookups) == 4
 
 
 def test_killed_and_back(server: DrafterServer, log: LogLines) -> None:

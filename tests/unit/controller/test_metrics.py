@@ -12,18 +12,20 @@ from vllm_wanspec.config import MetricsSettings
 from vllm_wanspec.controller import metrics
 from vllm_wanspec.controller.metrics import PoolCollector, serve_metrics
 from vllm_wanspec.core.counters import Counters, Shared
+from vllm_wanspec.core.health import LinkHealth
 from vllm_wanspec.core.learned.calibration import OUTCOMES, entropy_ranges
 
 
 def fake_pool() -> SimpleNamespace:
-    links = [
-        SimpleNamespace(
-            name="eu", welcome=object(), rtt_s=0.02, median_rtt_s=0.015, faults=2, sent_bytes=1000, received_bytes=5000
-        ),
-        SimpleNamespace(name="us", welcome=None, rtt_s=0.0, median_rtt_s=0.0, faults=3, sent_bytes=0, received_bytes=7),
-    ]
+    up, down = SimpleNamespace(name="eu", welcome=object()), SimpleNamespace(name="us", welcome=None)
+    up.rtt_s, up.median_rtt_s, up.faults, up.sent_bytes, up.received_bytes = 0.02, 0.015, 2, 1000, 5000
+    down.rtt_s, down.median_rtt_s, down.faults, down.sent_bytes, down.received_bytes = 0.0, 0.0, 3, 0, 7
+    up.health, down.health = LinkHealth(), LinkHealth()
     shared = Shared(counters=Counters(hits=7))
-    return SimpleNamespace(counters=shared.counters, shared=shared, links=links)
+    sessions = {"eu": 5, "us": 0}
+    return SimpleNamespace(
+        counters=shared.counters, shared=shared, links=[up, down], sessions_on=lambda link: sessions[link.name]
+    )
 
 
 def text(pool: SimpleNamespace) -> str:
@@ -45,6 +47,31 @@ def test_counters_and_drafters() -> None:
     assert 'wanspec_sent_bytes_total{drafter="eu"} 1000.0' in lines
     assert 'wanspec_received_bytes_total{drafter="eu"} 5000.0' in lines
     assert 'wanspec_received_bytes_total{drafter="us"} 7.0' in lines
+
+
+def test_what_is_thought_of_each_drafter() -> None:
+    pool = fake_pool()
+    eu, us = (link.health for link in pool.links)
+    for _ in range(3):
+        us.rejected("overloaded", 100.0)
+    us.opened(1, 102.0, waits=True, probe=True)
+    us.moves = 4
+    eu.rows, eu.drafted_rows, eu.drafted_tokens = 1000, 500, 1500
+    eu._began_s = 0.0
+    eu.judge(1.0, 100.0)
+    lines = text(pool).splitlines()
+    assert 'wanspec_drafter_state{drafter="eu",state="healthy"} 1.0' in lines
+    assert 'wanspec_drafter_state{drafter="eu",state="suspect"} 0.0' in lines
+    assert 'wanspec_drafter_state{drafter="us",state="suspect"} 1.0' in lines
+    assert 'wanspec_drafter_state{drafter="us",state="healthy"} 0.0' in lines
+    assert 'wanspec_drafter_sessions{drafter="eu"} 5.0' in lines
+    assert 'wanspec_drafter_added_tokens{drafter="eu"} 1.0' in lines
+    assert not [line for line in lines if line.startswith('wanspec_drafter_added_tokens{drafter="us"')]
+    assert 'wanspec_moved_sessions_total{drafter="us"} 4.0' in lines
+    assert 'wanspec_probes_total{drafter="us"} 1.0' in lines
+    assert 'wanspec_probes_total{drafter="eu"} 0.0' in lines
+    assert 'wanspec_rejects_total{code="overloaded",drafter="us"} 3.0' in lines
+    assert 'wanspec_rejects_total{code="engine",drafter="us"} 0.0' in lines
 
 
 def test_what_became_of_positions_by_entropy() -> None:

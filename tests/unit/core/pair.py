@@ -161,8 +161,9 @@ class World(Pair):
             assert draft == self.language.drafted(request.context, len(draft))
 
     def rejected(self, request: Request, message: Reject) -> None:
-        for_good = message.code in ("too_long", "vocabulary")
-        assert request.session.state is (ControllerState.BARRED if for_good else ControllerState.BACKING_OFF)
+        assert request.session.state is ControllerState.UNSERVED
+        assert request.bar.holds(self.now_s)
+        assert request.bar.lasts == (message.code in ("too_long", "vocabulary"))
 
     def post(self, request: Request, message: Message) -> None:
         if isinstance(message, Open):

@@ -1,11 +1,9 @@
 """ControllerSession: what it counts, when it opens, what it accepts, and what it measures of its drafter."""
 
-from itertools import pairwise
-
 import pytest
 from toys import limits
 
-from vllm_wanspec.core.controller import FIRST_REOPEN_DELAY_S, MAX_REOPEN_DELAY_S, ControllerSession
+from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Counters, Shared
 from vllm_wanspec.core.draft import NO_DRAFT
 from vllm_wanspec.core.messages import REJECT_CODES, Close, Commit, Nodes, Open, Reject
@@ -49,9 +47,9 @@ def nodes(items: list[tuple[int, int, int, float]], seen: int = len(PROMPT), num
 
 def test_open_carries_the_context_and_the_limits() -> None:
     session, counters = make_session()
-    assert session.wants_link(0.0)
+    assert session.wants_link
     assert open_session(session, 3) == Open(3, PROMPT, LIMITS, len(PROMPT))  # type: ignore[arg-type]
-    assert not session.wants_link(0.0)
+    assert not session.wants_link
     assert counters.opened_sessions == 1
 
 
@@ -171,7 +169,7 @@ def test_a_session_opens_again_with_the_full_context() -> None:
     session.commit([30, 31], 0.0)
     session.link_lost(0.0)
     assert session.tree is None
-    assert session.wants_link(0.0)
+    assert session.wants_link
     session.commit([32], 0.0)
     opened = open_session(session, 2)
     assert (opened.session, opened.limits, opened.total) == (2, LIMITS, len(PROMPT) + 4)
@@ -187,42 +185,15 @@ def test_reject_codes(code: str) -> None:
     session.receive(Reject(1, code), 100.0)
     assert session.tree is None
     assert draft(session) == []
-    assert not session.wants_link(100.0)
-    assert session.wants_link(1e9) == (code not in {"too_long", "vocabulary"})
+    assert session.wants_link  # perhaps another drafter takes it
     assert counters.rejected_sessions == 1
-
-
-def test_the_wait_after_rejects_doubles_up_to_a_limit() -> None:
-    session, _ = make_session()
-    waits = []
-    for attempt in range(12):
-        open_session(session, attempt + 1)
-        session.receive(Reject(attempt + 1, "overloaded"), 0.0)
-        wait_s = FIRST_REOPEN_DELAY_S
-        while not session.wants_link(wait_s):
-            wait_s *= 1.01
-        waits.append(wait_s)
-    assert waits[0] == pytest.approx(2 * FIRST_REOPEN_DELAY_S, rel=0.02)
-    assert all(a <= b for a, b in pairwise(waits))
-    assert waits[-1] == pytest.approx(MAX_REOPEN_DELAY_S, rel=0.02)
-
-
-def test_nodes_after_a_reject_start_the_waits_over() -> None:
-    session, _ = make_session()
-    for attempt in range(1, 6):
-        open_session(session, attempt)
-        session.receive(Reject(attempt, "overloaded"), 0.0)
-    open_session(session, 6)
-    session.receive(nodes([(1, 0, 20, -0.1)], number=6), 0.0)
-    session.receive(Reject(6, "overloaded"), 0.0)
-    assert session.wants_link(2.1 * FIRST_REOPEN_DELAY_S)
 
 
 def test_close_is_final() -> None:
     session, _ = opened_session()
     assert session.close(0.0) == Close(1)
     assert session.close(0.0) is None
-    assert not session.wants_link(1e9)
+    assert not session.wants_link
     assert draft(session) == []
 
 

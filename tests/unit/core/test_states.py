@@ -1,4 +1,4 @@
-"""The tables that the sessions run by: docs made from them, and every entry played by a real session."""
+"""The tables that sessions and links' health run by: docs made from them, and every entry really played."""
 
 from pathlib import Path
 
@@ -10,15 +10,19 @@ from tree_checks import record
 from vllm_wanspec.core.controller import ControllerSession
 from vllm_wanspec.core.counters import Shared
 from vllm_wanspec.core.drafter import DrafterSession, DraftStep, StartBranch
+from vllm_wanspec.core.health import LinkHealth
 from vllm_wanspec.core.messages import Commit, Nodes, Open, Reject
 from vllm_wanspec.core.states import (
     CONTROLLER_TABLE,
     DRAFTER_TABLE,
+    LINK_TABLE,
     MEANINGS,
     ControllerEvent,
     ControllerState,
     DrafterEvent,
     DrafterState,
+    LinkEvent,
+    LinkState,
     states_markdown,
 )
 from vllm_wanspec.core.turnaround import Turnaround
@@ -32,17 +36,18 @@ def test_the_docs_are_those_made_from_the_tables() -> None:
 
 def test_every_state_has_a_meaning_and_a_row() -> None:
     text = states_markdown()
-    for state in (*ControllerState, *DrafterState):
+    for state in (*ControllerState, *DrafterState, *LinkState):
         assert f"| **{state}** | {MEANINGS[state]} |" in text
-    for event in (*ControllerEvent, *DrafterEvent):
+    for event in (*ControllerEvent, *DrafterEvent, *LinkEvent):
         assert f"| {event} |" in text
-    assert set(MEANINGS) == {*ControllerState, *DrafterState}
+    assert set(MEANINGS) == {*ControllerState, *DrafterState, *LinkState}
 
 
 def test_every_state_can_be_reached_and_left_but_the_last() -> None:
     for table, first, last in (
         (CONTROLLER_TABLE, ControllerState.UNSERVED, ControllerState.CLOSED),
         (DRAFTER_TABLE, DrafterState.NEW, DrafterState.ENDED),
+        (LINK_TABLE, LinkState.HEALTHY, None),
     ):
         reached = {first}
         for _ in table:
@@ -70,10 +75,6 @@ def controller_in(state: ControllerState) -> ControllerSession:
     match state:
         case ControllerState.BLIND:
             session.commit([9], 0.0)
-        case ControllerState.BACKING_OFF:
-            session.receive(Reject(1, "overloaded"), 0.0)
-        case ControllerState.BARRED:
-            session.receive(Reject(1, "too_long"), 0.0)
     return session
 
 
@@ -83,7 +84,6 @@ CONTROLLER_PLAYS = {
     ControllerEvent.LEAVE: lambda session: session.commit([9], 0.0),
     ControllerEvent.CATCH_UP: lambda session: session.receive(Nodes(1, 3, (record(4, 3, 9),)), 0.0),
     ControllerEvent.REJECT: lambda session: session.receive(Reject(1, "gap"), 0.0),
-    ControllerEvent.BAR: lambda session: session.receive(Reject(1, "vocabulary"), 0.0),
     ControllerEvent.LOSE: lambda session: session.link_lost(0.0),
     ControllerEvent.CLOSE: lambda session: session.close(0.0),
 }
@@ -97,12 +97,40 @@ def test_every_entry_of_the_controller_s_table(state: ControllerState, event: Co
     assert session.state is CONTROLLER_TABLE[state, event]
 
 
-@pytest.mark.parametrize("state", [ControllerState.SERVED, ControllerState.BARRED, ControllerState.CLOSED])
+@pytest.mark.parametrize("state", [ControllerState.SERVED, ControllerState.CLOSED])
 def test_opening_where_it_is_not_wanted_is_a_bug(state: ControllerState) -> None:
     session = controller_in(state)
-    assert not session.wants_link(1e9)
+    assert not session.wants_link
     with pytest.raises(KeyError):
         open_on_a_link(session)
+
+
+# A link
+
+
+def link_in(state: LinkState) -> LinkHealth:
+    """A link's health at 100 s; one that is not healthy has been so for an hour."""
+    health = LinkHealth()
+    for at_s in (-3500.0, -3400.0)[: [*LinkState].index(state)]:
+        health.unanswered(1, 2.0, at_s, waited=False)
+    return health
+
+
+LINK_PLAYS = {
+    LinkEvent.FAIL: lambda health: health.unanswered(1, 2.0, 100.0, waited=False),
+    LinkEvent.FAIL_ON: lambda health: health.unanswered(1, 2.0, 100.0, waited=False),
+    LinkEvent.BREAK: lambda health: health.lost(1, 0, 100.0),
+    LinkEvent.PROVE: lambda health: health.drafted(100.0),
+}
+
+
+@pytest.mark.parametrize(("state", "event"), LINK_TABLE, ids=str)
+def test_every_entry_of_a_link_s_table(state: LinkState, event: LinkEvent) -> None:
+    health = link_in(state)
+    assert health.state is state
+    changed = LINK_PLAYS[event](health)
+    assert health.state is LINK_TABLE[state, event]
+    assert changed == (health.state is not state)
 
 
 # The draft side
