@@ -65,7 +65,8 @@ class SessionReplay:
         self.receipts: list[Receipt] = []
         self.rejections: list[Rejection] = []
         self.sent_s: dict[int, float] = {}
-        self._length = len(opened.data["message"][2])
+        _, _, tokens, _, *more = opened.data["message"]
+        self._length = (more[0] if more else 0) or len(tokens)
         self._tree = TreeCopy(self._length, keep=False)
         self._running: dict[int, Branch] = {}
         self._tips: dict[int, int] = {}
@@ -113,6 +114,7 @@ class SessionReplay:
         for token in tokens[max(0, self._length - position) :]:
             self._tree.commit(token, 0)
         self._length = max(self._length, position + len(tokens))
+        self._tree.catch_up(self._length, at_s, 0)
 
     def _act(self, at_s: float, action: Sequence[Any]) -> None:
         match action[0]:

@@ -177,8 +177,12 @@ def _nodes(value: Any) -> bool:
     )
 
 
+def _limits(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 _MESSAGES: dict[int, tuple[Check, ...]] = {
-    OPEN: (_count, _tokens),
+    OPEN: (_count, _tokens, _limits, _count),
     COMMIT: (_count, _count, _tokens),
     NODES: (_count, _count, _nodes),
     CLOSE: (_count,),

@@ -37,7 +37,7 @@ def test_the_table_and_the_page(
     assert title.strip() == "2 requests"
     names = ("request", "drafter", "tokens", "steps", "tokens per step", "ms per token")
     assert squeezed(head) == " ".join([*names, "misses", "caught by a branch", "waits"])
-    assert squeezed(served) == "req-a west, east 11 7 1.43 29.00 4 1 1 (6 ms)"
+    assert squeezed(served) == "req-a west, east 11 7 1.43 29.00 3 1 1 (6 ms)"
     assert squeezed(plain) == "req-b – 2 1 1.00 40.00 0 0 0"
     assert page == f"request req-a: {logs[0]}.html"
     assert '"id":"req-a"' in Path(f"{logs[0]}.html").read_text("utf-8")

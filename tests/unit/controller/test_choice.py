@@ -20,6 +20,7 @@ class Link:
         self.rtt_s = rtt_s
         self.welcome = Welcome(1, "m", 50, "f", max_sessions, 4096, max_context) if up else None
         self.health = LinkHealth()
+        self.draining = False
 
     def become(self, state: LinkState, since_s: float = NOW) -> "Link":
         """In that state, by drafts that never came."""

@@ -201,8 +201,8 @@ def ponging(answers: Callable[[int, list[int]], list[int]]) -> Handler:
         async for frame in socket:
             for message in decode(frame.data):
                 if isinstance(message, Ping):
-                    asked.append(message.sent_us)
-                    await socket.send_bytes(encode([Pong(number) for number in answers(message.sent_us, asked)]))
+                    asked.append(message.number)
+                    await socket.send_bytes(encode([Pong(number) for number in answers(message.number, asked)]))
         return socket
 
     return handler

@@ -144,9 +144,9 @@ def test_those_with_the_fewest_drafts_left_move_first(urgent: str) -> None:
     bad = two.pool.links[0]
     assert [two.pool._sessions[name].link for name in ("r0", "r2")] == [bad, bad]
     two.pool.step([(urgent, [3, 4, 5])])
-    bad._outbox.clear()
+    bad._outbox.take()
     two.pool.link_beats(bad, PINGS_UNANSWERED)
-    first, *_ = (message.session for message in bad._outbox if isinstance(message, Close))
+    first, *_ = (message.session for message in bad._outbox.take() if isinstance(message, Close))
     assert {1: "r0", 2: "r2"}[first] == urgent
 
 

@@ -232,7 +232,7 @@ def test_a_smaller_vocabulary_of_the_drafter_bounds_its_tokens() -> None:
         number = pool._sessions["a"].number
         last = pool._sessions["a"].core.tree
         assert last is not None
-        bad = Nodes(number, 3, (NodeRecord(10**6, last.cursor_id, VOCAB_SIZE, -0.1, 1.0),))
+        bad = Nodes(number, 3, (NodeRecord(last.last_id + 1, last.cursor_id, VOCAB_SIZE, -0.1, 1.0),))
         with pytest.raises(RemoteProtocolError, match="outside"):
             pool.link_received(link, [bad])
 

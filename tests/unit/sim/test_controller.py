@@ -13,6 +13,7 @@ import pytest
 from toys import FINGERPRINT, DrafterServer, draft_model, limits, toy, wait_until
 
 from vllm_wanspec.core.flat import FlatTree
+from vllm_wanspec.core.messages import Close
 from vllm_wanspec.core.tree import NodeRecord
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.sim.controller import (
@@ -145,7 +146,7 @@ def test_a_connection_that_ends_while_something_is_sent_is_broken() -> None:
     client = DrafterClient(socket, welcome, Tally())
     for _ in range(2):
         with pytest.raises(DrafterError, match="connection broke: Cannot write to closing transport"):
-            asyncio.run(client.send())
+            asyncio.run(client.send(Close(1)))
 
 
 def test_a_tokenizer_must_be_there(tmp_path: Path) -> None:

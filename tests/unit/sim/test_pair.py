@@ -98,7 +98,8 @@ def test_it_comes_to_rest() -> None:
 def test_a_context_that_no_drafter_takes_is_over() -> None:
     world = run(pair(max_context=20), 40)
     world.settle()
-    assert not any(world.is_over(request) for request in world.requests)  # their sessions are open, and of no use
+    assert all(world.is_over(request) for request in world.requests)  # the drafter has rejected what became too long
+    assert world.seen["reject too_long"] == len(world.requests)
     assert [request.session.draft(4, 0.0, world.now_s).tokens for request in world.requests] == [[], []]
     world.restart_drafter()
     world.settle()

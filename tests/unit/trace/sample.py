@@ -105,7 +105,7 @@ def at_drafter() -> list[Line]:
         return does(ms, "commit", message=[5, 7, position, list(tokens)], out=list(out))
 
     return [
-        does(10, "open", message=[4, 7, [1, 2, 3], [16, 64]], out=[["start", 1, 0, 3, 32]]),
+        does(10, "open", message=[4, 7, [1, 2, 3], [16, 64], 3], out=[["start", 1, 0, 3, 32]]),
         drafted(15, 1, 10, [1, 0, 10, -0.1, 0.4]),
         drafted(20, 1, 11, [2, 1, 11, -0.7, 1.5], [3, 1, 12, -1.2, 1.5], then=(["start", 2, 3, 5, 8],)),
         drafted(25, 1, 13, [4, 2, 13, -0.2, 0.6]),

@@ -81,7 +81,7 @@ def test_it_is_complete(events: list[Entry]) -> None:
     assert (branch["ts"], branch["dur"], branch["args"]["node"]) == (20_000, pytest.approx(111_000), 3)
     assert len(of(events, "X", "commit received")) == len(of(events, "s")) == 5
     assert len(of(events, "i", "commit")) == 10
-    assert len(of(events, "i", "nodes")) == 10
+    assert len(of(events, "i", "nodes")) == 9
     others = [event["name"] for event in of(events, "i") if not event["name"].startswith(("commit", "nodes"))]
     assert others == [
         "session at west", "link lost", "session at east", "rejected: overloaded",
@@ -92,7 +92,7 @@ def test_counters(events: list[Entry]) -> None:
     assert [event["args"]["branches"] for event in of(events, "C", "running branches")] == [1, 2, 1, 0, 1, 0]
     sizes = [event["args"]["nodes"] for event in of(events, "C", "live nodes of req-a")]
     assert max(sizes) == 7
-    assert len(sizes) == 18
+    assert len(sizes) == 17
 
 
 @pytest.mark.parametrize("drafters", [0, 1])
