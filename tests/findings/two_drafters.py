@@ -28,15 +28,15 @@ class GoodDrafter:
 
     def __call__(self, message: Message) -> list[Message]:
         if isinstance(message, Open):
-            self._drafted[message.session] = (0, len(message.tokens))
-            return [self._up_to(message.session, len(message.tokens))]
+            self._drafted[message.session] = (0, message.total)
+            return [self._up_to(message.session, message.total)]
         if isinstance(message, Commit):
             return [self._up_to(message.session, message.position + len(message.tokens))]
         return []
 
     def _up_to(self, session: int, known: int) -> Nodes:
         last, position = self._drafted[session]
-        count = known + AHEAD - position
+        count = max(0, known + AHEAD - position)  # a piece of the context is known before it comes
         records = [NodeRecord(last + i + 1, last + i, (position + i) % VOCAB, -0.1, 0.5) for i in range(count)]
         self._drafted[session] = (last + count, position + count)
         return Nodes(session, known, tuple(records))

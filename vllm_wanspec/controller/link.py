@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
 from math import inf
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import aiohttp
 
@@ -197,7 +197,7 @@ class DrafterLink:
         watched.on_request_redirect.append(self._refuse_redirect)
         # A drafter that has moved to another address is found with the next attempt, not when a cache thinks so.
         connector = aiohttp.TCPConnector(use_dns_cache=False)
-        async with aiohttp.ClientSession(connector=connector, trace_configs=[watched]) as http:
+        async with aiohttp.ClientSession(connector=connector, trace_configs=[watched], ws_response_class=_Peer) as http:
             while True:
                 try:
                     await self._connect(http)
@@ -226,13 +226,16 @@ class DrafterLink:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         try:
             async with asyncio.timeout(GREETING_TIMEOUT_S):
-                peer = await http.ws_connect(
-                    self.endpoint.url + PATH,
-                    headers=headers,
-                    max_msg_size=MAX_DRAFTERS_BYTES,
-                    compress=0,
-                    proxy=proxy,
-                    ssl=tls,
+                peer = cast(
+                    _Peer,
+                    await http.ws_connect(
+                        self.endpoint.url + PATH,
+                        headers=headers,
+                        max_msg_size=MAX_DRAFTERS_BYTES,
+                        compress=0,
+                        proxy=proxy,
+                        ssl=tls,
+                    ),
                 )
         except aiohttp.WSServerHandshakeError as error:
             raise handshake_trouble(error.status, self.endpoint, proxy) from error
@@ -255,7 +258,7 @@ class DrafterLink:
             with suppress(TimeoutError):  # a peer that is dead does not shake hands
                 async with asyncio.timeout(CLOSING_TIMEOUT_S):
                     await peer.close()
-            _hang_up(peer)
+            peer.abort()
 
     async def _refuse_redirect(self, _: object, __: object, asked: aiohttp.TraceRequestRedirectParams) -> None:
         """Called by aiohttp before it follows."""
@@ -420,12 +423,21 @@ def _bound_unsent(peer: aiohttp.ClientWebSocketResponse) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
-def _hang_up(peer: aiohttp.ClientWebSocketResponse) -> None:
-    """End the connection, whether or not its peer takes what is still to be sent."""
-    connection = peer.get_extra_info("socket")
-    if connection is not None:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+class _Peer(aiohttp.ClientWebSocketResponse):
+    """A WebSocket that can be ended whether or not its peer takes what is still to be sent."""
+
+    def __init__(
+        self, reader: Any, writer: Any, protocol: Any, response: aiohttp.ClientResponse, *more: Any, **named: Any
+    ):
+        """As aiohttp makes it; ``response`` is that of the handshake, and knows the connection."""
+        super().__init__(reader, writer, protocol, response, *more, **named)
+        connection = response.connection
+        self._transport = None if connection is None else connection.transport
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
 
 
 class LinkThread:
