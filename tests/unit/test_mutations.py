@@ -381,8 +381,8 @@ HEALTH_FORGOTTEN = (
     ),
     Mutation(
         "controller/link.py",
-        "self._pings.pop(message.sent_us, None)",
-        "self._pings.get(message.sent_us)",
+        "self._pings.pop(pong.number, None)",
+        "self._pings.get(pong.number)",
         "controller/test_link.py::test_a_pong_answers_one_ping_of_ours",
     ),
 )
