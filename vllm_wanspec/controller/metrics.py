@@ -74,7 +74,7 @@ class PoolCollector(Collector):
         sessions = GaugeMetricFamily("wanspec_drafter_sessions", "Sessions that it serves.", labels=["drafter"])
         added = GaugeMetricFamily(
             "wanspec_drafter_added_tokens",
-            "Tokens per step and request that its drafts added over prompt lookup when they were last judged.",
+            "Tokens per step and request that its drafts added when they were last judged.",
             labels=["drafter"],
         )
         moved = CounterMetricFamily(

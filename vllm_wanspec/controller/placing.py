@@ -27,6 +27,9 @@ logger = logging.getLogger("vllm.wanspec.pool")
 REVIEW_INTERVAL_S = 0.5
 """So often all sessions are looked at, which takes a fraction of a microsecond each: far below what is waited for
 (`core.health`: seconds), and far above a step."""
+PLAIN_TOKENS = 1.0
+"""What a step yields without drafts. Prompt lookup's yield is known of steps that happened to have no draft alone, whose
+texts repeat more than others: held against it, good drafters were found useless."""
 STALLED = "stalled"
 """The code of a bar that no reject has set: the drafter serves others, and not this request."""
 
@@ -177,11 +180,10 @@ class Placing:
 
     def _review(self, now: float) -> None:
         self.review_at = now + REVIEW_INTERVAL_S
-        dry_tokens = self._meter.tokens_per_dry_step.get(1.0)
         for link, served in self.served.items():
             for live in list(served.values()):
                 self._look_after(live, link, now)
-            self._note(link, link.health.judge(dry_tokens, now))
+            self._note(link, link.health.judge(PLAIN_TOKENS, now))
         for link in self.served:
             self._move_from(link, now)
 

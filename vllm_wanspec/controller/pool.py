@@ -192,7 +192,7 @@ class DraftPool:
                     drafted_yield += len(tokens)
                     if link is not None:
                         link.health.drafted_rows += 1
-                        link.health.drafted_tokens += len(tokens)
+                        link.health.drafted_tokens += 1 + min(len(tokens) - 1, len(draft.drafted))
                 else:
                     dry_rows += 1
                     dry_yield += len(tokens)

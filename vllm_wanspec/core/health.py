@@ -101,7 +101,7 @@ class Why(StrEnum):
     UNANSWERED = "it drafts nothing for what it is asked"
     PINGS = "it answers no pings"
     FAULT = "it broke the protocol"
-    USELESS = "its drafts add nothing over prompt lookup"
+    USELESS = "hardly any of its drafts are taken"
 
 
 REMEDIES = {
@@ -126,7 +126,7 @@ class LinkHealth:
         probing: The number of the session that probes it; None without one.
         rows: Steps of requests that it served since it was last judged; added to, a step at a time, by who steps.
         drafted_rows: Those of them that verified a draft of its.
-        drafted_tokens: What those yielded.
+        drafted_tokens: What those yielded, without what prompt lookup had guessed behind the drafts.
         added: Tokens that its drafts added per step and request, when it was last judged; None before.
         rejects: Received, by code.
         moves: Sessions that were taken from it.
@@ -234,7 +234,7 @@ class LinkHealth:
         """Weigh what its drafts have added, where enough is known of it.
 
         Args:
-            dry_tokens: What a step yields a request without its drafts, prompt lookup included.
+            dry_tokens: What a step yields a request without its drafts.
             now: Seconds.
         """
         if not self.rows or self._began_s == inf:

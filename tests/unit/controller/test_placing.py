@@ -96,7 +96,7 @@ def test_what_drafts_too_late_for_any_use_loses_its_sessions(log: LogLines) -> N
     bad = two.pool.links[0].health
     assert (on(two), bad.why, bad.added) == ([0, 8], Why.USELESS, 0.0)
     assert two.pool.counters.late_hits > 0
-    assert "add nothing over prompt lookup" in log.warnings()[0]
+    assert "hardly any of its drafts are taken" in log.warnings()[0]
 
 
 def test_a_drafter_that_helps_is_not_suspected(log: LogLines) -> None:
