@@ -28,8 +28,8 @@ REVIEW_INTERVAL_S = 0.5
 """So often all sessions are looked at, which takes a fraction of a microsecond each: far below what is waited for
 (`core.health`: seconds), and far above a step."""
 PLAIN_TOKENS = 1.0
-"""What a step yields without drafts. Prompt lookup's yield is known of steps that happened to have no draft, whose texts
-repeat more than others: held against it, good drafters were found useless."""
+"""What a step yields without drafts. Prompt lookup's yield is known of steps that happened to have no draft, whose
+texts repeat more than others: held against it, good drafters were found useless."""
 STALLED = "stalled"
 """The code of a bar that no reject has set: the drafter serves others, and not this request."""
 
