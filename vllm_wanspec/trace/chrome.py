@@ -130,7 +130,8 @@ def _drafter_events(timeline: Timeline, session: SessionReplay, clock: _Clock, t
     for receipt in session.receipts:
         start = clock(receipt.at_s)
         place: Entry = {"position": receipt.position, "tokens": receipt.tokens}
-        yield _slice("commit received", "commit", start, start + LEAST_US, own, place)
+        title = "context received" if receipt.opening else "commit received"
+        yield _slice(title, "commit", start, start + LEAST_US, own, place)
     for rejection in session.rejections:
         yield _instant(f"reject: {rejection.code}", clock(rejection.at_s), own, {})
     changes: list[tuple[float, int]] = []

@@ -34,11 +34,12 @@ class Branch:
 
 @dataclass(slots=True)
 class Receipt:
-    """A commit that came in."""
+    """A commit that came in; ``opening`` where all of it is of the context that the session opened with."""
 
     at_s: float
     position: int
     tokens: int
+    opening: bool
 
 
 @dataclass(slots=True)
@@ -65,8 +66,8 @@ class SessionReplay:
         self.receipts: list[Receipt] = []
         self.rejections: list[Rejection] = []
         self.sent_s: dict[int, float] = {}
-        _, _, tokens, _, *more = opened.data["message"]
-        self._length = (more[0] if more else 0) or len(tokens)
+        _, _, tokens, _, length, *_ = opened.data["message"]
+        self._length = self._opened_length = length or len(tokens)
         self._tree = TreeCopy(self._length, keep=False)
         self._running: dict[int, Branch] = {}
         self._tips: dict[int, int] = {}
@@ -110,7 +111,8 @@ class SessionReplay:
 
     def _commit(self, at_s: float, message: Sequence[Any]) -> None:
         _, _, position, tokens, *_ = message
-        self.receipts.append(Receipt(at_s, position, len(tokens)))
+        opening = position + len(tokens) <= self._opened_length
+        self.receipts.append(Receipt(at_s, position, len(tokens), opening))
         for token in tokens[max(0, self._length - position) :]:
             self._tree.commit(token, 0)
         self._length = max(self._length, position + len(tokens))

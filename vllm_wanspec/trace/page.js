@@ -125,7 +125,8 @@ function uses() {
     entry.append(`${FATES[name]}: ${number(fates[name])} (${share(fates[name], fates.drafted)})`);
   }
   const late = fates.late ? `, ${number(fates.late)} right but late` : "";
-  const echoes = fates.echo ? `; ${count(fates.echo, "echo").replace("echos", "echoes")} came besides` : "";
+  const made = count(fates.echo, "echo").replace("echos", "echoes");
+  const echoes = fates.echo ? `; besides, both sides made ${made} of committed tokens` : "";
   const drafted = `${count(fates.drafted, "node")} drafted, ${number(fates.used)} used, ${number(fates.wasted)} wasted`;
   const lines = [`${drafted}${late}${echoes}.`];
   if (data.passes !== null) lines.push(`The draft engine gave ${count(data.passes, "token")} in all branches.`);

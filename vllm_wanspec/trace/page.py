@@ -159,7 +159,9 @@ def _session(session: SessionReplay, ms: Ms) -> dict[str, Any]:
         "peer": session.key,
         "start": ms(session.start_s),
         "end": ms(session.end_s),
-        "commits": [[ms(receipt.at_s), receipt.position, receipt.tokens] for receipt in session.receipts],
+        "commits": [
+            [ms(receipt.at_s), receipt.position, receipt.tokens, receipt.opening] for receipt in session.receipts
+        ],
         "rejects": [[ms(rejection.at_s), rejection.code] for rejection in session.rejections],
         "branches": [
             {

@@ -161,9 +161,10 @@ function drafterLanes(lane) {
 }
 
 function receipts(svg, from, session) {
-  for (const [at, position, tokens] of session.commits) {
+  for (const [at, position, tokens, opening] of session.commits) {
+    const what = opening ? "piece of the context" : "commit";
     draw(svg, "path", { class: "receipt", d: `M${x(at)} ${from}v10` },
-      () => [`commit received at ${ms(at)}`, `${count(tokens, "token")} from position ${position}`]);
+      () => [`${what} received at ${ms(at)}`, `${count(tokens, "token")} from position ${position}`]);
   }
   for (const [at, code] of session.rejects) {
     draw(svg, "text", { class: "reject", x: x(at), y: from + 9, text: `✕ ${code}` });

@@ -68,7 +68,8 @@ function nodeTip(place) {
     if (fate !== "echo") {
       lines.push(`probability ${number(Math.exp(logprob), 3)} (log ${number(logprob, 3)}), entropy ${entropy} nats`);
     }
-    lines.push(`node ${tree.id[place]}, arrived at ${ms(tree.arrived[place])}`);
+    const came = fate === "echo" ? "made by both sides, here at" : "arrived at";
+    lines.push(`node ${tree.id[place]}, ${came} ${ms(tree.arrived[place])}`);
   }
   if (step !== null && steps[step]) {
     const how = tree.row[place] ? "settled" : "committed";

@@ -45,7 +45,7 @@ class Node:
 
     Attributes:
         position: Length of the context that ends with this node; 0 if the log does not tell.
-        arrived_s: When, on the wall clock.
+        arrived_s: When, on the wall clock; an echo is made when nodes come that were drafted with its token known.
         step: Index of the target's step that settled its fate, if one did.
     """
 

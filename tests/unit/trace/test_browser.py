@@ -86,6 +86,7 @@ def test_everything_is_drawn(tmp_path: Path, browse: Browse) -> None:
     assert len(re.findall('class="wait"', dom)) == 1
     assert len(re.findall('class="link"', dom)) == 2
     assert [dom.count(f'class="outcome {name}"') for name in ("caught", "miss", "beyond")] == [1, 1, 2]
+    assert "14 nodes drafted, 5 used, 8 wasted, 1 right but late; besides, both sides made 1 echo of committed" in dom
 
 
 @pytest.mark.parametrize("logs", [1, 2])
@@ -128,6 +129,8 @@ key("Escape"); note("escape");
 move(document.querySelectorAll(".reach")[2], 5, 5); note("step");
 const node = document.querySelectorAll(".node")[1].getBoundingClientRect();
 move(document.getElementById("tree"), node.x + node.width / 2, node.y + node.height / 2); note("node");
+const echo = document.querySelector(".node.echo").getBoundingClientRect();
+move(document.getElementById("tree"), echo.x + echo.width / 2, echo.y + echo.height / 2); note("echo");
 move(document.querySelector(".branch-run"), 5, 5); note("branch");
 const dots = () => document.querySelectorAll(".dots").length, before = dots();
 for (const entry of document.querySelectorAll("#tree-legend .switch")) entry.click();
@@ -150,7 +153,7 @@ def test_pointing_and_keys(tmp_path: Path, browse: Browse) -> None:
     assert "data-error" not in dom
     found = re.search(r'data-seen="([^"]*)"', dom)
     assert found
-    keys, rings, escape, step, node, branch, dots, bars = found[1].split(" | ")
+    keys, rings, escape, step, node, echo, branch, dots, bars = found[1].split(" | ")
     assert keys.startswith("keys: step 1")
     assert "drafts: 11  13" in keys
     assert rings == "rings: 2"
@@ -159,6 +162,8 @@ def test_pointing_and_keys(tmp_path: Path, browse: Browse) -> None:
     assert node.startswith("node: 12")
     assert "branch that was hit" in node
     assert "probability 0.301" in node
+    assert echo.startswith("echo: 30position 7, echo of a commit")
+    assert "node 12, made by both sides, here at 165.0 ms" in echo
     assert branch.startswith("branch: main line (1)")
     assert dots == "dots: 3 then 0"
     assert bars == "bars: 8"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample import write_made_up, write_pair
+from sample import DRAFTER_S, PEER, at_drafter, call, header, write, write_made_up, write_pair
 
 from vllm_wanspec.errors import ConfigError
 from vllm_wanspec.trace.chrome import write_chrome
@@ -93,6 +93,19 @@ def test_counters(events: list[Entry]) -> None:
     sizes = [event["args"]["nodes"] for event in of(events, "C", "live nodes of req-a")]
     assert max(sizes) == 7
     assert len(sizes) == 17
+
+
+def test_pieces_of_a_context_are_no_commits(tmp_path: Path) -> None:
+    controller, drafter = write_pair(tmp_path)
+    opened, *lines = at_drafter()
+    opened["message"][2:] = [1], [16, 64], 3
+    piece = call(11, PEER, "commit", DRAFTER_S, message=[5, 7, 1, [2, 3]], out=[])
+    write(drafter, [header("drafter", DRAFTER_S), opened, piece, *lines])
+    events = written(tmp_path, (controller, drafter))
+    check(events)
+    [received] = of(events, "X", "context received")
+    assert (received["ts"], received["args"]) == (11_000, {"position": 1, "tokens": 2})
+    assert len(of(events, "X", "commit received")) == len(of(events, "s")) == 5
 
 
 @pytest.mark.parametrize("drafters", [0, 1])

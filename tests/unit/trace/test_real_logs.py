@@ -70,6 +70,8 @@ def test_they_tell_what_the_sessions_counted(run: tuple[DraftPool, list[Path]]) 
     assert fates[Fate.STALE] == counted.stale_nodes
     assert fates[Fate.LATE] == counted.late_hits
     assert fates[Fate.ACCEPTED] == figures.accepted > 0
+    assert [node.id for node in target.nodes] == list(range(1, len(target.nodes) + 1))
+    assert fates["drafted"] == counted.received_nodes
 
 
 def test_both_logs_are_joined(run: tuple[DraftPool, list[Path]]) -> None:
@@ -87,5 +89,9 @@ def test_both_logs_are_joined(run: tuple[DraftPool, list[Path]]) -> None:
     assert min(*up, *down) >= 0.0
     assert all(branch.ending for branch in session.branches)
     assert any(branch.main for branch in session.branches)
+    echoes = {node.id for node in target.nodes if node.fate is Fate.ECHO}
+    begun_anew = [branch.main for branch in session.branches if branch.node in echoes]
+    assert begun_anew
+    assert all(begun_anew)
     assert '"id":"a"' in render(page_data(timeline, {}))
     assert len([event for event in trace_events([timeline]) if event["ph"] == "s"]) == STEPS

@@ -127,7 +127,7 @@ def test_figures(tmp_path: Path) -> None:
     assert (served.waits, served.nodes, served.steps_without_draft) == (1, 14, 4)
     assert served.tokens_per_step == pytest.approx(10 / 7)
     assert served.ms_per_token == pytest.approx(29.0)
-    # 15 nodes of 14 bytes, 5 bytes around each of 10 messages, and the reject.
+    # 14 nodes of 6 bytes, 7 bytes around each of 9 messages, and the reject; echoes do not travel.
     assert served.bytes_received == 14 * 6 + 9 * 7 + 14
     assert served.bytes_sent > 0
     assert (plain.id, plain.tokens, plain.steps, plain.drafters, plain.misses) == ("req-b", 2, 1, [], 0)
@@ -153,6 +153,39 @@ def test_branches(timeline: Timeline) -> None:
         (50, 3, 1), (90, 4, 1), (131, 5, 3), (171, 8, 1), (220, 9, 2),
     ]  # fmt: skip
     assert session.passes == 11
+
+
+@pytest.mark.parametrize(
+    ("first", "commits", "opening"),
+    [
+        ([1, 2], [(2, [3, 4]), (4, [5]), (5, [6, 7])], [True, True, False]),
+        ([1, 2, 3, 4], [(4, [5]), (5, [6]), (6, [7])], [True, False, False]),
+        ([1, 2], [(2, [3, 4, 5, 6]), (5, [6, 7])], [False, False]),
+        ([], [(0, [1, 2, 3, 4, 5]), (5, [6, 7])], [True, False]),
+        ([1, 2, 3, 4, 5], [(5, [6]), (3, [4, 5]), (3, [4, 5, 6, 7])], [False, True, False]),
+    ],
+    ids=["two pieces", "one piece", "a commit across the end", "nothing kept", "repeated"],
+)
+def test_only_what_comes_after_the_opening_context_makes_nodes(
+    tmp_path: Path, first: list[int], commits: list[tuple[int, list[int]]], opening: list[bool]
+) -> None:
+    """The context is [1, 2, 3, 4, 5], however it comes; 6 and 7 are committed later, and are nodes 1 and 2."""
+
+    def does(at_ms: float, name: str, **data: Any) -> dict[str, Any]:
+        return call(at_ms, PEER, name, DRAFTER_S, **data)
+
+    lines = [does(10, "open", message=[4, 7, first, [8, 8], 5], out=[])]
+    lines += [does(11 + at, "commit", message=[5, 7, *commit], out=[]) for at, commit in enumerate(commits)]
+    lines += [
+        does(20, "resize", width=1, out=[["start", 1, 2, 7, 8]]),
+        does(25, "drafted", branch=1, steps=[[8, -0.1, 0.2, []]], out=[[6, 7, 7, [[3, 2, 8, -0.1, 0.2]]]]),
+        does(26, "resize", width=2, out=[["start", 2, 3, 8, 8]]),
+    ]
+    controller, _ = write_pair(tmp_path)
+    timeline = load_one(controller, write(tmp_path / "drafter", [header("drafter", DRAFTER_S), *lines]))
+    [session] = timeline.sessions
+    assert [(branch.node, branch.main, branch.tokens) for branch in session.branches] == [(2, True, 1), (3, True, 0)]
+    assert [receipt.opening for receipt in session.receipts] == opening
 
 
 def test_a_failed_and_a_running_branch(tmp_path: Path) -> None:
@@ -329,6 +362,7 @@ def test_made_up_logs_add_up(tmp_path: Path) -> None:
         assert counts["used"] + counts["late"] + counts["wasted"] == counts["drafted"] == target.figures.nodes
         assert counts[Fate.ACCEPTED] == target.figures.accepted == sum(step.accepted for step in target.steps)
         assert counts[Fate.CAUGHT] == target.figures.caught
+        assert [node.id for node in target.nodes] == list(range(1, len(target.nodes) + 1))
         assert len(target.path) == target.figures.tokens == sum(len(step.tokens) for step in target.steps)
         assert all(step.received_s is not None and step.received_s > step.end_s for step in target.steps[:-1])
         assert all(arrival.sent_s is not None and arrival.sent_s < arrival.at_s for arrival in target.arrivals)
