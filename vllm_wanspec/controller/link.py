@@ -45,6 +45,7 @@ from vllm_wanspec.core.messages import (
     Ping,
     Pong,
     Refuse,
+    Reject,
     Welcome,
 )
 from vllm_wanspec.core.turnaround import Turnaround
@@ -267,7 +268,7 @@ class DrafterLink:
 
     async def _greet(self, peer: aiohttp.ClientWebSocketResponse) -> None:
         began_s = time.monotonic()
-        self.client = f"{self._rng.getrandbits(48):012x}"
+        self.client = secrets.token_hex(6)  # who knows it can resume our sessions
         tokens = self._tokens
         hello = Hello(PROTOCOL_VERSION, self._fingerprint, self.client, tokens.digests, tuple(tokens.apart))
         for frame in frames([hello]):
@@ -363,6 +364,8 @@ class DrafterLink:
                 elif isinstance(message, Have):
                     self._outbox.resume(message)
                     self._wake.set()
+                elif isinstance(message, Reject):
+                    self._outbox.forget(message.session)
                 elif isinstance(message, Drain):
                     self.draining = True
                     logger.info("drafter %s: is about to end; no new sessions there", self.name)

@@ -112,6 +112,11 @@ class Outbox:
             raise RemoteProtocolError(f"has {have.position} tokens of session {have.session}'s {opened.total}")
         upload.parts = rest_of(opened.session, opened.tokens, have.position, opened.total)
 
+    def forget(self, session: int) -> None:
+        """The drafter has rejected a session: nothing more of it is sent."""
+        self._uploads.pop(session, None)
+        self._served.discard(session)
+
     def _sort(self, message: Commit | Close | Want, batch: list[Message]) -> None:
         """Put a session's message where it belongs."""
         number = message.session

@@ -151,6 +151,17 @@ def test_what_no_drafter_can_have() -> None:
         outbox.resume(Have(4, 3))
 
 
+@pytest.mark.parametrize("length", [5, 5 * PIECE])
+def test_nothing_more_is_sent_of_a_session_that_was_rejected(length: int) -> None:
+    outbox = Outbox()
+    outbox.put(opened(1, length))
+    outbox.take()
+    outbox.forget(1)
+    outbox.put(Commit(1, length, (9,)))
+    assert flat(drained(outbox)) == []
+    assert (outbox.context_tokens, outbox._served) == (0, set())
+
+
 def test_it_says_when_nobody_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox_module, "MAX_WAITING", 10)
     outbox = Outbox()
